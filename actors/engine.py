@@ -1,0 +1,114 @@
+"""DeepSpeed under the trunk. The only file that imports it.
+
+Personal adapters enter the forward pass as tensors and stay outside DeepSpeed's optimizer: inside
+it, an absent client's adapter drifts. What DeepSpeed's optimizer trains is the one adapter shared
+by all clients, once per round.
+"""
+
+import os
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fellray.platform.config import RunConfig
+from fellray.platform.trunk import Trunk, adam_state, load_adam_state
+
+
+class DeepSpeedEngine:
+    """ZeRO stage 1 at world size 1; equal to `TorchEngine` bit for bit."""
+
+    def __init__(self, module: Trunk, config: RunConfig):
+        """Builds DeepSpeed's communication op on a machine's first use (about a minute)."""
+        self.module = module
+        deepspeed = _import_deepspeed()
+        _rendezvous()
+        if not deepspeed.comm.is_initialized():
+            deepspeed.init_distributed(
+                dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False
+            )
+        train, server = config.train, config.server
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=[module.shared_P],
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 1,
+                # the default clips at 1.0: one client's gradient would scale everybody's
+                "gradient_clipping": 0.0,
+                "zero_optimization": {"stage": server.zero_stage},
+                "optimizer": {
+                    "type": "AdamW",
+                    "params": {
+                        "lr": server.shared_learning_rate,
+                        "betas": [train.beta1, train.beta2],
+                        "eps": train.eps,
+                        "weight_decay": train.weight_decay,
+                        "torch_adam": True,
+                        "foreach": False,
+                        "fused": False,
+                    },
+                },
+            },
+        )
+        zero = self._engine.optimizer
+        self._optimizer: torch.optim.Optimizer = zero.optimizer
+        self._master: Tensor = zero.single_partition_of_fp32_groups[0]
+
+    def forward(self, h_nTd: Tensor, mask_nT: Tensor, *flat: Tensor) -> Tensor:
+        """See `platform.trunk.Engine`."""
+        y: Tensor = self._engine(h_nTd, mask_nT, *flat)
+        return y
+
+    def backward(self, y_nTd: Tensor, g_nTd: Tensor) -> None:
+        """See `platform.trunk.Engine`; a surrogate scalar carries the clients' gradient."""
+        self._engine.backward((y_nTd * g_nTd).sum())
+
+    def step_shared(self, gradient_P: Tensor) -> None:
+        """See `platform.trunk.Engine`."""
+        self._engine.backward((self.module.shared_P * gradient_P).sum())
+        self._engine.step()
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """See `platform.trunk.Engine`."""
+        size = self.module.shared_P.numel()  # ZeRO's flat buffer may be longer: alignment
+        state = adam_state(self._optimizer, self._master)
+        return {name: t[:size] if t.dim() else t for name, t in state.items()}
+
+    def load_shared(self, state: Mapping[str, Tensor]) -> None:
+        """See `platform.trunk.Engine`."""
+        with torch.no_grad():
+            self.module.shared_P.copy_(state["values"])
+        padded = {
+            name: torch.nn.functional.pad(t, (0, self._master.numel() - t.numel()))
+            if t.dim()
+            else t
+            for name, t in state.items()
+        }
+        load_adam_state(self._optimizer, self._master, padded)
+
+
+def _import_deepspeed() -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    import deepspeed
+
+    return deepspeed
+
+
+def _rendezvous() -> None:
+    """A world of one, on loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }

@@ -1,0 +1,192 @@
+"""Rows of actors, one call. The only file that knows how Ray places, loses and restarts actors.
+
+`RayPool` and `InlinePool` are equals: the first makes a plain class an actor, the second uses it as
+it is in this process, for tests and debugging.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from fellray.platform.errors import FellrayError
+from fellray.platform.faults import Stop, decide
+from fellray.platform.messages import StaleLease
+
+START_S = 600.0
+"""How long placed actors may take to load their model."""
+
+Note = Callable[[str], None]
+"""Hears of losses, for the record."""
+
+
+class Pool(Protocol):
+    """A fixed row of actors."""
+
+    def map(self, method: str, *columns: Sequence[Any]) -> list[Any]:
+        """Call `method` on every actor, actor i getting item i of each column; order is kept.
+
+        A lost actor is restarted and asked again.
+        """
+        ...
+
+    def close(self) -> None:
+        """End the actors."""
+        ...
+
+
+class InlinePool:
+    """The same classes in this process, one after the other."""
+
+    def __init__(self, cls: Callable[..., Any], args: Sequence[tuple[Any, ...]]):
+        self.members = [cls(*a) for a in args]
+
+    def map(self, method: str, *columns: Sequence[Any]) -> list[Any]:
+        """See `Pool`."""
+        rows = zip(*columns, strict=True) if columns else [()] * len(self.members)
+        return [getattr(m, method)(*row) for m, row in zip(self.members, rows, strict=True)]
+
+    def close(self) -> None:
+        """See `Pool`."""
+        self.members.clear()
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a row of equal actors asks for."""
+
+    name: str
+    count: int
+    cpus: float
+    gpus: float
+
+
+def check_places(demands: Sequence[Demand], wait_s: float) -> None:
+    """See that all actors fit on the nodes that exist, or come within `wait_s` seconds.
+
+    Raises:
+        FellrayError: says what was asked, what exists and what would fit.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        placed = pack(demands, nodes)
+        if all(placed[d.name] == d.count for d in demands):
+            return
+        if time.monotonic() >= deadline:
+            raise FellrayError(_no_place(demands, placed, nodes))
+        time.sleep(1.0)
+
+
+def pack(demands: Sequence[Demand], nodes: Sequence[Mapping[str, float]]) -> dict[str, int]:
+    """How many actors of each row find a place, first fit in the order given."""
+    free = [{"CPU": node.get("CPU", 0.0), "GPU": node.get("GPU", 0.0)} for node in nodes]
+    placed = dict.fromkeys((d.name for d in demands), 0)
+    for demand in demands:
+        for node in free:
+            fits = [
+                int(have / need + 1e-6)
+                for have, need in ((node["CPU"], demand.cpus), (node["GPU"], demand.gpus))
+                if need > 0
+            ]
+            here = min([demand.count - placed[demand.name], *fits])
+            placed[demand.name] += here
+            node["CPU"] -= here * demand.cpus
+            node["GPU"] -= here * demand.gpus
+    return placed
+
+
+class RayPool:
+    """Ray actors, restarted for ever under the same handle; what they were is on storage."""
+
+    def __init__(self, cls: type, args: Sequence[tuple[Any, ...]], demand: Demand, note: Note):
+        """Places the actors and waits until all have started.
+
+        Raises:
+            FellrayError: an actor cannot start.
+        """
+        self._note = note
+        remote = ray.remote(cls).options(
+            num_cpus=demand.cpus, num_gpus=demand.gpus, max_restarts=-1, max_task_retries=0
+        )
+        self.handles = [remote.remote(*a) for a in args]
+        try:
+            self._await_start(demand)
+        except BaseException:
+            self.close()
+            raise
+
+    def map(self, method: str, *columns: Sequence[Any]) -> list[Any]:
+        """See `Pool`."""
+        rows = list(zip(*columns, strict=True)) if columns else [()] * len(self.handles)
+        calls = [getattr(h, method).remote(*row) for h, row in zip(self.handles, rows, strict=True)]
+        return [self._result(i, method, rows[i], call) for i, call in enumerate(calls)]
+
+    def close(self) -> None:
+        """See `Pool`."""
+        for handle in self.handles:
+            ray.kill(handle, no_restart=True)
+
+    def _result(self, index: int, method: str, row: tuple[Any, ...], call: Any) -> Any:
+        tries = 1
+        while True:
+            try:
+                return ray.get(call)
+            except RayActorError as error:
+                lost = error
+            except RayTaskError as error:
+                raise _told(error) from None
+            reason = str(lost).strip().splitlines()[0]
+            decision = decide(tries, getattr(lost, "actor_init_failed", False), reason)
+            if isinstance(decision, Stop):
+                raise FellrayError(f"{method}: {decision.reason}; `fellray train` resumes the run")
+            self._note(f"{method} on actor {index} was lost and begun again ({reason})")
+            time.sleep(decision.pause_s)
+            tries += 1
+            call = getattr(self.handles[index], method).remote(*row)
+
+    def _await_start(self, demand: Demand) -> None:
+        started = [handle.__ray_ready__.remote() for handle in self.handles]
+        _, waiting = ray.wait(started, num_returns=len(started), timeout=START_S)
+        if waiting:
+            raise FellrayError(
+                f"{len(waiting)} of {demand.count} {demand.name} actors did not start within "
+                f"{START_S:.0f} s; each asks for {_needs(demand)}, and free now is "
+                f"{_amounts(ray.available_resources())}: end other jobs or ask for less"
+            )
+        for index, reference in enumerate(started):
+            try:
+                ray.get(reference)
+            except (RayActorError, RayTaskError) as error:
+                raise FellrayError(f"{demand.name} actor {index} cannot start: {error}") from None
+
+
+def _told(error: RayTaskError) -> Exception:
+    """What the actor raised, without Ray's wrapping where the user is meant to read it."""
+    cause = error.cause
+    return cause if isinstance(cause, FellrayError | StaleLease) else error
+
+
+def _no_place(
+    demands: Sequence[Demand], placed: Mapping[str, int], nodes: Sequence[Mapping[str, float]]
+) -> str:
+    asked = "; ".join(f"{d.count} {d.name} actors of {_needs(d)}" for d in demands)
+    exists = " + ".join(_amounts(node) for node in nodes)
+    fits = ", ".join(f"{placed[d.name]} of {d.count} {d.name}" for d in demands)
+    return (
+        f"no place for all actors: asked {asked}; the cluster's nodes have {exists}; "
+        f"what fits: {fits}. Put more clients into an actor (clients.per_actor), ask for less "
+        "(clients.cpus, clients.gpu_denominator, server.cpus, server.gpus), or let an autoscaler "
+        "bring nodes (cluster.wait_for_nodes_s)"
+    )
+
+
+def _needs(demand: Demand) -> str:
+    return _amounts({"CPU": demand.cpus, "GPU": demand.gpus})
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return f"{resources.get('CPU', 0):g} CPU and {resources.get('GPU', 0):g} GPU"

@@ -1,0 +1,95 @@
+"""The server: the trunk's host behind a queue that merges whoever waits.
+
+An async actor with exactly one engine thread; calls go client to server only. It sees activations
+and gradients, never tokens or labels.
+"""
+
+import asyncio
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fellray.platform.adapters import start
+from fellray.platform.batcher import Batcher
+from fellray.platform.config import RunConfig
+from fellray.platform.encoder import Backbone
+from fellray.platform.messages import Activation, Gradient, Installation, Lease
+from fellray.platform.rounds import Rounds, Staged
+from fellray.platform.split import cut_model
+from fellray.platform.trunk import Engine, TorchEngine, Trunk, TrunkHost
+
+
+def make_host(
+    config: RunConfig, learners: Sequence[str], backbone: Backbone, rounds: Rounds
+) -> TrunkHost:
+    """The trunk with the engine that the config names."""
+    torch.set_num_threads(config.server.threads)
+    parts = cut_model(backbone, config.model)
+    sites = parts.cut.sites["trunk"]
+    seeded = start(sites, config.model.lora, config.seed)
+    trunk = Trunk(parts.trunk, seeded)
+    engine: Engine
+    if config.server.engine == "deepspeed":
+        from fellray.actors.engine import DeepSpeedEngine
+
+        engine = DeepSpeedEngine(trunk, config)
+    else:
+        engine = TorchEngine(trunk, config)
+    return TrunkHost(config, learners, sites, engine, rounds)
+
+
+class Server:
+    """A plain class: `Pool` makes it an actor."""
+
+    def __init__(
+        self, config: RunConfig, learners: Sequence[str], backbone: Backbone, rounds: Rounds
+    ):
+        self._batcher = Batcher(config.server.max_tokens)
+        # made on the thread that will run it: gradients and thread counts belong to a thread
+        self._host = self._batcher.call(make_host, config, learners, backbone, rounds).result()
+
+    async def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
+        """See `TrunkHost.begin`."""
+        lease: Lease = await self._call(self._host.begin, run, round, clients)
+        return lease
+
+    async def forward(self, activation: Activation) -> np.ndarray:
+        """See `Remote.forward`; merged with whatever else waits."""
+        future = self._batcher.submit(self._host.forward, activation, len(activation.h_Ld))
+        output: np.ndarray = await asyncio.wrap_future(future)
+        return output
+
+    async def backward(self, activation: Activation, gradient: Gradient) -> np.ndarray:
+        """See `Remote.backward`; merged with whatever else waits."""
+        size = len(activation.h_Ld)
+        future = self._batcher.submit(self._host.backward, (activation, gradient), size)
+        down: np.ndarray = await asyncio.wrap_future(future)
+        return down
+
+    async def theta(self, lives: Collection[str], clients: Sequence[str]) -> np.ndarray:
+        """See `TrunkHost.theta`."""
+        theta: np.ndarray = await self._call(self._host.theta, lives, clients)
+        return theta
+
+    async def install(self, installation: Installation) -> tuple[Staged, ...]:
+        """See `TrunkHost.install`."""
+        staged: tuple[Staged, ...] = await self._call(self._host.install, installation)
+        return staged
+
+    async def stage_start(self) -> tuple[Staged, ...]:
+        """See `TrunkHost.stage_start`."""
+        staged: tuple[Staged, ...] = await self._call(self._host.stage_start)
+        return staged
+
+    async def forget(self) -> None:
+        """See `TrunkHost.forget`."""
+        await self._call(self._host.forget)
+
+    async def batch_sizes(self) -> list[int]:
+        """Requests in each batch so far."""
+        return list(self._batcher.sizes)
+
+    async def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.wrap_future(self._batcher.call(function, *args))

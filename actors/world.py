@@ -1,0 +1,71 @@
+"""What actors are made of: who trains on whose data, the frozen model, the public catalogue."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fellray.platform.aggregation import Method
+from fellray.platform.config import RunConfig
+from fellray.platform.encoder import Backbone, Tokens, load_backbone, load_tokenizer, tokenize
+from fellray.platform.errors import FellrayError
+from fellray.platform.shards import Dataset
+from fellray.platform.split import plan_cut
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """What is public about the items, one copy per node."""
+
+    tokens: Tokens
+    """Token ids of every title."""
+    vectors_Id: np.ndarray
+    """Unit vectors of the frozen encoder, fp32."""
+    popularity_I: np.ndarray
+    """Count in everybody's training split, int64: for the baseline row only."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The run's fixed surroundings."""
+
+    seats: dict[str, tuple[str, ...]]
+    """Learner -> the clients whose shards it reads."""
+    backbone: Backbone
+    catalogue: Catalogue
+    data_sha256: str
+    """Identity of the prepared data."""
+    counts: dict[str, int]
+    """Users, items, interactions and splits of the prepared data."""
+
+    def client_side(self, config: RunConfig) -> Backbone:
+        """The frozen bottom and top."""
+        cut = plan_cut(self.backbone, config.model)
+        return self.backbone.select(cut.prefixes("bottom") + cut.prefixes("top"))
+
+    def trunk_side(self, config: RunConfig) -> Backbone:
+        """The frozen trunk."""
+        return self.backbone.select(plan_cut(self.backbone, config.model).prefixes("trunk"))
+
+
+def survey(config: RunConfig) -> World:
+    """Read what every actor needs, and refuse what cannot work before any actor exists.
+
+    Raises:
+        FellrayError: the data is not prepared, was prepared with another encoder, or the cut does
+            not fit the model.
+    """
+    data = Dataset(config.data.path)
+    backbone = load_backbone(config.model.name)
+    plan_cut(backbone, config.model)
+    made_with = data.manifest["encoder"]["sha256"]
+    if made_with != backbone.sha256:
+        raise FellrayError(
+            f"{config.data.path}: item vectors were made with another encoder "
+            f"({data.manifest['encoder']['name']}, weights {made_with[:12]}) than model.name "
+            f"{config.model.name} ({backbone.sha256[:12]}): run `fellray prepare` again"
+        )
+    tokens = tokenize(load_tokenizer(config.model.name), data.titles, config.model.max_tokens)
+    catalogue = Catalogue(tokens, data.vectors.numpy(), data.popularity)
+    method: Method = config.method
+    seats = method.seat(data.clients)
+    return World(seats, backbone, catalogue, data.sha256, data.manifest["counts"])

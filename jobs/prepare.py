@@ -1,0 +1,65 @@
+"""Prepare: interactions in, one Parquet shard per client out, with the items' frozen vectors."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+from fellray.platform import config as configs
+from fellray.platform import shards
+from fellray.platform.config import RunConfig
+from fellray.platform.encoder import Backbone, load_backbone, load_tokenizer, tokenize
+from fellray.platform.interactions import read, split
+from fellray.platform.partition import partition
+from fellray.platform.reader import assemble
+from fellray.platform.rows import Rows
+from fellray.platform.split import cut_model
+from fellray.platform.tower import encode_texts
+
+ROWS = 256
+"""Titles in one forward pass."""
+
+
+def prepare(config: RunConfig) -> dict[str, Any]:
+    """Write the folder `data.path` and return its manifest."""
+    interactions = read(config.data)
+    splits = split(interactions, config.data.split)
+    clients = partition(
+        config.data.partition,
+        interactions.user_id,
+        interactions.item_id,
+        splits,
+        config.data.seed,
+    )
+    backbone = load_backbone(config.model.name)
+    vectors = encode_titles(config, backbone, interactions.items["title"].to_pylist())
+    return shards.write(
+        config.data, interactions, splits, clients, backbone.name, backbone.sha256, vectors
+    )
+
+
+def encode_titles(config: RunConfig, backbone: Backbone, titles: list[str]) -> np.ndarray:
+    """Unit vectors [titles, d] of the whole frozen encoder."""
+    parts = cut_model(backbone, config.model)
+    tokens = tokenize(load_tokenizer(config.model.name), titles, config.model.max_tokens)
+
+    def batches() -> Iterator[np.ndarray]:
+        for at in track(range(0, len(titles), ROWS), description="Item vectors", transient=True):
+            items = np.arange(at, min(at + ROWS, len(titles)))[:, None]
+            ids, lengths = assemble(tokens, items, config.model.max_tokens)
+            rows = Rows(lengths, config.model.pad_multiple)
+            yield encode_texts(parts, rows, ids, tokens.pad).numpy()
+
+    return np.concatenate(list(batches()))
+
+
+def main() -> None:
+    """`python jobs/prepare.py CONFIG [key=value ...]`, also under `ray job submit`."""
+    path, *overrides = sys.argv[1:]
+    prepare(configs.load(path, overrides))
+
+
+if __name__ == "__main__":
+    main()

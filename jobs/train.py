@@ -1,0 +1,49 @@
+"""Train: one turn of the loop is one round of Algorithm 1."""
+
+import sys
+from typing import Any
+
+from fellray.actors.plant import Plant, deal
+from fellray.actors.session import connect
+from fellray.actors.world import survey
+from fellray.jobs.display import Display
+from fellray.jobs.finish import finish
+from fellray.platform import config as configs
+from fellray.platform.aggregation import reduce
+from fellray.platform.config import RunConfig
+from fellray.platform.run import Outcome, open_run
+
+
+def one_round(plant: Plant, t: int, config: RunConfig) -> Outcome:
+    """A pure function of the committed state of round t - 1."""
+    if t == 0:
+        return Outcome(plant.stage_start(), plant.validate(0))
+    reports = plant.fit(t)  # local split training
+    plan = config.method.plan(reports.meta)  # who listens to whom
+    mixed = reduce(plan, reports.theta_CP)  # everybody's own mixture
+    return Outcome(plant.install(reports, mixed), plant.validate(t), reports, plan)
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Train until the last round, from wherever an earlier try was interrupted; the summary."""
+    world = survey(config)
+    with (
+        open_run(config, world.data_sha256) as run,
+        connect(config, len(deal(list(world.seats), config.clients.per_actor))),
+        Plant.on_ray(config, world, run.rounds) as plant,
+        Display(config, run) as display,
+    ):
+        for t in run.to_go():
+            outcome = plant.replayed(one_round, t, config)
+            display.show(run.commit(t, outcome, plant.close_ledger(), plant.take_events()))
+        return finish(run, plant, world, display)
+
+
+def main() -> None:
+    """`python jobs/train.py CONFIG [key=value ...]`, also under `ray job submit`."""
+    path, *overrides = sys.argv[1:]
+    train(configs.load(path, overrides))
+
+
+if __name__ == "__main__":
+    main()

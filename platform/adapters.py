@@ -1,0 +1,171 @@
+"""LoRA adapters of many clients: stacked, gathered per row, each client with its own AdamW.
+
+The fields are those of peft's `LoraConfig`; with one client a bank computes what peft computes. A
+client's parameters of one part of the model are one flat row, and every matrix is a view of it.
+
+Shapes: S slots (clients), N rows of a step, P parameters of one client, r rank.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fellray.platform.config import LoraSpec, TrainConfig
+
+Pair = tuple[Tensor, Tensor]
+"""A [N, r, d_in] and B [N, d_out, r] of one projection: row i carries its own client's."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One adapted projection."""
+
+    path: str
+    """Its name in the whole model, as in peft's state dict."""
+    d_in: int
+    d_out: int
+
+    def num_parameters(self, r: int) -> int:
+        """Numbers in A and B."""
+        return r * (self.d_in + self.d_out)
+
+
+class LoraLinear(nn.Module):
+    """A frozen projection to which each row's own low-rank product is added."""
+
+    def __init__(self, base: nn.Linear, scaling: float):
+        super().__init__()
+        self.base = base
+        self.scaling = scaling
+        self.pairs: tuple[Pair, ...] = ()
+        """Set for one forward by the part that owns this module; none: the base alone."""
+
+    def forward(self, x_NTd: Tensor) -> Tensor:
+        """base(x) + scaling * B (A x), summed over the row's adapters."""
+        y = self.base(x_NTd)
+        for a, b in self.pairs:
+            y = y + torch.bmm(torch.bmm(x_NTd, a.mT), b.mT) * self.scaling
+        return y
+
+
+def start(sites: Sequence[Site], spec: LoraSpec, seed: int) -> Tensor:
+    """The one start that every client shares [P]: A Kaiming-uniform as in peft, B zero.
+
+    Each site draws from a generator of its own, so that its numbers do not depend on where the
+    model is cut.
+    """
+    rows = []
+    for site in sites:
+        generator = torch.Generator().manual_seed(_mix(seed, site.path))
+        a = torch.empty(spec.r, site.d_in)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+        rows += [a.flatten(), torch.zeros(site.d_out * spec.r)]
+    return torch.cat(rows) if rows else torch.empty(0)
+
+
+def views(flat_SP: Tensor, sites: Sequence[Site], r: int) -> list[Pair]:
+    """Every site's A [S, r, d_in] and B [S, d_out, r] as views of stacked flat rows."""
+    pairs, at = [], 0
+    for site in sites:
+        a = flat_SP[:, at : at + r * site.d_in].unflatten(1, (r, site.d_in))
+        at += r * site.d_in
+        b = flat_SP[:, at : at + r * site.d_out].unflatten(1, (site.d_out, r))
+        at += r * site.d_out
+        pairs.append((a, b))
+    return pairs
+
+
+class GradientSum:
+    """Gradients of S slots, added up row by row.
+
+    Row order is the order of summation, so a slot's bits do not depend on other slots' rows.
+    """
+
+    def __init__(self, sites: Sequence[Site], r: int, num_slots: int):
+        self.total_SP = torch.zeros(num_slots, sum(s.num_parameters(r) for s in sites))
+        self._views = views(self.total_SP, sites, r)
+
+    def add(self, slots_N: Tensor, pairs: Sequence[Pair]) -> None:
+        """Add the leaves' gradients [N, ...] to their slots."""
+        for leaves, totals in zip(pairs, self._views, strict=True):
+            for leaf, total in zip(leaves, totals, strict=True):
+                assert leaf.grad is not None
+                total.index_add_(0, slots_N, leaf.grad)
+
+
+class Bank:
+    """The adapters of S clients for one part of the model, and one AdamW state for each."""
+
+    def __init__(self, sites: Sequence[Site], spec: LoraSpec, train: TrainConfig, num_slots: int):
+        self._train = train
+        self.gradient = GradientSum(sites, spec.r, num_slots)
+        self.values_SP = torch.zeros_like(self.gradient.total_SP)
+        self.moment1_SP = torch.zeros_like(self.values_SP)
+        self.moment2_SP = torch.zeros_like(self.values_SP)
+        self.steps_S = torch.zeros(num_slots, dtype=torch.int64)
+        self._values = views(self.values_SP, sites, spec.r)
+
+    def gather(self, slots_N: Tensor, train: bool) -> list[Pair]:
+        """Each row's own adapters, one pair per site; leaves that collect gradients if `train`."""
+        return [
+            (a[slots_N].requires_grad_(train), b[slots_N].requires_grad_(train))
+            for a, b in self._values
+        ]
+
+    def step(self, slots_s: Tensor) -> None:
+        """One AdamW step of the named slots only; nobody else changes by a bit.
+
+        Bit-equal to `torch.optim.AdamW(foreach=False)` on each slot alone.
+        """
+        c = self._train
+        gradient = self.gradient.total_SP[slots_s]
+        self.gradient.total_SP[slots_s] = 0.0
+        if c.clip is not None:
+            norm = torch.stack([row.norm() for row in gradient])
+            gradient = gradient * (c.clip / (norm + 1e-6)).clamp(max=1.0)[:, None]
+        self.steps_S[slots_s] += 1
+        steps = self.steps_S[slots_s].tolist()
+        values = self.values_SP[slots_s] * (1 - c.learning_rate * c.weight_decay)
+        moment1 = self.moment1_SP[slots_s].lerp_(gradient, 1 - c.beta1)
+        moment2 = self.moment2_SP[slots_s].mul_(c.beta2)
+        moment2.addcmul_(gradient, gradient, value=1 - c.beta2)
+        size = torch.tensor([c.learning_rate / (1 - c.beta1**t) for t in steps])
+        correction = torch.tensor([math.sqrt(1 - c.beta2**t) for t in steps])
+        denominator = moment2.sqrt().div_(correction[:, None]).add_(c.eps)
+        values += (moment1 * -size[:, None]).div_(denominator)
+        self.values_SP[slots_s] = values
+        self.moment1_SP[slots_s] = moment1
+        self.moment2_SP[slots_s] = moment2
+
+    def state(self, moments: bool) -> dict[str, Tensor]:
+        """Copies of all rows: values, and AdamW's moments and step counts if asked."""
+        tensors = self._tensors() if moments else {"values": self.values_SP}
+        return {name: tensor.clone() for name, tensor in tensors.items()}
+
+    def reset(self, slots_s: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Put slots to their rows of a `state`; moments it does not hold start anew."""
+        self.gradient.total_SP[slots_s] = 0.0
+        for name, tensor in self._tensors().items():
+            tensor[slots_s] = state[name][slots_s] if name in state else tensor.new_zeros(())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            "values": self.values_SP,
+            "moment1": self.moment1_SP,
+            "moment2": self.moment2_SP,
+            "steps": self.steps_S,
+        }
+
+
+def state_names(part: str, moments: bool) -> list[str]:
+    """Names under which a bank's `state` is kept in a round."""
+    kinds = ["values", "moment1", "moment2", "steps"] if moments else ["values"]
+    return [f"{part}.{kind}" for kind in kinds]
+
+
+def _mix(seed: int, path: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=7).digest())

@@ -1,0 +1,88 @@
+"""Merges whatever waits: requests of one kind that are there at the same moment share one call.
+
+Nobody is waited for. One thread does the work, so what it calls need not be thread-safe. It knows
+nothing of what the requests mean.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+Run = Callable[[Sequence[Any]], Sequence[Any]]
+"""Requests in, one answer for each out; an answer that is an exception is raised at its caller."""
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    run: Run
+    item: Any
+    size: int
+    answer: "Future[Any]"
+
+
+class Batcher:
+    """A queue in front of one engine thread."""
+
+    def __init__(self, max_size: int):
+        """Args: max_size: sizes in one batch add up to at most this; one request may exceed it."""
+        self._max_size = max_size
+        self._queue: deque[_Waiting] = deque()
+        self._filled = threading.Condition()
+        self._open = True
+        self.sizes: list[int] = []
+        """Requests in each batch so far, for the record."""
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, run: Run, item: Any, size: int) -> "Future[Any]":
+        """Ask for `run([..., item, ...])`; requests with the same `run` may be merged."""
+        waiting = _Waiting(run, item, size, Future())
+        with self._filled:
+            self._queue.append(waiting)
+            self._filled.notify()
+        return waiting.answer
+
+    def call(self, function: Callable[..., Any], *args: Any) -> "Future[Any]":
+        """Ask for `function(*args)` in its turn, merged with nothing."""
+        return self.submit(lambda _: [function(*args)], None, 0)
+
+    def close(self) -> None:
+        """Finish what is queued and end the thread."""
+        with self._filled:
+            self._open = False
+            self._filled.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while batch := self._take():
+            self.sizes.append(len(batch))
+            try:
+                answers = batch[0].run([waiting.item for waiting in batch])
+            except Exception as error:  # handed to the callers, whose calls it ends
+                answers = [error] * len(batch)
+            for waiting, answer in zip(batch, answers, strict=True):
+                if isinstance(answer, Exception):
+                    waiting.answer.set_exception(answer)
+                else:
+                    waiting.answer.set_result(answer)
+
+    def _take(self) -> list[_Waiting]:
+        """The oldest request and every other that may share its call, in order of arrival."""
+        with self._filled:
+            while not self._queue and self._open:
+                self._filled.wait()
+            if not self._queue:
+                return []
+            batch, left, size = [], [], 0
+            for waiting in self._queue:
+                fits = not batch or size + waiting.size <= self._max_size
+                if fits and (not batch or waiting.run == batch[0].run):
+                    batch.append(waiting)
+                    size += waiting.size
+                else:
+                    left.append(waiting)
+            self._queue = deque(left)
+            return batch

@@ -1,0 +1,349 @@
+"""Everything a run can be told: one frozen tree, read once, checked at the edge.
+
+A sub-config is passed whole to the one class that owns it; nobody looks a key up by a string.
+The tree knows the methods only as their own configs (one file per method beside this one).
+"""
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from fellray.platform.errors import FellrayError
+from fellray.platform.fellrec import Fellrec
+from fellray.platform.methods import AnyMethod
+
+
+class Config(BaseModel):
+    """Frozen, and deaf to misspelt keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def _kind(default: str) -> BeforeValidator:
+    """A section that names no `kind` means the default one."""
+    return BeforeValidator(
+        lambda value: {"kind": default, **value} if isinstance(value, dict) else value
+    )
+
+
+class LeaveOneOut(Config):
+    """Each user's last interaction is the test item, the one before it the validation item."""
+
+    kind: Literal["leave_one_out"] = "leave_one_out"
+
+
+class Temporal(Config):
+    """One clock for everybody: the newest interactions are the test set, those before validation.
+
+    Needs real timestamps (unix seconds); a set whose order is only per user is refused.
+    """
+
+    kind: Literal["temporal"] = "temporal"
+    valid: float = Field(default=0.1, gt=0, lt=0.5)
+    """Share of all interactions, by time, that go to validation."""
+    test: float = Field(default=0.1, gt=0, lt=0.5)
+    """Share of all interactions, by time, that go to test."""
+
+
+class KMeansPartition(Config):
+    """KMeans on matrix-factorisation user embeddings of the training split, as FELLRec does."""
+
+    kind: Literal["kmeans"] = "kmeans"
+    num_clients: int = Field(default=5, ge=1)
+    """How many clusters, that is clients."""
+    dim: int = Field(default=64, ge=1)
+    """Width of the user embeddings."""
+    epochs: int = Field(default=20, ge=1)
+    """Passes of BPR over the training split."""
+
+
+class PerUser(Config):
+    """One client per user: the cross-device setting."""
+
+    kind: Literal["per_user"] = "per_user"
+
+
+class DataConfig(Config):
+    """Where interactions come from and how they are dealt to clients."""
+
+    path: Path = Path("data/demo")
+    """The prepared folder: `fellray prepare` writes it, everything else reads it."""
+    source: str = "demo"
+    """`demo` (made by fellray), a folder in fellray's schema, a MovieLens `ml-100k` folder, or a
+    Parquet or CSV file of interactions."""
+    items: Path | None = None
+    """A Parquet or CSV file of items, where `source` is a file that has no titles."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Column map of a Parquet or CSV source: fellray's name -> the file's name, for `user_id`,
+    `item_id`, `title`, `timestamp`, `rating`, `categories`."""
+    min_rating: float | None = None
+    """Drop interactions rated below this."""
+    k_core: int = Field(default=5, ge=1)
+    """Repeatedly drop users and items with fewer interactions than this (1: keep all)."""
+    max_users: int | None = Field(default=None, ge=1)
+    """Keep a seeded sample of this many users (before the k-core): a stated subsample."""
+    split: Annotated[
+        Annotated[LeaveOneOut | Temporal, Field(discriminator="kind")], _kind("leave_one_out")
+    ] = LeaveOneOut()
+    """How each history is divided into training, validation and test."""
+    partition: Annotated[
+        Annotated[KMeansPartition | PerUser, Field(discriminator="kind")], _kind("kmeans")
+    ] = KMeansPartition()
+    """Which users belong to which client."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of everything `prepare` draws."""
+
+
+class LoraSpec(Config):
+    """Low-rank adapters, by the field names of peft's `LoraConfig`."""
+
+    r: int = Field(default=8, ge=1)
+    """Rank."""
+    lora_alpha: float = Field(default=16, gt=0)
+    """Scale: the adapter's output is multiplied by lora_alpha / r (or / sqrt(r) with rslora)."""
+    target_modules: tuple[str, ...] = ("query", "value")
+    """Names of the projections that get an adapter, in every block of bottom, trunk and top."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r)."""
+
+    @property
+    def scaling(self) -> float:
+        """What the adapter's output is multiplied by."""
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+
+class ModelConfig(Config):
+    """The language model, where it is cut, and how a history becomes a score."""
+
+    name: str = "all-MiniLM-L6-v2"
+    """`all-MiniLM-L6-v2` (comes with the installation), or any BERT-family encoder by Hugging
+    Face name or by path."""
+    cut: int = Field(default=1, ge=0)
+    """k: blocks 0..k-1 stay on the client with the embeddings (the bottom)."""
+    top: int = Field(default=1, ge=0)
+    """How many of the last blocks stay on the client with the pooling (the top)."""
+    lora: LoraSpec = LoraSpec()
+    """The trained adapters."""
+    max_history: int = Field(default=8, ge=1)
+    """How many of a user's last items are read."""
+    max_tokens: int = Field(default=96, ge=16)
+    """Longest input in tokens, special tokens included; the oldest items are cut off."""
+    pad_multiple: int = Field(default=16, ge=8, multiple_of=8)
+    """A row is padded to a multiple of this, at least 16 tokens, by its own length alone: whoever
+    shares its batch never changes its bits."""
+    temperature: float = Field(default=0.05, gt=0)
+    """Cosine scores are divided by this."""
+    prior: bool = True
+    """Add log(1 + the item's count in this client's own training split) to the scores."""
+
+    @model_validator(mode="after")
+    def _room_for_a_padded_row(self) -> Self:
+        if self.max_tokens % self.pad_multiple:
+            raise ValueError(
+                f"max_tokens ({self.max_tokens}) must be a multiple of pad_multiple "
+                f"({self.pad_multiple})"
+            )
+        return self
+
+
+class TrainConfig(Config):
+    """Local training and the rounds."""
+
+    rounds: int = Field(default=10, ge=0)
+    """How many times the loop in jobs/train.py turns."""
+    local_samples: int = Field(default=96, ge=1)
+    """Training histories one client reads in one round."""
+    batch_size: int = Field(default=16, ge=1)
+    """Histories in one local step of one client."""
+    learning_rate: float = Field(default=5e-4, gt=0)
+    """AdamW's learning rate."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's first decay."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """AdamW's second decay."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon."""
+    clip: float | None = Field(default=None, gt=0)
+    """L2 bound on one client's gradient in a step, client and trunk side each; none by default."""
+    moments: Literal["reset", "keep"] = "reset"
+    """What AdamW's moments do when a round ends: start anew (default) or stay with the client."""
+    share: Literal["all", "trunk_only", "none"] = "all"
+    """What a client gives to the mixture: all its adapters; only the trunk's, which the server
+    holds anyway; or none (then only the loss is sent)."""
+
+
+class ClientsConfig(Config):
+    """Client actors: how many clients each holds and what it may use of a node."""
+
+    per_actor: int = Field(default=1, ge=1)
+    """Clients (slots) in one actor. 1: every client is a process of its own (about 600 MiB)."""
+    cpus: float = Field(default=0.5, ge=0)
+    """CPUs Ray reserves for one client actor."""
+    gpu_denominator: int = Field(default=0, ge=0)
+    """n: one client actor takes 1/n of a GPU. 0: none."""
+    threads: int = Field(default=1, ge=1)
+    """Threads torch uses in a client actor. Recorded, because it decides the bits."""
+
+
+class ServerConfig(Config):
+    """The server actor that runs the trunk."""
+
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    """Who backpropagates through the trunk."""
+    zero_stage: Literal[1] = 1
+    """DeepSpeed's ZeRO stage (world size 1)."""
+    shared_adapter: bool = False
+    """Also train one trunk adapter shared by all clients, under DeepSpeed's optimizer."""
+    shared_learning_rate: float = Field(default=1e-3, gt=0)
+    """Learning rate of the shared trunk adapter, stepped once per round."""
+    max_tokens: int = Field(default=16384, ge=16)
+    """Most tokens in one merged batch; rows of one client and step always stay together."""
+    cpus: float = Field(default=1, ge=0)
+    """CPUs Ray reserves for the server."""
+    gpus: float = Field(default=0, ge=0)
+    """GPUs Ray reserves for the server."""
+    threads: int = Field(default=2, ge=1)
+    """Threads torch uses in the server."""
+
+
+class ClusterConfig(Config):
+    """Which Ray the actors run on."""
+
+    address: str = "local"
+    """`local` starts a Ray of its own on this machine; `auto` joins the one that runs here, as a
+    job under `ray job submit` does anyway."""
+    wait_for_nodes_s: float = Field(default=0.0, ge=0)
+    """Seconds to wait for an autoscaler to bring nodes before a layout that does not fit is
+    refused."""
+
+
+class EvaluationConfig(Config):
+    """Full ranking over all items, seen items masked."""
+
+    every: int = Field(default=1, ge=1)
+    """Validate after every this many rounds (and after the last)."""
+    select: Literal["ndcg@10", "worst_ndcg@10"] = "ndcg@10"
+    """The best round: highest pooled validation NDCG@10, or highest of the worst client."""
+    max_users: int | None = Field(default=None, ge=1)
+    """Validate on at most this many users of each client; the test is always whole."""
+
+
+class RunConfig(Config):
+    """One training run."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$")
+    """The run's folder is `storage`/`name`."""
+    storage: str = "runs"
+    """A path, or a URI of any pyarrow filesystem (s3://, gs://, hdfs://, file://)."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the adapters' start and of the order in which clients read their data."""
+    keep_last: int = Field(default=2, ge=1)
+    """How many committed rounds stay on storage besides the best one."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    method: Annotated[AnyMethod, _kind("fellrec")] = Field(default=Fellrec())
+    train: TrainConfig = TrainConfig()
+    clients: ClientsConfig = ClientsConfig()
+    server: ServerConfig = ServerConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+def load(path: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config in a YAML file, changed by `key.key=value` overrides.
+
+    Raises:
+        FellrayError: the file is missing or no YAML, a key is unknown (the nearest known one is
+            named) or a value does not fit.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise FellrayError(
+                f"{path}: cannot be read ({error.strerror}); `fellray init` writes a first config"
+            ) from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise FellrayError(f"{path}: is not YAML: {error}") from None
+        if not isinstance(tree, dict):
+            raise FellrayError(f"{path}: must be a mapping of keys to values")
+    for override in overrides:
+        _set(tree, override)
+    return parse(tree, str(path or "command line"))
+
+
+def parse(tree: dict[str, Any], source: str) -> RunConfig:
+    """A checked config from plain data; `source` is named in the error."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise FellrayError(_explain(error, source)) from None
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved config as JSON: machine-written, nothing left to a default."""
+    return json.dumps(config.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise FellrayError(f"override {override!r}: write key=value, for example train.rounds=3")
+    *parents, last = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise FellrayError(f"override {override!r}: {parent} is a value, not a section")
+    tree[last] = yaml.safe_load(value)
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines = []
+    for e in error.errors():
+        where = [str(part) for part in e["loc"]]
+        name = ".".join(where)
+        if e["type"] == "extra_forbidden":
+            known = _known_keys(where[:-1])
+            near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+            lines.append(f"{source}: unknown key {name!r}; {hint}")
+        else:
+            lines.append(f"{source}: {name}: {e['msg']} (got {e['input']!r})")
+    return "\n".join(lines)
+
+
+def _known_keys(path: Sequence[str]) -> list[str]:
+    """Field names at a place in the tree, by the JSON schema, which knows the unions."""
+    schema = RunConfig.model_json_schema()
+    nodes = [schema]
+    for part in path:
+        found = []
+        for node in nodes:
+            if part in node.get("properties", {}):
+                found += _targets(schema, node["properties"][part])
+            elif node.get("properties", {}).get("kind", {}).get("const") == part:
+                found.append(node)
+        nodes = found
+    return sorted({key for node in nodes for key in node.get("properties", {})})
+
+
+def _targets(schema: dict[str, Any], node: dict[str, Any]) -> list[dict[str, Any]]:
+    if "$ref" in node:
+        return [schema["$defs"][node["$ref"].rsplit("/", 1)[1]]]
+    options = [*node.get("oneOf", ()), *node.get("anyOf", ()), *node.get("allOf", ())]
+    return [target for option in options for target in _targets(schema, option)] or [node]

@@ -1,0 +1,35 @@
+"""What to do when an actor is lost: a decision as a value. Whoever asked carries it out."""
+
+from dataclasses import dataclass
+
+TRIES = 8
+"""Times one piece of work is begun before the run gives up."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Begin the work again, from the committed state, after a pause."""
+
+    pause_s: float
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Give up; the run stays resumable."""
+
+    reason: str
+
+
+def decide(tries: int, never_started: bool, reason: str) -> Replay | Stop:
+    """A lost actor is replayed, ever more patiently; one that cannot even start is not.
+
+    Args:
+        tries: how often this work was begun so far.
+        never_started: the actor's constructor failed: beginning again would fail again.
+        reason: what was seen.
+    """
+    if never_started:
+        return Stop(f"an actor cannot start: {reason}")
+    if tries >= TRIES:
+        return Stop(f"lost {tries} times, last: {reason}")
+    return Replay(min(0.25 * 2 ** (tries - 1), 4.0))

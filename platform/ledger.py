@@ -1,0 +1,85 @@
+"""The ledger: what each client sent and received, by kind, with a digest of every payload.
+
+It counts logical payload where a message is made, independently of the transport, so that the two
+can be held against each other.
+"""
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+
+from fellray.platform.messages import Activation, Gradient, LedgerRow
+
+
+class Ledger:
+    """Entries since the last `close`."""
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[str, str], list[int]] = {}
+        self._digests: dict[tuple[str, str], hashlib.blake2b] = {}
+
+    def enter(self, client: str, kind: str, payload: np.ndarray) -> None:
+        """One payload of one client."""
+        key = (client, kind)
+        entry = self._entries.setdefault(key, [0, 0])
+        entry[0] += 1
+        entry[1] += payload.nbytes
+        digest = self._digests.setdefault(key, hashlib.blake2b(digest_size=16))
+        digest.update(np.ascontiguousarray(payload).data)
+
+    def enter_rows(self, message: Activation, kind: str, packed_Ld: np.ndarray) -> None:
+        """A packed tensor, each client's rows under its own name, in the order of the rows."""
+        ends = np.cumsum(message.lengths_N)
+        starts = ends - message.lengths_N
+        for c, client in enumerate(message.clients):
+            for row in np.flatnonzero(message.row_client_N == c):
+                self.enter(client, kind, packed_Ld[starts[row] : ends[row]])
+
+    def enter_envelope(self, message: Activation) -> None:
+        """Lengths and row owners."""
+        for c, client in enumerate(message.clients):
+            rows = message.row_client_N == c
+            if rows.any():
+                envelope = np.stack([message.row_client_N[rows] * 0, message.lengths_N[rows]])
+                self.enter(client, "envelope", envelope)
+
+    def void(self) -> None:
+        """What was entered belongs to a round that is begun again: a kind of its own."""
+        for client in {client for client, _ in self._entries}:
+            kinds = sorted(kind for owner, kind in self._entries if owner == client)
+            entries = [self._entries.pop((client, kind)) for kind in kinds]
+            digests = [self._digests.pop((client, kind)).digest() for kind in kinds]
+            self._entries[client, "replayed"] = [
+                sum(e[0] for e in entries),
+                sum(e[1] for e in entries),
+            ]
+            self._digests[client, "replayed"] = hashlib.blake2b(b"".join(digests), digest_size=16)
+
+    def close(self) -> list[LedgerRow]:
+        """All entries, sorted, and a new page."""
+        rows = [
+            LedgerRow(client, kind, *self._entries[client, kind], digest.hexdigest())
+            for (client, kind), digest in sorted(self._digests.items())
+        ]
+        self._entries, self._digests = {}, {}
+        return rows
+
+
+def total(rows: Iterable[LedgerRow]) -> dict[str, int]:
+    """Bytes by kind."""
+    kinds: dict[str, int] = {}
+    for row in rows:
+        kinds[row.kind] = kinds.get(row.kind, 0) + row.bytes
+    return kinds
+
+
+def payload_bytes(*messages: Activation | Gradient | np.ndarray) -> int:
+    """What a transport counts: the bytes of every array in the messages."""
+    arrays: list[np.ndarray] = []
+    for message in messages:
+        if isinstance(message, np.ndarray):
+            arrays.append(message)
+        else:
+            arrays += [v for v in vars(message).values() if isinstance(v, np.ndarray)]
+    return sum(array.nbytes for array in arrays)

@@ -1,0 +1,98 @@
+"""Everything that crosses a process boundary, as closed types.
+
+There is no field here in which a token id, a title, a label or an interaction could travel: only
+hidden states at the cuts, their gradients, sent adapters, one loss per client, and lengths.
+
+Shapes: N rows, L real tokens of all rows together, d width, S clients of one actor, P parameters.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A server's permission to train some clients for one round.
+
+    A restarted server, or a restarted client, gets a new one: messages under the old are refused.
+    """
+
+    server: str
+    """Which life of the server gave it."""
+    number: int
+
+
+class StaleLease(RuntimeError):
+    """The message belongs to a round that the server has begun again since."""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Hidden states at the lower cut: one step of all clients of one actor, packed."""
+
+    run: str
+    round: int
+    step: int
+    lease: Lease | None
+    """None: no training, only the forward pass with the adapters of `round`."""
+    clients: tuple[str, ...]
+    row_client_N: np.ndarray
+    """int32: each row's place in `clients`."""
+    lengths_N: np.ndarray
+    """int32: real tokens per row; the attention mask follows from it."""
+    h_Ld: np.ndarray
+    """fp32."""
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The loss's gradient at the upper cut, for the activation with the same round and step."""
+
+    run: str
+    round: int
+    step: int
+    g_Ld: np.ndarray
+    """fp32."""
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """What one client exchanged in one round, of one kind."""
+
+    client: str
+    kind: str
+    messages: int
+    bytes: int
+    digest: str
+    """BLAKE2b over the payloads in order, so that a record can be held against a replay."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an actor returns at the end of a round."""
+
+    lease: Lease
+    clients: tuple[str, ...]
+    theta_SP: np.ndarray
+    """fp32: the client-side adapters that the method may mix; no columns where nothing is shared.
+    """
+    losses: tuple[float, ...]
+    """Mean training loss per client."""
+    samples: tuple[int, ...]
+    """Histories read per client."""
+    refused: Mapping[str, str]
+    """Clients whose round cannot be used (a NaN or an infinity), and why."""
+
+
+@dataclass(frozen=True)
+class Installation:
+    """What an actor's clients become: the mixture, or their state at the round's start."""
+
+    round: int
+    clients: tuple[str, ...]
+    theta_SP: np.ndarray
+    """fp32: rows follow `clients`."""
+    refused: tuple[str, ...] = ()
+    """These go back to the round's start."""

@@ -1,0 +1,107 @@
+"""The methods a run can name, and the door for a user's own.
+
+One method is one pure file; the three that need no file of their own stand here. To add one: a
+subclass of `Method` with a `kind`, and its name in `AnyMethod`. To use one without touching this
+repository: `method: {kind: file, path: mine.py, name: Mine, options: {...}}`.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, PrivateAttr, ValidationError
+
+from fellray.platform.aggregation import Meta, Method, Plan
+from fellray.platform.errors import FellrayError
+from fellray.platform.fellrec import Fellrec
+
+
+class FedAvg(Method):
+    """McMahan et al. 2017: everybody receives the same mean."""
+
+    kind: Literal["fedavg"] = "fedavg"
+    weighting: Literal["uniform", "samples"] = "uniform"
+    """Every client counts the same, or by the histories it read this round."""
+
+    def plan(self, meta: Meta) -> Plan:
+        """One constant row."""
+        weights = torch.ones_like(meta.samples_C) if self.weighting == "uniform" else meta.samples_C
+        return Plan((weights / weights.sum()).repeat(len(weights), 1))
+
+
+class Local(Method):
+    """No federation: every client trains alone (the trunk's frozen blocks are still shared)."""
+
+    kind: Literal["local"] = "local"
+
+    def plan(self, meta: Meta) -> Plan:
+        """The identity."""
+        return Plan(torch.eye(len(meta.clients), dtype=torch.float64))
+
+
+class Central(Method):
+    """No privacy: one set of adapters trained on the union of all clients' data.
+
+    The orientation row of the papers. It reads as many histories a round as all clients together.
+    """
+
+    kind: Literal["central"] = "central"
+
+    def seat(self, clients: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """One learner reads every shard."""
+        return {"central": tuple(clients)}
+
+    def plan(self, meta: Meta) -> Plan:
+        """The identity."""
+        return Plan(torch.eye(len(meta.clients), dtype=torch.float64))
+
+
+class FromFile(Method):
+    """A method of the user's own, in the user's own file."""
+
+    kind: Literal["file"] = "file"
+    path: Path
+    """A Python file. It is run: name only files you trust."""
+    name: str
+    """The class in it, a subclass of `fellray.platform.aggregation.Method`."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Its fields."""
+    _method: Method = PrivateAttr()
+
+    def seat(self, clients: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """As the user's class says."""
+        return self._method.seat(clients)
+
+    def plan(self, meta: Meta) -> Plan:
+        """As the user's class says."""
+        return self._method.plan(meta)
+
+    def model_post_init(self, context: object, /) -> None:
+        """Fail where the config is read, not in round 1."""
+        self._method = self._load()
+
+    def _load(self) -> Method:
+        where = f"method.path {self.path}"
+        spec = importlib.util.spec_from_file_location("fellray_method_of_user", self.path)
+        if spec is None or spec.loader is None or not self.path.is_file():
+            raise FellrayError(f"{where}: there is no such Python file")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        cls = getattr(module, self.name, None)
+        if not (isinstance(cls, type) and issubclass(cls, Method)):
+            raise FellrayError(
+                f"{where}: method.name {self.name!r} must be a subclass of "
+                "fellray.platform.aggregation.Method in that file"
+            )
+        try:
+            return cls(**self.options)
+        except ValidationError as error:
+            raise FellrayError(f"{where}: method.options do not fit {self.name}: {error}") from None
+
+
+AnyMethod = Annotated[
+    Fellrec | FedAvg | Local | Central | FromFile,
+    Field(discriminator="kind"),
+]

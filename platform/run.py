@@ -1,0 +1,270 @@
+"""A run: its folder, its lock, its committed rounds, its records and its summary.
+
+It does not know how a round comes about. Order of events at a round's end: holders have staged
+their state, then the records are appended, then the manifest is renamed into place: now the round
+happened. Records of rounds that did not happen are dropped when the run is opened again.
+
+Layout: config.json, environment.json, metrics.jsonl, ledger.jsonl, rounds/NNNNNN/, summary.json,
+report.html, adapters/.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import fellray
+from fellray.platform import config as configs
+from fellray.platform.adapters import state_names
+from fellray.platform.aggregation import Plan, Reports
+from fellray.platform.config import RunConfig
+from fellray.platform.errors import FellrayError
+from fellray.platform.journal import Journal
+from fellray.platform.ledger import total
+from fellray.platform.messages import LedgerRow
+from fellray.platform.metrics import Score, balance
+from fellray.platform.rounds import Rounds, Staged
+from fellray.platform.storage import Storage
+
+LIBRARIES = ("torch", "transformers", "peft", "ray", "deepspeed", "numpy", "pyarrow")
+HASHED = [*state_names("client", False), *state_names("trunk", False)]
+"""What a client's adapter hash is taken of."""
+BALANCED = "ndcg@10"
+"""The metric whose spread over clients is reported."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a round came to, before it is committed."""
+
+    staged: Sequence[Staged]
+    validation: Mapping[str, Score] | None
+    """Client -> scores; None in a round that is not validated."""
+    reports: Reports | None = None
+    """None in round 0, the start."""
+    plan: Plan | None = None
+
+
+class Run:
+    """One training run on storage. Open it with `open_run`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data_sha256: str = "",
+        still_locked: Callable[[], None] = lambda: None,
+    ):
+        self.config = config
+        self.storage = Storage(config.storage).sub(config.name)
+        self.rounds = Rounds(self.storage)
+        self.journal = Journal(self.storage)
+        self._data_sha256 = data_sha256
+        self._still_locked = still_locked
+        self._clock = time.monotonic()
+
+    def to_go(self) -> range:
+        """Rounds still to be trained: those after the last committed one."""
+        latest = self.rounds.latest()
+        return range(0 if latest is None else latest + 1, self.config.train.rounds + 1)
+
+    def commit(
+        self, round: int, outcome: Outcome, ledger: Sequence[LedgerRow], events: Sequence[str]
+    ) -> dict[str, Any]:
+        """Make a round happen: records first, then the manifest; old rounds are pruned after.
+
+        Returns:
+            The round's row of metrics.jsonl.
+        """
+        now = time.monotonic()
+        row = {"round": round, "seconds": round_seconds(now - self._clock)}
+        row |= _describe(outcome) | {
+            "bytes": sum(entry.bytes for entry in ledger),
+            "events": list(events),
+        }
+        self._clock = now
+        self.journal.record("metrics", [row])
+        self.journal.record("ledger", [{"round": round, **asdict(entry)} for entry in ledger])
+        self._still_locked()
+        self.rounds.commit(round, outcome.staged, {"data_sha256": self._data_sha256})
+        self.rounds.prune(self.config.keep_last, keep=[0, self.best_round()])
+        return row
+
+    def best_round(self) -> int:
+        """The round with the best validation by `evaluation.select`; the earliest among equals."""
+        key = self.config.evaluation.select
+
+        def quality(row: Mapping[str, Any]) -> float:
+            value = row["worst_ndcg@10"] if key == "worst_ndcg@10" else row["validation"][key]
+            return float(value)
+
+        validated = [row for row in self.journal.rows("metrics") if row.get("validation")]
+        if not validated:
+            return 0
+        return int(max(validated, key=lambda row: (quality(row), -row["round"]))["round"])
+
+
+@contextmanager
+def open_run(config: RunConfig, data_sha256: str) -> Iterator[Run]:
+    """Hold the run's folder: a new run, or the same config's interrupted one.
+
+    Raises:
+        FellrayError: another process holds it, or it was begun with another config or other data.
+    """
+    storage = Storage(config.storage).sub(config.name)
+    with storage.lock("train") as still_locked:
+        run = Run(config, data_sha256, still_locked)
+        if storage.exists("config.json"):
+            _refuse_other(run, data_sha256)
+        storage.write("config.json", configs.dump(config).encode())
+        run.journal.write_json("environment.json", environment())
+        run.journal.resume(run.rounds.latest())
+        yield run
+
+
+def read_run(path: str) -> Run:
+    """A run that exists, by its folder or URI.
+
+    Raises:
+        FellrayError: there is no run.
+    """
+    storage, _, name = path.rstrip("/").rpartition("/")
+    folder = Storage(storage or ".").sub(name)
+    if not folder.exists("config.json"):
+        raise FellrayError(
+            f"{path}: holds no run (no config.json); `fellray runs` lists those known"
+        )
+    tree = json.loads(folder.read("config.json"))
+    config = configs.parse(tree | {"storage": storage or ".", "name": name}, f"{path}/config.json")
+    return Run(config)
+
+
+def _describe(outcome: Outcome) -> dict[str, Any]:
+    """A round as a row: losses and weights of its learners, validation of its clients."""
+    row: dict[str, Any] = {}
+    reports, plan = outcome.reports, outcome.plan
+    if reports and plan:
+        finite = {c: loss if math.isfinite(loss) else None for c, loss in reports.losses.items()}
+        counted = reports.meta.losses_C
+        row |= {
+            "loss": counted.mean().item() if len(counted) else None,
+            "losses": finite,
+            "samples": reports.samples,
+            "samples_per_second": round_seconds(reports.samples / reports.seconds),
+            "refused": dict(reports.refused),
+        }
+        for name, values in {"own_weight": plan.own_weight_C, **plan.notes}.items():
+            row[name] = dict(zip(reports.meta.clients, values.tolist(), strict=True))
+    if outcome.validation is not None:
+        scored = {c: s.means()[BALANCED] for c, s in outcome.validation.items() if s.users}
+        row["validation"] = pool(outcome.validation)
+        row["validation_per_client"] = scored
+        row["worst_ndcg@10"] = min(scored.values(), default=0.0)
+    return row
+
+
+def round_seconds(value: float) -> float:
+    """Times and rates to the millisecond: more digits would be noise."""
+    return round(value, 3)
+
+
+def summarise(
+    run: Run,
+    data: Mapping[str, Any],
+    model_sha256: str,
+    test: Mapping[str, Score],
+    validation: Mapping[str, Score],
+    untrained: Mapping[str, Score],
+    baselines: Mapping[str, Mapping[str, Score]],
+) -> dict[str, Any]:
+    """The run in numbers: what `summary.json` holds (its keys are stable)."""
+    best = run.best_round()
+    rows = run.journal.rows("ledger")
+    ledger = [
+        LedgerRow(**{k: v for k, v in row.items() if k != "round"})
+        for row in rows
+    ]
+    per_client = {c: {"users": s.users, **s.means()} for c, s in sorted(test.items())}
+    config = run.config
+    return {
+        "run": config.name,
+        "method": config.method.kind,
+        "seed": config.seed,
+        "rounds": run.rounds.latest() or 0,
+        "best_round": best,
+        "clients": len(test),
+        "test": pool(test),
+        "validation": pool(validation),
+        "per_client": per_client,
+        "balance": balance({c: m[BALANCED] for c, m in per_client.items()}),
+        "bytes": total(ledger),
+        "hashes": run.rounds.hashes(best, HASHED),
+        "final_hashes": run.rounds.hashes(run.rounds.latest() or 0, HASHED),
+        **{name: pool(scores) for name, scores in baselines.items()},
+        "untrained": pool(untrained),
+        "data": dict(data),
+        "model": {"name": config.model.name, "sha256": model_sha256},
+        "environment": environment(),
+        "events": [e for row in run.journal.rows("metrics") for e in row["events"]],
+    }
+
+
+def pool(scores: Mapping[str, Score]) -> dict[str, float]:
+    """Metrics over all users of all clients; clients are added in the order of their ids."""
+    first, *others = [scores[client] for client in sorted(scores)]
+    for other in others:
+        first = first + other
+    return first.means()
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers may depend on besides the config."""
+    return {
+        "fellray": fellray.__version__,
+        "python": sys.version.split()[0],
+        **{name: version(name) for name in LIBRARIES},
+        "cpus": os.cpu_count(),
+    }
+
+
+def _refuse_other(run: Run, data_sha256: str) -> None:
+    """A run goes on with the config and data it began with; its length and place may change."""
+    held = _flatten(json.loads(run.storage.read("config.json")))
+    wanted = _flatten(json.loads(configs.dump(run.config)))
+    changed = sorted(
+        name
+        for name in held.keys() | wanted.keys()
+        if held.get(name) != wanted.get(name) and name not in _MAY_CHANGE
+    )
+    latest = run.rounds.latest()
+    if latest is not None and run.rounds.facts(latest)["data_sha256"] != data_sha256:
+        changed.append(f"the prepared data in {run.config.data.path}")
+    if changed:
+        raise FellrayError(
+            f"{run.storage}: was begun with another config (differs in {', '.join(changed)}); "
+            "give the new run another name=..., or remove the folder"
+        )
+
+
+_MAY_CHANGE = (
+    "storage",
+    "train.rounds",
+    "keep_last",
+    "cluster.address",
+    "cluster.wait_for_nodes_s",
+)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,357 @@
+"""The prepared folder: written once, whole; every file checked when it is read.
+
+It must not know models, methods or rounds. Letters: I items, D width of a vector, U users of one
+client, N interactions of one client, M training targets, H users with something held out.
+"""
+
+import difflib
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors
+import safetensors.numpy
+import safetensors.torch
+import torch
+
+from fellray.platform.config import DataConfig
+from fellray.platform.errors import FellrayError
+from fellray.platform.interactions import Interactions
+
+_VERSION = 1
+_MANIFEST = "manifest.json"
+_SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one split holds back of each user who has a history before it; H users."""
+
+    users: np.ndarray
+    """int64 [H]"""
+    histories: list[np.ndarray]
+    """H int32 arrays: all earlier items, oldest first."""
+    seen: list[np.ndarray]
+    """H int32 arrays: the history without what `truth` repeats; the items a ranking masks."""
+    truth: list[np.ndarray]
+    """H int32 arrays: the items of the split, oldest first."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One client's interactions; user u owns the rows offsets[u] to offsets[u + 1], oldest first.
+
+    Along a user's rows `splits` never decreases.
+    """
+
+    client: str
+    users: np.ndarray
+    """int64 [U], ascending"""
+    offsets: np.ndarray
+    """int64 [U + 1]"""
+    items: np.ndarray
+    """int32 [N], indices of items"""
+    splits: np.ndarray
+    """uint8 [N], 0 training, 1 validation, 2 test"""
+
+    def counts(self, num_items: int) -> np.ndarray:
+        """int64 [I]: how often each item occurs in this client's training split."""
+        return np.bincount(self.items[self.splits == 0], minlength=num_items)
+
+    def train_targets(self) -> np.ndarray:
+        """int64 [M]: rows of the training split with an earlier one of the same user."""
+        usable = self.splits == 0
+        usable[self.offsets[:-1]] = False
+        return np.flatnonzero(usable)
+
+    def history(self, n: int, max_history: int) -> np.ndarray:
+        """int32, at most max_history: the same user's items before row n, oldest first."""
+        assert 0 <= n < len(self.items), n
+        start = self.offsets[np.searchsorted(self.offsets, n, side="right") - 1]
+        return self.items[max(start, n - max_history) : n]
+
+    def held_out(self, split: Literal[1, 2]) -> Held:
+        """The truth of a split (1 validation, 2 test), and what came before it.
+
+        Before validation lies training; before test, training and validation.
+        """
+        user_N = np.repeat(np.arange(len(self.users)), np.diff(self.offsets))
+        before_U = np.bincount(user_N[self.splits < split], minlength=len(self.users))
+        held_U = np.bincount(user_N[self.splits == split], minlength=len(self.users))
+        kept_U = (before_U > 0) & (held_U > 0)
+        is_history = (self.splits < split) & kept_U[user_N]
+        is_truth = (self.splits == split) & kept_U[user_N]
+        key_N = user_N * (int(self.items.max(initial=0)) + 1) + self.items
+        is_seen = is_history & ~np.isin(key_N, key_N[is_truth])
+        seen_U = np.bincount(user_N[is_seen], minlength=len(self.users))
+        return Held(
+            users=self.users[kept_U],
+            histories=_pieces(self.items[is_history], before_U[kept_U]),
+            seen=_pieces(self.items[is_seen], seen_U[kept_U]),
+            truth=_pieces(self.items[is_truth], held_U[kept_U]),
+        )
+
+
+def write(
+    config: DataConfig,
+    interactions: Interactions,
+    splits: np.ndarray,
+    clients: Mapping[str, np.ndarray],
+    encoder_name: str,
+    encoder_sha256: str,
+    vectors_ID: np.ndarray,
+) -> dict[str, Any]:
+    """Writes the prepared folder `config.path` and returns its manifest.
+
+    The folder appears whole, by a rename; one that is there is replaced only then. The same
+    input gives the same bytes, wherever the folder lies: the manifest leaves `path` out.
+    Interactions of users who belong to no client are dropped and counted.
+
+    Args:
+        splits: uint8 [N], as `interactions.split` gives them.
+        clients: client id -> its users' ids, as `partition.partition` gives them.
+        vectors_ID: float32 [I, D], unit rows, one per row of `interactions.items`.
+
+    Raises:
+        FellrayError: a client has nothing to train on, or `config.path` is something else than a
+            prepared folder.
+    """
+    num_items = interactions.items.num_rows
+    assert vectors_ID.dtype == np.float32, vectors_ID.dtype
+    assert len(vectors_ID) == num_items, vectors_ID.shape
+    assert np.allclose(np.linalg.norm(vectors_ID, axis=1), 1, atol=1e-3), "rows of unit length"
+    path = config.path
+    if path.exists() and not (path.is_dir() and _may_replace(path)):
+        raise FellrayError(
+            f"{path}: exists and is no prepared folder, so it is left alone; remove it or choose "
+            "another data.path"
+        )
+    names = sorted(clients)
+    users = np.concatenate([clients[name] for name in names])
+    owner = np.repeat(np.arange(len(names)), [len(clients[name]) for name in names])
+    by_user = np.argsort(users, kind="stable")
+    users, owner = users[by_user], owner[by_user]
+    assert (np.diff(users) > 0).all(), "a user belongs to one client"
+    place = np.searchsorted(users, interactions.user_id).clip(max=len(users) - 1)
+    kept = users[place] == interactions.user_id
+    item = np.searchsorted(interactions.items["item_id"].to_numpy(), interactions.item_id)
+    popularity = np.bincount(item[kept & (splits == 0)], minlength=num_items)
+    # A stable sort: within a client the rows stay sorted by (user, seq).
+    rows = np.flatnonzero(kept)
+    rows = rows[np.argsort(owner[place[rows]], kind="stable")]
+    bounds = np.searchsorted(owner[place[rows]], np.arange(len(names) + 1))
+    columns = {
+        "user_id": interactions.user_id[rows],
+        "item": item[rows].astype(np.int32),
+        "timestamp": interactions.timestamp[rows],
+        "split": splits[rows],
+    }
+    _refuse_idle_clients(names, bounds, columns["user_id"], columns["split"])
+
+    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        (fresh / "clients").mkdir(parents=True)
+        table = interactions.items.append_column("popularity", pa.array(popularity))
+        items_sha256 = _write_table(fresh / "items.parquet", table)
+        vectors = safetensors.numpy.save({"items": np.ascontiguousarray(vectors_ID)})
+        (fresh / "vectors.safetensors").write_bytes(vectors)
+        table = pa.table(columns)
+        entries = {}
+        for name, start, stop in zip(names, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            file = f"clients/{name}.parquet"
+            sizes = np.bincount(columns["split"][start:stop], minlength=3).tolist()
+            entries[name] = {
+                "file": file,
+                "sha256": _write_table(fresh / file, table.slice(start, stop - start)),
+                "users": len(clients[name]),
+                **dict(zip(_SPLITS, sizes, strict=True)),
+            }
+        sizes = np.bincount(columns["split"], minlength=3).tolist()
+        manifest = {
+            "version": _VERSION,
+            "data": config.model_dump(mode="json", exclude={"path"}),
+            "encoder": {"name": encoder_name, "sha256": encoder_sha256},
+            "counts": {
+                "users": len(users),
+                "items": num_items,
+                "interactions": len(rows),
+                **dict(zip(_SPLITS, sizes, strict=True)),
+                "dropped": int((~kept).sum()),
+            },
+            "items": {"file": "items.parquet", "sha256": items_sha256, "count": num_items},
+            "vectors": {
+                "file": "vectors.safetensors",
+                "sha256": hashlib.sha256(vectors).hexdigest(),
+                "dim": vectors_ID.shape[1],
+            },
+            "clients": entries,
+        }
+        text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+        (fresh / _MANIFEST).write_text(text, encoding="utf-8")
+        _install(fresh, path)
+    except OSError as error:
+        raise FellrayError(
+            f"{path}: cannot be written ({error.strerror}); mend that or choose another data.path"
+        ) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return manifest
+
+
+class Dataset:
+    """A prepared folder, opened for reading. Vectors and shards are read when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens the folder and reads its manifest and its items.
+
+        Raises:
+            FellrayError: the folder is missing, of another version or damaged.
+        """
+        self._path = Path(path)
+        try:
+            raw = (self._path / _MANIFEST).read_bytes()
+        except OSError:
+            raise FellrayError(
+                f"{self._path}: is no prepared folder (no {_MANIFEST}); run `fellray prepare`, or "
+                "point data.path at the folder it wrote"
+            ) from None
+        self.sha256 = hashlib.sha256(raw).hexdigest()
+        """Hash of the manifest, which names the hash of every file: the identity of the data."""
+        try:
+            self.manifest: dict[str, Any] = json.loads(raw)
+            version = self.manifest["version"]
+            items, names = self.manifest["items"], sorted(self.manifest["clients"])
+        except (ValueError, KeyError, TypeError):
+            raise self._damaged(_MANIFEST) from None
+        if version != _VERSION:
+            raise FellrayError(
+                f"{self._path / _MANIFEST}: is version {version}, this fellray reads version "
+                f"{_VERSION}; run `fellray prepare` again"
+            )
+        self.clients: tuple[str, ...] = tuple(names)
+        table = self._read_table(items)
+        self.item_ids: np.ndarray = table["item_id"].to_numpy()
+        """int64 [I], ascending"""
+        self.titles: list[str] = table["title"].to_pylist()
+        self.categories: list[str] = table["categories"].to_pylist()
+        self.popularity: np.ndarray = table["popularity"].to_numpy()
+        """int64 [I], how often each item occurs in all clients' training splits"""
+
+    @cached_property
+    def vectors(self) -> torch.Tensor:
+        """float32 [I, D], unit rows: what the frozen encoder makes of each item."""
+        entry = self.manifest["vectors"]
+        try:
+            return safetensors.torch.load(self._read(entry))["items"]
+        except (safetensors.SafetensorError, KeyError):
+            raise self._damaged(entry["file"]) from None
+
+    def shard(self, client: str) -> Shard:
+        """One client's interactions.
+
+        Raises:
+            FellrayError: there is no such client, or its file is missing or damaged.
+        """
+        if client not in self.manifest["clients"]:
+            near = difflib.get_close_matches(client, self.clients, n=1, cutoff=0)[0]
+            raise FellrayError(
+                f"{self._path}: has no client {client!r}; it has {len(self.clients)} clients, the "
+                f"nearest name is {near!r}"
+            )
+        table = self._read_table(self.manifest["clients"][client])
+        users, starts = np.unique(table["user_id"].to_numpy(), return_index=True)
+        return Shard(
+            client=client,
+            users=users,
+            offsets=np.append(starts, table.num_rows).astype(np.int64),
+            items=table["item"].to_numpy(),
+            splits=table["split"].to_numpy(),
+        )
+
+    def _read_table(self, entry: Mapping[str, Any]) -> pa.Table:
+        try:
+            return pq.read_table(pa.BufferReader(self._read(entry)))
+        except pa.ArrowInvalid:
+            raise self._damaged(entry["file"]) from None
+
+    def _read(self, entry: Mapping[str, Any]) -> bytes:
+        try:
+            raw: bytes = (self._path / entry["file"]).read_bytes()
+        except OSError:
+            raise self._damaged(entry["file"]) from None
+        if hashlib.sha256(raw).hexdigest() != entry["sha256"]:
+            raise self._damaged(entry["file"])
+        return raw
+
+    def _damaged(self, file: str) -> FellrayError:
+        return FellrayError(
+            f"{self._path / file}: is missing, or its bytes are not those that were written; run "
+            "`fellray prepare` again"
+        )
+
+
+def _refuse_idle_clients(
+    names: list[str], bounds: np.ndarray, user_id: np.ndarray, split: np.ndarray
+) -> None:
+    """A training example needs two training rows of one user: a history and what came next."""
+    usable = (split == 0) & np.r_[False, user_id[1:] == user_id[:-1]][: len(split)]
+    examples = np.diff(np.r_[0, np.cumsum(usable)][bounds])
+    idle = [name for name, count in zip(names, examples, strict=True) if not count]
+    if idle:
+        raise FellrayError(
+            f"client {', '.join(idle[:3])} ({len(idle)} of {len(names)} clients): no user has 2 "
+            "training interactions, so there is nothing to train on; raise data.k_core, or make "
+            "fewer clients with data.partition.num_clients"
+        )
+
+
+def _may_replace(path: Path) -> bool:
+    return (path / _MANIFEST).is_file() or not any(path.iterdir())
+
+
+def _install(fresh: Path, path: Path) -> None:
+    """Two renames; the old folder goes when the new one is in its place."""
+    if not path.exists():
+        fresh.rename(path)
+        return
+    old = fresh.with_name(fresh.name + ".old")
+    path.rename(old)
+    try:
+        fresh.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old)
+
+
+def _write_table(file: Path, table: pa.Table) -> str:
+    """Writes Parquet with every option that shapes its bytes fixed; returns the sha256."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table.combine_chunks(),
+        sink,
+        row_group_size=1 << 20,
+        version="2.6",
+        data_page_version="1.0",
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=False,
+        write_statistics=False,
+        store_schema=False,
+    )
+    raw: bytes = sink.getvalue().to_pybytes()
+    file.write_bytes(raw)
+    return hashlib.sha256(raw).hexdigest()
+
+
+def _pieces(values: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+    return np.split(values, np.cumsum(sizes)[:-1]) if len(sizes) else []

@@ -1,0 +1,75 @@
+"""The client's side of the model: token ids in, unit vectors out, the trunk somewhere in between.
+
+It does not know where the trunk runs: `cross` takes packed hidden states over the cut and back.
+
+Shapes: N rows, n rows of one padded length T, L real tokens of all rows together, d width.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fellray.platform.adapters import Bank, Pair
+from fellray.platform.rows import Rows
+from fellray.platform.split import Blocks, Bottom, Parts, Top
+
+Cross = Callable[[Tensor], Tensor]
+"""Packed hidden states at the lower cut [L, d] to those at the upper cut [L, d]."""
+
+
+class Tower:
+    """Bottom and top, with a bank that holds both parts' adapters side by side."""
+
+    def __init__(self, bottom: Bottom, top: Top, pad: int, bank: Bank | None):
+        """Args: pad: the padding token. bank: the bottom's sites, then the top's; or base only."""
+        self._bottom = bottom
+        self._top = top
+        self._pad = pad
+        self._bank = bank
+        self._split = len(bottom.blocks.adapted)
+
+    def encode(
+        self, rows: Rows, ids_L: Tensor, slot_N: Tensor, cross: Cross, train: bool
+    ) -> tuple[Tensor, list[tuple[Tensor, list[Pair]]]]:
+        """Unit vectors [N, d], and per group its slots and the adapter leaves it used."""
+        used = []
+        hidden = []
+        for group in rows.groups:
+            slots_n = slot_N[group.rows_n]
+            pairs = self._bank.gather(slots_n, train) if self._bank else []
+            used.append((slots_n, pairs))
+            ids = torch.full(group.mask_nT.shape, self._pad, dtype=torch.int64)
+            ids[group.mask_nT] = ids_L[group.tokens]
+            hidden.append(self._bottom(ids, group.mask_nT, self._sets(pairs[: self._split])))
+        h_Ld = rows.pack(hidden)
+        if train and not h_Ld.requires_grad:
+            h_Ld.requires_grad_()  # a bottom without adapters: the trunk still wants its gradient
+        y_Ld = cross(h_Ld)
+        vectors = []
+        for group, (_, pairs) in zip(rows.groups, used, strict=True):
+            sets = self._sets(pairs[self._split :])
+            vectors.append(self._top(rows.pad(y_Ld, group), group.mask_nT, sets))
+        order = torch.cat([group.rows_n for group in rows.groups])
+        u_nd = torch.cat(vectors)
+        return u_nd.new_zeros(u_nd.shape).index_copy(0, order, u_nd), used
+
+    def _sets(self, pairs: Sequence[Pair]) -> tuple[Sequence[Pair], ...]:
+        return (pairs,) if self._bank else ()
+
+
+def encode_texts(parts: Parts, rows: Rows, ids_L: Tensor, pad: int) -> Tensor:
+    """Unit vectors [N, d] of texts by the whole frozen encoder, no adapters."""
+
+    def cross(h_Ld: Tensor) -> Tensor:
+        return run_trunk(parts.trunk, rows, h_Ld)
+
+    tower = Tower(parts.bottom, parts.top, pad, None)
+    with torch.no_grad():
+        u, _ = tower.encode(rows, ids_L, torch.zeros(len(rows.lengths_N)), cross, train=False)
+    return u
+
+
+def run_trunk(trunk: Blocks, rows: Rows, h_Ld: Tensor) -> Tensor:
+    """The frozen trunk on packed hidden states, without adapters."""
+    return rows.pack([trunk(rows.pad(h_Ld, g), g.mask_nT, ()) for g in rows.groups])
