@@ -38,6 +38,8 @@ class DeepSpeedEngine:
                 "gradient_accumulation_steps": 1,
                 # the default clips at 1.0: one client's gradient would scale everybody's
                 "gradient_clipping": 0.0,
+                # many backwards, then one step: the round's
+                "managed_gradient_accumulation": False,
                 "zero_optimization": {"stage": server.zero_stage},
                 "optimizer": {
                     "type": "AdamW",
@@ -63,8 +65,12 @@ class DeepSpeedEngine:
         return y
 
     def backward(self, y_nTd: Tensor, g_nTd: Tensor) -> None:
-        """See `platform.trunk.Engine`; a surrogate scalar carries the clients' gradient."""
-        self._engine.backward((y_nTd * g_nTd).sum())
+        """See `platform.trunk.Engine`; a surrogate scalar carries the clients' gradient.
+
+        ZeRO fails where no parameter of its own is in the graph, so the shared adapter takes part
+        with a gradient of zero.
+        """
+        self._engine.backward((y_nTd * g_nTd).sum() + 0.0 * self.module.shared_P.sum())
 
     def step_shared(self, gradient_P: Tensor) -> None:
         """See `platform.trunk.Engine`."""

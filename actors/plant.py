@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-import ray
 import torch
 from torch import Tensor
 
 from fellray.actors.client import Client
-from fellray.actors.pool import Demand, InlinePool, Pool, RayPool, check_places
+from fellray.actors.pool import Demand, InlinePool, Pool, RayPool, Shared, check_places
 from fellray.actors.remote import RayRemote
 from fellray.actors.server import Server, make_host
 from fellray.actors.world import World
@@ -83,11 +82,11 @@ class Plant:
         client = Demand("client", count, config.clients.cpus, 1 / share if share else 0.0)
         server = Demand("server", 1, config.server.cpus, config.server.gpus)
         check_places([server, client], config.cluster.wait_for_nodes_s)
-        frozen = ray.put(world.trunk_side(config))
+        frozen = Shared(world.trunk_side(config))
         servers = RayPool(Server, [(config, learners, frozen, rounds)], server, events.append)
         try:
             remote = RayRemote(servers.handles[0])
-            args = _client_args(config, world, remote, rounds, ray.put)
+            args = _client_args(config, world, remote, rounds, Shared)
             clients = RayPool(Client, args, client, events.append)
         except BaseException:
             servers.close()

@@ -9,9 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import ray
-from ray.exceptions import RayActorError, RayTaskError
-
+from fellray.actors.session import ray
 from fellray.platform.errors import FellrayError
 from fellray.platform.faults import Stop, decide
 from fellray.platform.messages import StaleLease
@@ -99,6 +97,29 @@ def pack(demands: Sequence[Demand], nodes: Sequence[Mapping[str, float]]) -> dic
     return placed
 
 
+class Shared:
+    """A value that lies once per node in the object store, read-only, however many actors use it.
+
+    Among an actor's arguments it stands for the value, also when the actor is restarted.
+    """
+
+    def __init__(self, value: Any):
+        self._reference = ray.put(value)
+
+    def get(self) -> Any:
+        """The value; arrays in it are not copied."""
+        return ray.get(self._reference)
+
+
+def _fetching(cls: type) -> type:
+    """The same class, with `Shared` constructor arguments replaced by their values."""
+
+    def __init__(self: Any, *args: Any) -> None:
+        cls.__init__(self, *(a.get() if isinstance(a, Shared) else a for a in args))
+
+    return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
+
+
 class RayPool:
     """Ray actors, restarted for ever under the same handle; what they were is on storage."""
 
@@ -109,9 +130,10 @@ class RayPool:
             FellrayError: an actor cannot start.
         """
         self._note = note
-        remote = ray.remote(cls).options(
+        remote = ray.remote(_fetching(cls)).options(
             num_cpus=demand.cpus, num_gpus=demand.gpus, max_restarts=-1, max_task_retries=0
         )
+        self._args = args  # what lies in the object store lives as long as we name it
         self.handles = [remote.remote(*a) for a in args]
         try:
             self._await_start(demand)
@@ -135,9 +157,9 @@ class RayPool:
         while True:
             try:
                 return ray.get(call)
-            except RayActorError as error:
+            except ray.exceptions.RayActorError as error:
                 lost = error
-            except RayTaskError as error:
+            except ray.exceptions.RayTaskError as error:
                 raise _told(error) from None
             reason = str(lost).strip().splitlines()[0]
             decision = decide(tries, getattr(lost, "actor_init_failed", False), reason)
@@ -160,11 +182,11 @@ class RayPool:
         for index, reference in enumerate(started):
             try:
                 ray.get(reference)
-            except (RayActorError, RayTaskError) as error:
+            except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
                 raise FellrayError(f"{demand.name} actor {index} cannot start: {error}") from None
 
 
-def _told(error: RayTaskError) -> Exception:
+def _told(error: ray.exceptions.RayTaskError) -> Exception:
     """What the actor raised, without Ray's wrapping where the user is meant to read it."""
     cause = error.cause
     return cause if isinstance(cause, FellrayError | StaleLease) else error

@@ -7,8 +7,8 @@ needs the activation again: it lies in the object store since the forward call a
 from typing import Any
 
 import numpy as np
-import ray
 
+from fellray.actors.session import ray
 from fellray.platform.ledger import payload_bytes
 from fellray.platform.messages import Activation, Gradient, Lease
 

@@ -1,17 +1,26 @@
-"""Ray's beginning and end in this process."""
+"""Ray's beginning and end in this process. Whoever needs Ray here imports it from this file.
+
+Ray reads some of its environment when it is imported, so what makes it safe is set before: a Ray
+that we start asks every caller for a token, and nothing is reported anywhere.
+"""
 
 import logging
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fellray.platform.config import RunConfig
 
-# Read by Ray when it is imported: a local Ray asks for a token, and nothing is reported anywhere.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+_FIRST = "ray" not in sys.modules
+if _FIRST and "RAY_ADDRESS" not in os.environ:
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-import ray
+import ray  # noqa: E402 - after the environment it reads
+
+__all__ = ["connect", "ray"]
 
 
 @contextmanager
@@ -26,15 +35,19 @@ def connect(config: RunConfig, actors: int) -> Iterator[None]:
         return
     # `ray job submit` names its cluster in the environment; an empty address would join any.
     address = os.environ.get("RAY_ADDRESS") or config.cluster.address
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        if _FIRST and os.environ.get("RAY_AUTH_MODE") == "token":
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         needed = config.server.cpus + actors * config.clients.cpus
-        cpus = max(os.cpu_count() or 1, int(needed + 0.999))
-        ray.init(address=address, num_cpus=cpus, include_dashboard=False, **quiet)
+        ray.init(
+            address=address,
+            num_cpus=max(os.cpu_count() or 1, int(needed + 0.999)),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     else:
-        ray.init(address=address, **quiet)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
     finally:

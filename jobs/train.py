@@ -31,7 +31,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         open_run(config, world.data_sha256) as run,
         connect(config, len(deal(list(world.seats), config.clients.per_actor))),
         Plant.on_ray(config, world, run.rounds) as plant,
-        Display(config, run) as display,
+        Display(config, str(run.storage), run.to_go()) as display,
     ):
         for t in run.to_go():
             outcome = plant.replayed(one_round, t, config)

@@ -104,7 +104,7 @@ def load_backbone(name: str) -> Backbone:
                 f"model.name {name}: family {config.model_type!r} is not supported; "
                 f"known: {', '.join(FAMILIES)}"
             )
-        with _quiet("transformers"):
+        with _quiet():
             model = AutoModel.from_pretrained(where, add_pooling_layer=False, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise FellrayError(
@@ -128,7 +128,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> Tokens:
     prefix, suffix = tokenizer("")["input_ids"]
     separator = tokenizer(SEPARATOR, add_special_tokens=False)["input_ids"]
     room = max_tokens - 2 - len(separator)
-    with _quiet("transformers"):
+    with _quiet():
         rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
     rows = [row[:room] + separator for row in rows]
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
@@ -163,15 +163,20 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 @contextmanager
-def _quiet(logger: str) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Load reports and length warnings are about uses of the model that are not ours."""
-    log = logging.getLogger(logger)
-    level = log.level
+    from transformers.utils import logging as bars
+
+    log = logging.getLogger("transformers")
+    level, shown = log.level, bars.is_progress_bar_enabled()
     log.setLevel(logging.ERROR)
+    bars.disable_progress_bar()
     try:
         yield
     finally:
         log.setLevel(level)
+        if shown:
+            bars.enable_progress_bar()
 
 
 def _digest(arrays: dict[str, np.ndarray]) -> str:

@@ -11,8 +11,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import accumulate
 from statistics import fmean, median
 from typing import Any
+from unicodedata import east_asian_width
 
 _BASELINES = {
     "popularity": "items in order of their count, for everybody alike",
@@ -33,7 +35,15 @@ _FAMILIES = ("ndcg", "recall", "hit", "mrr", "coverage")
 _HEADLINE = "ndcg@10"
 _FEW = 40  # clients that get a bar with a name each
 _ENDS = 100  # clients listed from either end where there are more than twice as many
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 360, 210, 46, 12, 12, 34
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 360, 210, 46, 20, 12, 34  # of a chart
+_SHAPES: Sequence[Sequence[tuple[float, float]]] = (
+    [(math.cos(turn * math.pi / 8), math.sin(turn * math.pi / 8)) for turn in range(16)],
+    [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+    [(0, -1.1), (1, 0.8), (-1, 0.8)],
+    [(0, -1.2), (1.2, 0), (0, 1.2), (-1.2, 0)],
+    [(0, 1.1), (1, -0.8), (-1, -0.8)],
+    [(-1.1, -0.4), (1.1, -0.4), (1.1, 0.4), (-1.1, 0.4)],
+)
 
 _STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--soft:#57606a;--rule:#d5dbe1;--card:#f5f7f9;
@@ -45,6 +55,7 @@ body{margin:0 auto;max-width:64rem;padding:1.5rem 1rem 4rem;background:var(--bg)
 font:1rem/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
 h1{font-size:1.7rem;line-height:1.2;margin:0 0 .3rem}
 h2{font-size:1.2rem;margin:2.2rem 0 .6rem;border-bottom:1px solid var(--rule);padding-bottom:.2rem}
+h3{font-size:1rem;margin:1rem 0 .2rem}
 p{margin:.4rem 0 .8rem;max-width:46rem}
 .soft,figcaption,small,caption{color:var(--soft)}
 .lead{font-size:1.1rem}
@@ -60,8 +71,9 @@ overflow-wrap:normal}
 caption{text-align:left;padding-bottom:.3rem}
 th,td{padding:.22rem .8rem .22rem 0;text-align:right;border-bottom:1px solid var(--rule);
 vertical-align:top}
+td{white-space:nowrap}
 th:first-child,td:first-child{text-align:left}
-tbody th{font-weight:400;overflow-wrap:anywhere;min-width:6rem}
+tbody th{font-weight:400;white-space:normal;overflow-wrap:anywhere;min-width:7rem}
 thead th{color:var(--soft);font-weight:600;vertical-align:bottom}
 dl{display:grid;grid-template-columns:minmax(5rem,max-content) 1fr;gap:.15rem 1rem;margin:.5rem 0;
 font-size:.9rem}
@@ -71,8 +83,7 @@ figure{margin:0;max-width:31rem}
 figcaption{font-size:.9rem;margin-bottom:.2rem}
 figcaption b{color:var(--fg)}
 svg{display:block;width:100%;height:auto;font:11px system-ui,sans-serif}
-svg text{fill:var(--soft)}
-svg .over{fill:var(--fg);stroke:var(--bg);stroke-width:3px;paint-order:stroke}
+svg text{fill:var(--fg);stroke:var(--bg);stroke-width:3px;paint-order:stroke}
 .rule{stroke:var(--rule)}
 .mark{stroke:var(--fg);stroke-dasharray:2 3}
 .line{fill:none;stroke-width:2}
@@ -306,11 +317,11 @@ def _curves(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> _H
         "Rounds",
         _tag(
             "div",
-            _lines("Training loss", "Mean over clients by round", [loss], best),
+            _lines("Training loss", "Mean over clients by round", [loss], None),
             _lines("Validation NDCG@10", "Full ranking, by round", [pooled, worst], best),
-            _lines("Own weight", "Share of a client’s own adapters in its mixture", [weight], best),
+            _lines("Own weight", "Share of a client’s own adapters in its mixture", [weight], None),
             _lines(
-                "Learning degree", "How far a client takes the others in (0 to 1)", [degree], best
+                "Learning degree", "How far a client takes the others in (0 to 1)", [degree], None
             ),
             class_="grid",
         ),
@@ -458,36 +469,28 @@ def _verdict(what: str, values: Mapping[str, Sequence[float]]) -> str:
 
 
 def _side_by_side(compare: Mapping[str, Any]) -> _Html:
-    rows = []
+    means, seeds = [], []
     for metric in _ordered({metric for table in compare.values() for metric in table}):
-        means = {
-            method: table[metric]["mean"] for method, table in compare.items() if metric in table
-        }
+        known = {method: table[metric] for method, table in compare.items() if metric in table}
         best = None
-        if len(means) > 1 and not metric.startswith("coverage"):
-            best = (min if metric in _LESS_IS_BETTER else max)(means.values())
-        cells: list[str] = [_title(metric)]
-        for method, table in compare.items():
-            if method not in means:
-                cells.append("–")
-                continue
-            text = f"{_number(means[method])} ± {_number(table[metric]['std'])}"
-            seeds = ", ".join(map(_number, table[metric]["values"]))
-            cells.append(
-                _join(
-                    _tag("b", text) if means[method] == best else text,
-                    _tag("br"),
-                    _tag("small", seeds),
-                )
-            )
-        rows.append(cells)
+        if len(known) > 1 and not metric.startswith("coverage"):
+            choose = min if metric in _LESS_IS_BETTER else max
+            best = choose(float(cell["mean"]) for cell in known.values())
+        means.append([_title(metric)])
+        seeds.append([_title(metric)])
+        for method in compare:
+            cell = known.get(method)
+            text = f"{_number(cell['mean'])} ± {_number(cell['std'])}" if cell else "–"
+            means[-1].append(_tag("b", text) if cell and cell["mean"] == best else text)
+            seeds[-1].append(" ".join(map(_number, cell["values"])) if cell else "–")
+    note = (
+        "Mean ± standard deviation over seeds. Bold: the best mean of the row, which alone proves "
+        "no difference. Coverage is neither better high nor low."
+    )
     return _join(
-        _tag(
-            "p",
-            "Mean ± standard deviation over seeds, each seed’s value below. Bold: the best "
-            "mean of the row, which alone proves no difference.",
-        ),
-        _table(["", *compare], rows),
+        _tag("p", note),
+        _table(["", *compare], means),
+        _fold("Every seed’s value", _table(["", *compare], seeds)),
     )
 
 
@@ -503,49 +506,26 @@ def _lines(title: str, caption: str, series: Sequence[_Series], best: int | None
     heights = [value for one in series for value in one.points.values()]
     heights += [value for one in series for pair in one.band.values() for value in pair]
     y = _axis(heights, _HEIGHT - _BOTTOM, _TOP)
-    parts = [_frame(x, y, "round", "")]
+    parts, legend, told = [_frame(x, y, "round", "")], [], []
+    if best is not None and rounds[0] <= best <= rounds[-1]:
+        at, left = x.at(best), x.at(best) > _WIDTH / 2
+        parts += [
+            _line(at, _TOP, at, _HEIGHT - _BOTTOM, class_="mark"),
+            _text(f"best round {best}", at + (-4 if left else 4), _TOP + 9, "end" if left else ""),
+        ]
     for index, one in enumerate(series):
-        colour = f"var(--c{index})"
-        if len(one.band) > 1:
+        look = {"stroke": f"var(--c{index})", "stroke_dasharray": "5 3" if index else None}
+        legend.append((_line(0, 6, 26, 6, stroke_width=2, **look), one.name))
+        if one.band:
+            # The outline keeps a band of a single round visible.
+            shade = {"fill": look["stroke"], "stroke": look["stroke"], "opacity": "0.16"}
             upper = [(x.at(number), y.at(high)) for number, (_, high) in one.band.items()]
             lower = [(x.at(number), y.at(low)) for number, (low, _) in one.band.items()]
-            parts.append(
-                _tag("path", d=_path(upper + lower[::-1]) + "Z", fill=colour, opacity="0.15")
-            )
-        elif one.band:
-            ((number, (low, high)),) = one.band.items()
-            parts.append(
-                _tag(
-                    "line",
-                    x1=x.at(number),
-                    x2=x.at(number),
-                    y1=y.at(low),
-                    y2=y.at(high),
-                    stroke=colour,
-                    stroke_width=6,
-                    opacity="0.25",
-                )
-            )
-    if best is not None and rounds[0] <= best <= rounds[-1]:
-        at = x.at(best)
-        parts.append(_tag("line", x1=at, x2=at, y1=_TOP, y2=_HEIGHT - _BOTTOM, class_="mark"))
-        left = at > _WIDTH / 2
-        parts.append(
-            _tag(
-                "text",
-                f"best round {best}",
-                x=at - 4 if left else at + 4,
-                y=_TOP + 9,
-                text_anchor="end" if left else "start",
-                class_="over",
-            )
-        )
-    for index, one in enumerate(series):
-        colour, dashes = f"var(--c{index})", "5 3" if index else None
+            parts.append(_tag("path", d=_path(upper + lower[::-1]) + "Z", **shade))
+            block = _tag("rect", x=3, y=0, width=20, height=12, **shade)
+            legend.append((block, "lowest to highest client"))
         points = [(x.at(number), y.at(value)) for number, value in one.points.items()]
-        parts.append(
-            _tag("path", d=_path(points), stroke=colour, stroke_dasharray=dashes, class_="line")
-        )
+        parts.append(_tag("path", d=_path(points), class_="line", **look))
         if len(points) <= 30:
             parts += [
                 _tag(
@@ -554,95 +534,84 @@ def _lines(title: str, caption: str, series: Sequence[_Series], best: int | None
                     cx=x.at(number),
                     cy=y.at(value),
                     r=3,
-                    fill=colour,
+                    fill=look["stroke"],
                 )
                 for number, value in one.points.items()
             ]
-    told = "; ".join(
-        f"{one.name} from {_number(next(iter(one.points.values())))} in round {min(one.points)} to "
-        f"{_number(list(one.points.values())[-1])} in round {max(one.points)}, lowest "
-        f"{_number(min(one.points.values()))}, highest {_number(max(one.points.values()))}"
-        for one in series
-    )
-    legend = []
-    for index, one in enumerate(series):
-        stroke = _tag(
-            "line",
-            x1=0,
-            x2=26,
-            y1=6,
-            y2=6,
-            stroke=f"var(--c{index})",
-            stroke_width=2,
-            stroke_dasharray="5 3" if index else None,
+        first, last, values = min(one.points), max(one.points), one.points.values()
+        told.append(
+            f"{one.name} from {_number(one.points[first])} in round {first} to "
+            f"{_number(one.points[last])} in round {last}, lowest {_number(min(values))}, "
+            f"highest {_number(max(values))}"
         )
-        legend.append((stroke, one.name))
-        if one.band:
-            block = _tag(
-                "rect", x=3, y=0, width=20, height=12, fill=f"var(--c{index})", opacity="0.2"
-            )
-            legend.append((block, "lowest to highest client"))
-    return _figure(title, caption, told, _HEIGHT, parts, legend)
+    return _figure(title, caption, "; ".join(told), _HEIGHT, parts, legend)
 
 
 def _bars(values: Mapping[str, float], pooled: float | None) -> _Html:
+    """Sorted values: a bar with a name each for few clients, one silhouette for many."""
     ranked = sorted(values.items(), key=lambda pair: (pair[1], pair[0]))
-    title, caption = "Test NDCG@10 by client", "Lowest first"
+    (worst, low), (best, high) = ranked[0], ranked[-1]
     told = (
-        f"{len(ranked)} clients; lowest {ranked[0][0]} with {_number(ranked[0][1])}, median "
-        f"{_number(median(values.values()))}, highest {ranked[-1][0]} with "
-        f"{_number(ranked[-1][1])}"
-    ) + (f"; pooled over all users {_number(pooled)}" if pooled is not None else "")
-    extent = [0.0, max(ranked[-1][1], pooled or 0.0) or 1.0]
-    label = f"pooled {_number(pooled)}"
-    parts: list[_Html] = []
-    if len(ranked) <= _FEW:
-        top, step, left = 22, 18, 104
-        height = top + step * len(ranked) + 4
-        x = _axis(extent, left, _WIDTH - 44)
-        for index, (client, value) in enumerate(ranked):
-            at = top + step * index
-            name = client if len(client) <= 15 else client[:14] + "…"
-            parts += [
-                _tag("text", _tag("title", client), name, x=left - 6, y=at + 12, text_anchor="end"),
-                _tag(
-                    "rect",
-                    _tag("title", f"{client}: {_number(value)}"),
-                    x=left,
-                    y=at + 2,
-                    width=max(0.5, round(x.at(value) - left, 2)),
-                    height=step - 5,
-                    rx=2,
-                    fill="var(--c0)",
-                ),
-            ]
-        if pooled is not None:
-            at_x = x.at(pooled)
-            parts.append(_tag("line", x1=at_x, x2=at_x, y1=top - 4, y2=height, class_="mark"))
-            anchor = "end" if at_x > _WIDTH - 60 else "middle"
-            parts.append(_tag("text", label, x=at_x, y=12, text_anchor=anchor))
+        f"{_count(len(ranked), 'client')}; lowest {worst} with {_number(low)}, median "
+        f"{_number(median(values.values()))}, highest {best} with {_number(high)}; pooled over "
+        f"all users {_number(pooled)}"
+    )
+    extent = [0.0, max(high, pooled or 0.0) or 1.0]
+    draw = _named_bars if len(ranked) <= _FEW else _silhouette
+    parts, height = draw(ranked, extent, pooled)
+    return _figure("Test NDCG@10 by client", "Lowest first", told, height, parts, [])
+
+
+def _named_bars(
+    ranked: Sequence[tuple[str, float]], extent: Sequence[float], pooled: float | None
+) -> tuple[list[_Html], int]:
+    top, step, left = 22, 18, 104
+    height = top + step * len(ranked) + 4
+    x = _axis(extent, left, _WIDTH - 44)
+    parts, values = [], []
+    for index, (client, value) in enumerate(ranked):
+        at = top + step * index
+        long = max(0.5, round(x.at(value) - left, 2))
+        told = _tag("title", f"{client}: {_number(value)}")
+        look: dict[str, str | float] = {
+            "width": long,
+            "height": step - 5,
+            "rx": 2,
+            "fill": "var(--c0)",
+        }
         parts += [
-            _tag(
-                "text", _number(value), x=x.at(value) + 4, y=top + step * index + 12, class_="over"
-            )
-            for index, (_, value) in enumerate(ranked)
+            _text(_short(client), left - 6, at + 12, "end"),
+            _tag("rect", told, x=left, y=at + 2, **look),
         ]
-        return _figure(title, caption, told, height, parts, [])
+        values.append(_text(_number(value), left + long + 4, at + 12))
+    if pooled is not None:
+        parts += [
+            _line(x.at(pooled), top - 4, x.at(pooled), height, class_="mark"),
+            _text(f"pooled {_number(pooled)}", x.at(pooled), 12, "middle"),
+        ]
+    return parts + values, height
+
+
+def _silhouette(
+    ranked: Sequence[tuple[str, float]], extent: Sequence[float], pooled: float | None
+) -> tuple[list[_Html], int]:
     x = _axis([0, len(ranked)], _LEFT, _WIDTH - _RIGHT, whole=True)
     y = _axis(extent, _HEIGHT - _BOTTOM, _TOP)
     corners = [(x.at(0), y.at(0))]
     for index, (_, value) in enumerate(ranked):
         corners += [(x.at(index), y.at(value)), (x.at(index + 1), y.at(value))]
     corners.append((x.at(len(ranked)), y.at(0)))
-    parts += [
+    parts = [
         _frame(x, y, "clients, lowest first", ""),
         _tag("path", d=_path(corners) + "Z", fill="var(--c0)", opacity="0.8"),
     ]
     if pooled is not None:
-        at_y = y.at(pooled)
-        parts.append(_tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=at_y, y2=at_y, class_="mark"))
-        parts.append(_tag("text", label, x=_LEFT + 6, y=at_y - 5, class_="over"))
-    return _figure(title, caption, told, _HEIGHT, parts, [])
+        at = y.at(pooled)
+        parts += [
+            _line(_LEFT, at, _WIDTH - _RIGHT, at, class_="mark"),
+            _text(f"pooled {_number(pooled)}", _LEFT + 6, at - 5),
+        ]
+    return parts, _HEIGHT
 
 
 def _scatter(across: Mapping[str, Sequence[float]], up: Mapping[str, Sequence[float]]) -> _Html:
@@ -652,38 +621,24 @@ def _scatter(across: Mapping[str, Sequence[float]], up: Mapping[str, Sequence[fl
     height = 300
     x = _axis([v for method in methods for v in across[method]], _LEFT, _WIDTH - _RIGHT)
     y = _axis([v for method in methods for v in up[method]], height - _BOTTOM, 26)
-    parts = [_frame(x, y, "pooled test NDCG@10", "NDCG@10 of the lowest client")]
+    seeds, means, legend, rows = [], [], [], []
     for index, method in enumerate(methods):
         # strict: a method's seeds stand in the same order in both lists.
-        parts += [
+        seeds += [
             _marker(index, x.at(right), y.at(high), 3.5, "0.5", method)
             for right, high in zip(across[method], up[method], strict=True)
         ]
-    for index, method in enumerate(methods):
-        at = x.at(fmean(across[method])), y.at(fmean(up[method]))
-        parts.append(_marker(index, *at, 7, "1", f"{method}, mean"))
-    told = "; ".join(
-        f"{method}: pooled {_number(fmean(across[method]))}, lowest client "
-        f"{_number(fmean(up[method]))}"
-        for method in methods
-    )
-    rows = [
-        [method, _number(fmean(across[method])), _number(fmean(up[method])), str(len(up[method]))]
-        for method in methods
-    ]
-    legend = [
-        (_marker(index, 13, 6, 5.5, "1", method), method) for index, method in enumerate(methods)
-    ]
+        right, high = fmean(across[method]), fmean(up[method])
+        means.append(_marker(index, x.at(right), y.at(high), 7, "1", f"{method}, mean"))
+        legend.append((_marker(index, 13, 6, 5.5, "1", method), method))
+        rows.append([method, _number(right), _number(high), str(len(up[method]))])
+    told = "; ".join(f"{row[0]}: pooled {row[1]}, lowest client {row[2]}" for row in rows)
+    frame = _frame(x, y, "pooled test NDCG@10", "NDCG@10 of the lowest client")
+    title = "Further right: better overall; further up: better for the worst-served client"
+    caption = "Small: one seed; large: the mean"
     return _tag(
         "div",
-        _figure(
-            "Further right: better overall; further up: better for the worst-served client",
-            "Small: one seed; large: the mean",
-            told,
-            height,
-            parts,
-            legend,
-        ),
+        _figure(title, caption, told, height, [frame, *seeds, *means], legend),
         _table(["", "pooled", "lowest client", "seeds"], rows),
         class_="grid",
     )
@@ -692,20 +647,11 @@ def _scatter(across: Mapping[str, Sequence[float]], up: Mapping[str, Sequence[fl
 def _frame(x: _Axis, y: _Axis, across: str, up: str) -> _Html:
     """Grid lines, tick labels and the names of the axes."""
     bottom = max(y.start, y.end)
-    parts = []
+    parts = [_text(across, (_LEFT + _WIDTH - _RIGHT) / 2, bottom + 29, "middle"), _text(up, 2, 11)]
     for tick in y.ticks:
-        parts += [
-            _tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y.at(tick), y2=y.at(tick), class_="rule"),
-            _tag("text", y.label(tick), x=_LEFT - 5, y=y.at(tick) + 4, text_anchor="end"),
-        ]
-    parts += [
-        _tag("text", x.label(tick), x=x.at(tick), y=bottom + 14, text_anchor="middle")
-        for tick in x.ticks
-    ]
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(_tag("text", across, x=middle, y=bottom + 29, text_anchor="middle"))
-    if up:
-        parts.append(_tag("text", up, x=2, y=11))
+        parts.append(_line(_LEFT, y.at(tick), _WIDTH - _RIGHT, y.at(tick), class_="rule"))
+        parts.append(_text(y.label(tick), _LEFT - 5, y.at(tick) + 4, "end"))
+    parts += [_text(x.label(tick), x.at(tick), bottom + 14, "middle") for tick in x.ticks]
     return _join(*parts)
 
 
@@ -741,24 +687,29 @@ def _figure(
 
 def _marker(index: int, x: float, y: float, size: float, opacity: str, name: str) -> _Html:
     """A method's sign: its shape tells it apart where colours do not."""
-    shapes = (
-        [(math.cos(a * math.pi / 8), math.sin(a * math.pi / 8)) for a in range(16)],
-        [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
-        [(0, -1.1), (1, 0.8), (-1, 0.8)],
-        [(0, -1.2), (1.2, 0), (0, 1.2), (-1.2, 0)],
-        [(0, 1.1), (1, -0.8), (-1, -0.8)],
-        [(-1.1, -0.4), (1.1, -0.4), (1.1, 0.4), (-1.1, 0.4)],
-    )
-    corners = [
-        (round(x + dx * size, 2), round(y + dy * size, 2)) for dx, dy in shapes[index % len(shapes)]
-    ]
-    return _tag(
-        "path",
-        _tag("title", name),
-        d=_path(corners) + "Z",
-        fill=f"var(--c{index % 6})",
-        opacity=opacity,
-    )
+    corners = _SHAPES[index % len(_SHAPES)]
+    path = _path([(round(x + dx * size, 2), round(y + dy * size, 2)) for dx, dy in corners])
+    colour = f"var(--c{index % len(_SHAPES)})"
+    return _tag("path", _tag("title", name), d=path + "Z", fill=colour, opacity=opacity)
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, **look: str | float | None) -> _Html:
+    return _tag("line", x1=x1, y1=y1, x2=x2, y2=y2, **look)
+
+
+def _text(words: str, x: float, y: float, anchor: str = "") -> _Html:
+    return _tag("text", words, x=x, y=y, text_anchor=anchor or None)
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x:g},{y:g}" for x, y in points)
+
+
+def _short(name: str) -> str:
+    """A name that fits beside its bar; East Asian letters are twice as wide."""
+    widths = accumulate(2 if east_asian_width(letter) in "WF" else 1 for letter in name)
+    fits = sum(width <= 14 for width in widths)
+    return name if fits == len(name) else name[: fits - 1] + "…"
 
 
 def _axis(values: Sequence[float], start: float, end: float, whole: bool = False) -> _Axis:
@@ -767,23 +718,16 @@ def _axis(values: Sequence[float], start: float, end: float, whole: bool = False
     if low == high:
         room = 0.5 if whole else abs(low) / 10 or 0.5
         low, high = low - room, high + room
-    rough = (high - low) / 4
+    rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
     if whole:
-        step = max(1, round(step))
-        ticks = [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+        step = max(1.0, step)
+        first, last = math.ceil(low / step), math.floor(high / step)
     else:
-        ticks = [
-            step * i
-            for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)
-        ]
-        low, high = ticks[0], ticks[-1]
-    return _Axis(ticks, low, high, start, end)
-
-
-def _path(points: Sequence[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{x:g},{y:g}" for x, y in points)
+        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+        low, high = step * first, step * last
+    return _Axis([step * number for number in range(first, last + 1)], low, high, start, end)
 
 
 # Numbers out of rows, and numbers into words.

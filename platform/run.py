@@ -173,6 +173,28 @@ def round_seconds(value: float) -> float:
     return round(value, 3)
 
 
+def list_runs(storage: str) -> list[tuple[str, ...]]:
+    """Every run below a storage, in words: name, method, seed, rounds, best, test, worst, state."""
+    place = Storage(storage)
+    found = []
+    for name in place.list():
+        folder = place.sub(name)
+        if not folder.exists("config.json"):
+            continue
+        config = json.loads(folder.read("config.json"))
+        latest = Rounds(folder).latest()
+        done, wanted = latest or 0, config["train"]["rounds"]
+        row = [name, config["method"]["kind"], str(config["seed"]), f"{done}/{wanted}"]
+        if folder.exists("summary.json") and done >= wanted:
+            summary = json.loads(folder.read("summary.json"))
+            test, worst = summary["test"][BALANCED], summary["balance"]["min"]
+            row += [str(summary["best_round"]), f"{test:.4f}", f"{worst:.4f}", "finished"]
+        else:
+            row += ["", "", "", "interrupted" if latest is not None else "empty"]
+        found.append(tuple(row))
+    return found
+
+
 def summarise(
     run: Run,
     data: Mapping[str, Any],
@@ -185,10 +207,7 @@ def summarise(
     """The run in numbers: what `summary.json` holds (its keys are stable)."""
     best = run.best_round()
     rows = run.journal.rows("ledger")
-    ledger = [
-        LedgerRow(**{k: v for k, v in row.items() if k != "round"})
-        for row in rows
-    ]
+    ledger = [LedgerRow(**{k: v for k, v in row.items() if k != "round"}) for row in rows]
     per_client = {c: {"users": s.users, **s.means()} for c, s in sorted(test.items())}
     config = run.config
     return {

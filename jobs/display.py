@@ -1,0 +1,82 @@
+"""What a person sees while a run goes on: a bar with the time left, and a line per round.
+
+On a terminal the bar is live; elsewhere, in a job's log say, only the lines are printed.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fellray.platform.config import RunConfig
+
+console = Console(highlight=False)
+
+
+class Display:
+    """The live view of one run."""
+
+    def __init__(self, config: RunConfig, folder: str, to_go: range):
+        self._config = config
+        self._to_go = to_go
+        self._folder = folder
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("rounds"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._best = 0.0
+
+    def __enter__(self) -> "Display":
+        config, last = self._config, self._config.train.rounds
+        done = last + 1 - len(self._to_go)
+        resumed = f", going on after round {done - 1}" if done else ""
+        self._progress.start()
+        self._task = self._progress.add_task(config.name, total=last + 1, completed=done)
+        console.print(
+            f"[bold]{config.name}[/]: {config.method.kind}, seed {config.seed}, "
+            f"{last} rounds{resumed}; everything goes to {self._folder}"
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """A committed round."""
+        for event in row["events"]:
+            console.print(f"  [yellow]! {event}[/]")
+        console.print("  " + "  ".join(_parts(row)))
+        self._progress.advance(self._task)
+
+    def say(self, doing: str) -> None:
+        """What happens after the last round."""
+        self._progress.update(self._task, description=f"{self._config.name}: {doing}")
+
+
+def _parts(row: Mapping[str, Any]) -> list[str]:
+    parts = [f"round {row['round']:>3}"]
+    if row.get("loss") is not None:
+        parts.append(f"loss {row['loss']:.4f}")
+    if "validation" in row:
+        parts.append(f"validation NDCG@10 {row['validation'].get('ndcg@10', 0.0):.4f}")
+        parts.append(f"worst client {row['worst_ndcg@10']:.4f}")
+    parts.append(f"{row['bytes'] / 1e6:.1f} MB")
+    if "samples_per_second" in row:
+        parts.append(f"{row['samples_per_second']:.1f} histories/s")
+    return [*parts, f"{row['seconds']:.1f} s"]

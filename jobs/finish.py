@@ -1,0 +1,45 @@
+"""The end of a run: the test at its best round, the summary, the report, the exported adapters."""
+
+from typing import Any
+
+from fellray.actors.plant import Plant
+from fellray.actors.world import World
+from fellray.jobs.display import Display
+from fellray.platform.config import RunConfig
+from fellray.platform.peft_export import export
+from fellray.platform.report import render
+from fellray.platform.run import Run, summarise
+
+VALIDATION, TEST = 1, 2
+
+
+def finish(run: Run, plant: Plant, world: World, display: Display) -> dict[str, Any]:
+    """Test the best round, write `summary.json`, `report.html` and `adapters/`; the summary."""
+    best = run.best_round()
+    display.say(f"testing round {best}")
+    summary = summarise(
+        run,
+        data={
+            "path": str(run.config.data.path),
+            "sha256": world.data_sha256,
+            "counts": world.counts,
+        },
+        model_sha256=world.backbone.sha256,
+        test=plant.evaluate(best, TEST),
+        validation=plant.evaluate(best, VALIDATION),
+        untrained=plant.evaluate(0, TEST),
+        baselines=plant.evaluate_baselines(TEST),
+    )
+    display.say("writing the report")
+    export(run, best)
+    run.journal.write_json("summary.json", summary)
+    config: RunConfig = run.config
+    page = render(
+        summary,
+        run.journal.rows("metrics"),
+        summary["bytes"],
+        config.model_dump(mode="json"),
+        None,
+    )
+    run.journal.write_text("report.html", page)
+    return summary

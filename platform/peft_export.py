@@ -1,0 +1,101 @@
+"""Trained adapters in peft's own format: one folder per learner, loaded without fellray.
+
+A folder holds the learner's whole model: bottom, trunk and top, put together again. This file must
+not know how rounds are made, nor import peft: the format is a JSON file and a safetensors file.
+
+Shapes: S learners, P parameters of one learner, r rank.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fellray.platform.adapters import Pair, Site, views
+from fellray.platform.config import ModelConfig
+from fellray.platform.encoder import load_backbone
+from fellray.platform.run import Run
+from fellray.platform.split import plan_cut
+
+
+def export(run: Run, round: int) -> list[str]:
+    """Write `adapters/<learner>/` into the run's folder for every learner of a committed round.
+
+    `PeftModel.from_pretrained(AutoModel.from_pretrained(encoder), folder)` then is the learner's
+    model up to the pooling: a user's vector is the normalised mean of its hidden states over real
+    tokens. peft knows one adapter per projection; where all learners share a trunk adapter, the
+    personal and the shared one stand there as one of rank 2 r, whose product is their sum.
+
+    Returns:
+        The folders, sorted by learner.
+
+    Raises:
+        FellrayError: the round is not committed or damaged, the encoder cannot be loaded, or the
+            storage refuses.
+    """
+    model = run.config.model
+    r = model.lora.r
+    sites = plan_cut(load_backbone(model.name), model).sites
+    ends, trunk = sites["bottom"] + sites["top"], sites["trunk"]
+    learners = run.rounds.clients(round)
+    loaded = run.rounds.load(round, learners, ["client.values", "trunk.values"])
+    pairs = _by_path(ends, views(loaded["client.values"], ends, r))
+    personal = views(loaded["trunk.values"], trunk, r)
+    doubled: Sequence[Site] = ()
+    if run.config.server.shared_adapter:
+        doubled = trunk
+        shared_SP = run.rounds.load_shared(round, "shared.values").expand(len(learners), -1)
+        both = zip(personal, views(shared_SP, trunk, r), strict=True)
+        personal = [(torch.cat([a, c], 1), torch.cat([b, d], 2)) for (a, b), (c, d) in both]
+    pairs |= _by_path(trunk, personal)
+    config = json.dumps(_describe(model, list(pairs), doubled), indent=2, sort_keys=True) + "\n"
+    folders = [f"adapters/{learner}" for learner in learners]
+    for slot, folder in enumerate(folders):
+        run.storage.write(f"{folder}/adapter_model.safetensors", _pack(pairs, slot))
+        # equal for all rounds of a run: whatever ends the process between the two writes, weights
+        # of one round never lie beside another's description
+        run.storage.write(f"{folder}/adapter_config.json", config.encode())
+    return [str(run.storage.sub(folder)) for folder in folders]
+
+
+def _by_path(sites: Sequence[Site], pairs: Sequence[Pair]) -> dict[str, Pair]:
+    return {site.path: pair for site, pair in zip(sites, pairs, strict=True)}
+
+
+def _describe(model: ModelConfig, paths: Sequence[str], doubled: Sequence[Site]) -> dict[str, Any]:
+    """peft's `adapter_config.json`; what is left out has peft's default.
+
+    Projections are named in full: peft takes a name for a suffix, and "output.dense" is one of
+    "attention.output.dense" too.
+    """
+    lora = model.lora
+    # peft divides by the doubled rank or by its root; the scale must stay
+    alpha = lora.lora_alpha * (math.sqrt(2) if lora.use_rslora else 2)
+    return {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": model.name,
+        "inference_mode": True,
+        "r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": lora.use_rslora,
+        "target_modules": sorted(paths),
+        "rank_pattern": {site.path: 2 * lora.r for site in doubled},
+        "alpha_pattern": {site.path: alpha for site in doubled},
+    }
+
+
+def _pack(pairs: Mapping[str, Pair], slot: int) -> bytes:
+    """`adapter_model.safetensors` of one learner, under the names that peft gives."""
+    tensors: dict[str, Tensor] = {}
+    for path, (a, b) in pairs.items():
+        tensors[f"base_model.model.{path}.lora_A.weight"] = a[slot].clone()
+        tensors[f"base_model.model.{path}.lora_B.weight"] = b[slot].clone()
+    data: bytes = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    return data

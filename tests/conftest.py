@@ -1,0 +1,160 @@
+"""Small models and small data for all tests, made on the spot from fixed seeds."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+)
+
+from fellray.jobs.prepare import prepare
+from fellray.platform import config as configs
+from fellray.platform.config import RunConfig
+
+WORDS = [f"word{i:02d}" for i in range(60)]
+SPECIAL = {
+    "bert": {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]"},
+    "roberta": {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "<unk>"},
+}
+"""Special tokens by role, in the order of their ids."""
+SIZES = {
+    "num_hidden_layers": 5,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 130,
+}
+TINY = {
+    "model": {"cut": 1, "top": 1, "lora": {"r": 2}, "max_history": 6, "max_tokens": 64},
+    "train": {"rounds": 2, "local_samples": 12, "batch_size": 4, "learning_rate": 0.01},
+    "server": {"engine": "torch", "threads": 1},
+    "evaluation": {"max_users": 5},
+}
+"""What `tiny_config` differs in from the defaults."""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Thread counts decide bits: a test that wants more says so."""
+    torch.set_num_threads(1)
+
+
+def _fill(module: torch.nn.Module, seed: int) -> None:
+    """Weights large enough for every block to matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0.0, 0.3, generator=generator)
+        for name, parameter in module.named_parameters():
+            if name.endswith("LayerNorm.weight"):
+                parameter.add_(1.0)
+
+
+def _save_tokenizer(folder: Path, family: str) -> None:
+    special = SPECIAL[family]
+    vocabulary = {word: i for i, word in enumerate([*special.values(), ";", *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=special["unk"]))
+    tokenizer.pre_tokenizer = Whitespace()
+    ends = [special["cls"], special["sep"]]
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{ends[0]} $A {ends[1]}", special_tokens=[(s, vocabulary[s]) for s in ends]
+    )
+    names = {f"{role}_token": token for role, token in special.items()}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+
+
+def _save_encoder(folder: Path, family: str) -> Path:
+    vocabulary = len(SPECIAL[family]) + 1 + len(WORDS)
+    model = (
+        BertModel(BertConfig(vocab_size=vocabulary, **SIZES), add_pooling_layer=False)
+        if family == "bert"
+        else RobertaModel(
+            RobertaConfig(vocab_size=vocabulary, type_vocab_size=1, pad_token_id=1, **SIZES),
+            add_pooling_layer=False,
+        )
+    )
+    _fill(model, seed=11)
+    model.save_pretrained(folder)
+    _save_tokenizer(folder, family)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT of 5 blocks and width 32 with a tokenizer of 60 words."""
+    return _save_encoder(tmp_path_factory.mktemp("encoder") / "tiny-bert", "bert")
+
+
+@pytest.fixture(scope="session")
+def tiny_roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a RoBERTa, whose positions count real tokens."""
+    return _save_encoder(tmp_path_factory.mktemp("encoder") / "tiny-roberta", "roberta")
+
+
+def _write_source(folder: Path, num_users: int = 40, num_items: int = 50) -> Path:
+    """Users of four tastes; titles of 1 to 9 words, so that histories differ in length."""
+    draw = np.random.default_rng(5)
+    lines = ["user_id,item_id,title,timestamp"]
+    titles = [" ".join(draw.choice(WORDS, size=draw.integers(1, 10))) for _ in range(num_items)]
+    for user in range(num_users):
+        liked = np.arange(num_items) % 4 == user % 4
+        chance = np.where(liked, 6.0, 1.0)
+        items = draw.choice(num_items, draw.integers(6, 13), replace=False, p=chance / chance.sum())
+        lines += [f"{user},{item},{titles[item]},{at + 1}" for at, item in enumerate(items)]
+    source = folder / "source.csv"
+    source.write_text("\n".join(lines) + "\n")
+    return source
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
+    """A prepared folder: 40 users, 50 items, 5 clients."""
+    folder = tmp_path_factory.mktemp("data")
+    data = {
+        "path": str(folder / "prepared"),
+        "source": str(_write_source(folder)),
+        "k_core": 1,
+        "partition": {"kind": "kmeans", "num_clients": 5, "dim": 4, "epochs": 2},
+    }
+    tree = {**TINY, "data": data, "model": {**TINY["model"], "name": str(tiny_encoder)}}
+    prepare(configs.parse(tree, "conftest"))
+    return folder / "prepared"
+
+
+def _merge(tree: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(tree)
+    for key, value in more.items():
+        held = merged.get(key)
+        nested = isinstance(value, dict) and isinstance(held, dict)
+        merged[key] = _merge(held, value) if nested else value
+    return merged
+
+
+@pytest.fixture(scope="session")
+def tiny_config(
+    tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path, tiny_data: Path
+) -> Callable[..., RunConfig]:
+    """`tiny_config(train={"share": "none"})`: a config of seconds, with a storage of its own."""
+
+    def make(**overrides: Any) -> RunConfig:
+        place = {
+            "name": "tiny",
+            "storage": str(tmp_path_factory.mktemp("runs")),
+            "data": {"path": str(tiny_data)},
+            "model": {"name": str(tiny_encoder)},
+        }
+        return configs.parse(_merge(_merge(TINY, place), overrides), "tiny_config")
+
+    return make

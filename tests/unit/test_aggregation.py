@@ -1,0 +1,147 @@
+"""The law of aggregation: one snapshot, rows that sum to one, no order of arrival."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch import Tensor
+
+from fellray.platform.aggregation import Method, Plan, cosine, describe, reduce
+from fellray.platform.fellrec import Fellrec
+from fellray.platform.methods import FedAvg
+
+METHODS: list[Method] = [
+    FedAvg(),
+    FedAvg(weighting="samples"),
+    Fellrec(),
+    Fellrec(similarity="raw"),
+    Fellrec(attention="softmax"),
+    Fellrec(attention="top_k", k=2),
+    Fellrec(standardise_losses=True),
+]
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_describe_by_hand() -> None:
+    theta = torch.tensor([[1.0, 2.0], [0.0, 4.0]])
+    start = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    meta = describe(3, ["a", "b"], [0.5, 1.5], [7, 9], theta, start)
+    assert (meta.round, meta.clients) == (3, ("a", "b"))
+    assert meta.losses_C.tolist() == [0.5, 1.5]
+    assert meta.samples_C.tolist() == [7.0, 9.0]
+    assert meta.gram["raw"].tolist() == [[5.0, 8.0], [8.0, 16.0]]
+    assert meta.gram["update"].tolist() == [[4.0, 8.0], [8.0, 17.0]]
+    assert all(gram.dtype == torch.float64 for gram in meta.gram.values())
+
+
+def test_describe_wants_sorted_clients() -> None:
+    with pytest.raises(AssertionError, match="sorted"):
+        describe(1, ["b", "a"], [0, 0], [1, 1], numbers(2, 3), numbers(2, 3))
+
+
+def test_an_update_far_smaller_than_the_weights_is_seen_whole() -> None:
+    """Inner products are taken in fp64: the difference, not the rounded difference of products."""
+    start = torch.full((1, 4), 1000.0)
+    theta = start + 2.0**-12
+    meta = describe(1, ["a"], [0.0], [1], theta, start)
+    assert meta.gram["update"].item() == 4 * 2.0**-24
+
+
+def test_reduce_by_hand() -> None:
+    mixing = torch.tensor([[0.5, 0.5], [0.25, 0.75]], dtype=torch.float64)
+    theta = torch.tensor([[2.0, 4.0], [6.0, 0.0]])
+    mixed = reduce(Plan(mixing), theta)
+    assert mixed.tolist() == [[4.0, 2.0], [5.0, 1.0]]
+    assert mixed.dtype == torch.float32
+    assert theta.tolist() == [[2.0, 4.0], [6.0, 0.0]], "the snapshot is read, not written"
+
+
+def test_reduce_sums_in_fp64() -> None:
+    theta = torch.tensor([[1.0], [2.0**-30], [-1.0]])
+    mixing = torch.full((3, 3), 1 / 4, dtype=torch.float64).fill_diagonal_(1 / 2)
+    wanted = mixing @ theta.double()
+    assert torch.equal(reduce(Plan(mixing), theta), wanted.float())
+    assert reduce(Plan(mixing), theta)[1].item() == 2.0**-31
+
+
+@pytest.mark.parametrize("row", [[0.5, 0.4], [0.6, 0.6], [float("nan"), 1.0]])
+def test_rows_that_do_not_sum_to_one_are_refused(row: list[float]) -> None:
+    mixing = torch.tensor([row, [0.0, 1.0]], dtype=torch.float64)
+    with pytest.raises(ValueError, match="not to one"):
+        reduce(Plan(mixing), numbers(2, 3))
+
+
+@given(
+    arrays(
+        np.float32,
+        (3, 5),
+        elements=st.floats(-3e38, 3e38, width=32) | st.sampled_from([0.0, -0.0, 1e-45]),
+    )
+)
+def test_who_listens_to_nobody_keeps_its_bits(theta: np.ndarray) -> None:
+    mixed = reduce(Plan(torch.eye(3, dtype=torch.float64)), torch.from_numpy(theta))
+    assert mixed.numpy().tobytes() == theta.tobytes()
+
+
+def test_nobody_and_nothing() -> None:
+    nobody = torch.zeros(0, 0, dtype=torch.float64)
+    assert reduce(Plan(nobody), torch.empty(0, 4)).shape == (0, 4)
+    assert reduce(Plan(torch.eye(2, dtype=torch.float64)), torch.empty(2, 0)).shape == (2, 0)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_clients_may_be_renamed(method: Method) -> None:
+    """A permutation of the clients permutes the plan and the mixture, and does nothing else."""
+    theta, start, order = numbers(5, 40), numbers(5, 40, seed=1), [3, 0, 4, 1, 2]
+    losses, samples = [2.0, 2.1, 1.9, 2.4, 2.05], [10, 20, 30, 40, 50]
+    names = ["a", "b", "c", "d", "e"]
+    one = method.plan(describe(3, names, losses, samples, theta, start))
+    other = method.plan(
+        describe(
+            3,
+            names,
+            [losses[i] for i in order],
+            [samples[i] for i in order],
+            theta[order],
+            start[order],
+        )
+    )
+    torch.testing.assert_close(other.mixing_CC, one.mixing_CC[order][:, order], rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        reduce(other, theta[order]), reduce(one, theta)[order], rtol=0, atol=1e-6
+    )
+    assert not torch.allclose(one.mixing_CC[0], other.mixing_CC[0], atol=1e-4) or isinstance(
+        method, FedAvg
+    ), "the permutation was one that shows"
+
+
+def test_cosine_by_hand() -> None:
+    vectors = torch.tensor([[3.0, 4.0], [4.0, -3.0], [6.0, 8.0], [0.0, 0.0]], dtype=torch.float64)
+    assert cosine(vectors @ vectors.T).tolist() == [
+        [1.0, 0.0, 1.0, 0.0],
+        [0.0, 1.0, 0.0, 0.0],
+        [1.0, 0.0, 1.0, 0.0],
+        [0.0, 0.0, 0.0, 1.0],
+    ]
+
+
+@given(arrays(np.float64, (4, 3), elements=st.floats(-1e6, 1e6)), st.floats(1e-3, 1e3))
+def test_cosine_stays_in_bounds_and_ignores_length(vectors: np.ndarray, scale: float) -> None:
+    rows = torch.from_numpy(vectors)
+    similarity = cosine(rows @ rows.T)
+    assert float(similarity.abs().max()) <= 1.0
+    assert torch.equal(similarity.diagonal(), torch.ones(4, dtype=torch.float64))
+    norms = rows.norm(dim=1)
+    if float(norms.min()) > 1e-3:
+        stretched = rows * scale
+        torch.testing.assert_close(cosine(stretched @ stretched.T), similarity, rtol=0, atol=1e-9)
+
+
+def test_own_weight_is_the_diagonal() -> None:
+    plan = Plan(torch.tensor([[0.9, 0.1], [0.3, 0.7]], dtype=torch.float64))
+    assert plan.own_weight_C.tolist() == [0.9, 0.7]
