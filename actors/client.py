@@ -10,10 +10,12 @@ Shapes: S slots, N rows of a step, P parameters of a client's side, I items.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from fellray.actors.world import Catalogue
 from fellray.platform.adapters import Bank, start, state_names
@@ -100,7 +102,7 @@ class Client:
         sent = theta if self._config.train.share == "all" else theta[:, :0]
         for learner, values, loss in zip(self.learners, sent, losses, strict=True):
             self._ledger.enter(learner, "adapter_up", values.numpy())
-            self._ledger.enter(learner, "loss", np.float64(loss))
+            self._ledger.enter(learner, "loss", np.array(loss))
         samples = tuple(int(n) for n in rows.tolist())
         return Update(lease, self.learners, sent.numpy(), tuple(losses), samples, refused)
 
@@ -125,7 +127,7 @@ class Client:
         self._bank.reset(torch.tensor(refused, dtype=torch.int64), self._start)
         return self._stage(installation.round)
 
-    def evaluate(self, round: int, split: int, max_users: int | None) -> dict[str, Score]:
+    def evaluate(self, round: int, split: Literal[1, 2], max_users: int | None) -> dict[str, Score]:
         """Full ranking of each client's held-out users (split 1 validation, 2 test)."""
         self._put_at(round)
 
@@ -138,9 +140,9 @@ class Client:
 
         return self._rank(score, split, max_users)
 
-    def evaluate_baselines(self, split: int) -> dict[str, dict[str, Score]]:
+    def evaluate_baselines(self, split: Literal[1, 2]) -> dict[str, dict[str, Score]]:
         """Rows that need no model: global popularity, and the client's own counts alone."""
-        popularity = torch.from_dlpack(self._catalogue.popularity_I).float()
+        popularity = from_dlpack(self._catalogue.popularity_I).float()
         return {
             "popularity": self._rank(lambda b, _: popularity.expand(len(b.shard_N), -1), split),
             "prior": self._rank(lambda b, _: self._scorer.prior_KI[b.shard_N], split),
@@ -172,7 +174,7 @@ class Client:
         return loss_S.detach().double()
 
     def _cross(self, h_Ld: Tensor, header: Activation) -> Tensor:
-        return torch.from_dlpack(self._span.send_forward(replace(header, h_Ld=h_Ld.numpy())))
+        return from_dlpack(self._span.send_forward(replace(header, h_Ld=h_Ld.numpy())))
 
     def _header(self, batch: Batch, round: int, step: int, lease: Lease | None) -> Activation:
         return Activation(
@@ -187,7 +189,10 @@ class Client:
         )
 
     def _rank(
-        self, score: Callable[[Batch, int], Tensor], split: int, max_users: int | None = None
+        self,
+        score: Callable[[Batch, int], Tensor],
+        split: Literal[1, 2],
+        max_users: int | None = None,
     ) -> dict[str, Score]:
         items = len(self._catalogue.vectors_Id)
         evaluators = {shard.client: Evaluator(items) for shard in self._reader.shards}

@@ -5,13 +5,14 @@ it, an absent client's adapter drifts. What DeepSpeed's optimizer trains is the 
 by all clients, once per round.
 """
 
+import logging
 import os
-import socket
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+from torch._C._distributed_c10d import HashStore  # public, but not exported for checkers
 
 from fellray.platform.config import RunConfig
 from fellray.platform.trunk import Trunk, adam_state, load_adam_state
@@ -23,12 +24,7 @@ class DeepSpeedEngine:
     def __init__(self, module: Trunk, config: RunConfig):
         """Builds DeepSpeed's communication op on a machine's first use (about a minute)."""
         self.module = module
-        deepspeed = _import_deepspeed()
-        _rendezvous()
-        if not deepspeed.comm.is_initialized():
-            deepspeed.init_distributed(
-                dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False
-            )
+        deepspeed = _start_deepspeed()
         train, server = config.train, config.server
         self._engine, *_ = deepspeed.initialize(
             model=module,
@@ -96,25 +92,27 @@ class DeepSpeedEngine:
         load_adam_state(self._optimizer, self._master, padded)
 
 
-def _import_deepspeed() -> Any:
-    if not torch.cuda.is_available():
+def _start_deepspeed() -> Any:
+    """DeepSpeed in a world of one that opens no port: its store lives in this process."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "gloo":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not distributed.is_initialized():
+        distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return deepspeed
 
 
-def _rendezvous() -> None:
-    """A world of one, on loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
+def main() -> None:
+    """Build DeepSpeed's communication op once, early: `python -m fellray.actors.engine`."""
+    _start_deepspeed()
+    print("DeepSpeed's op is built.")
+
+
+if __name__ == "__main__":
+    main()

@@ -117,7 +117,8 @@ def _fetching(cls: type) -> type:
     def __init__(self: Any, *args: Any) -> None:
         cls.__init__(self, *(a.get() if isinstance(a, Shared) else a for a in args))
 
-    return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
+    made = type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
+    return made
 
 
 class RayPool:

@@ -38,7 +38,7 @@ def evaluate(path: str, round: int | None = None, split: str = "test") -> dict[s
         "split": split,
         "pooled": pool(scores),
         "per_client": per_client,
-        "balance": balance({c: m[BALANCED] for c, m in per_client.items()}),
+        "balance": balance({c: m[BALANCED] for c, m in per_client.items() if BALANCED in m}),
     }
 
 

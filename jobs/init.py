@@ -85,7 +85,7 @@ def write_config(path: Path, source: str, items: Path | None) -> None:
 def match_columns(columns: list[str]) -> dict[str, str]:
     """fellray's names -> the file's columns, by their usual names; each column once."""
     plain = {column.lower().replace(" ", "_"): column for column in columns}
-    found = {}
+    found: dict[str, str] = {}
     for ours, usual in MEANINGS.items():
         exact = [plain[name] for name in usual if name in plain]
         near = [plain[n] for name in usual for n in difflib.get_close_matches(name, plain, 1, 0.85)]

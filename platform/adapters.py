@@ -46,7 +46,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, x_NTd: Tensor) -> Tensor:
         """base(x) + scaling * B (A x), summed over the row's adapters."""
-        y = self.base(x_NTd)
+        y: Tensor = self.base(x_NTd)
         for a, b in self.pairs:
             y = y + torch.bmm(torch.bmm(x_NTd, a.mT), b.mT) * self.scaling
         return y

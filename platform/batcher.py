@@ -76,7 +76,9 @@ class Batcher:
                 self._filled.wait()
             if not self._queue:
                 return []
-            batch, left, size = [], [], 0
+            batch: list[_Waiting] = []
+            left: list[_Waiting] = []
+            size = 0
             for waiting in self._queue:
                 fits = not batch or size + waiting.size <= self._max_size
                 if fits and (not batch or waiting.run == batch[0].run):

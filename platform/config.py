@@ -263,7 +263,7 @@ class RunConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
 
 
-def load(path: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """The config in a YAML file, changed by `key.key=value` overrides.
 
     Raises:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.dlpack import from_dlpack
 
 from fellray.platform.errors import FellrayError
 
@@ -149,7 +150,7 @@ def build(backbone: Backbone) -> nn.Module:
         model: nn.Module = AutoModel.from_config(config, add_pooling_layer=False)
     for name, array in backbone.arrays.items():
         owner, leaf = _owner(model, name)
-        tensor = torch.from_dlpack(array)  # no copy; accepts read-only shared memory
+        tensor = from_dlpack(array)  # no copy; accepts read-only shared memory
         if leaf in owner._parameters:
             owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         else:

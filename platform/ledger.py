@@ -59,8 +59,9 @@ class Ledger:
     def close(self) -> list[LedgerRow]:
         """All entries, sorted, and a new page."""
         rows = [
-            LedgerRow(client, kind, *self._entries[client, kind], digest.hexdigest())
-            for (client, kind), digest in sorted(self._digests.items())
+            LedgerRow(client, kind, messages, size, digest.hexdigest())
+            for (client, kind), digest in sorted(self._digests.items(), key=lambda item: item[0])
+            for messages, size in [self._entries[client, kind]]
         ]
         self._entries, self._digests = {}, {}
         return rows

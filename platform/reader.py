@@ -9,6 +9,7 @@ Shapes: N rows of a step, H items of a history, L real tokens of all rows togeth
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -116,7 +117,7 @@ class Reader:
             yield batch, torch.from_numpy(self._items[positions].astype(np.int64))
 
     def held_out(
-        self, split: int, max_users: int | None
+        self, split: Literal[1, 2], max_users: int | None
     ) -> Iterator[tuple[Batch, list[np.ndarray], list[np.ndarray]]]:
         """Batches of held-out users with the items each has seen and its true next items.
 

@@ -35,7 +35,7 @@ _FAMILIES = ("ndcg", "recall", "hit", "mrr", "coverage")
 _HEADLINE = "ndcg@10"
 _FEW = 40  # clients that get a bar with a name each
 _ENDS = 100  # clients listed from either end where there are more than twice as many
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 360, 210, 46, 20, 12, 34  # of a chart
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 360, 212, 46, 20, 12, 36  # of a chart
 _SHAPES: Sequence[Sequence[tuple[float, float]]] = (
     [(math.cos(turn * math.pi / 8), math.sin(turn * math.pi / 8)) for turn in range(16)],
     [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
@@ -57,7 +57,7 @@ h1{font-size:1.7rem;line-height:1.2;margin:0 0 .3rem}
 h2{font-size:1.2rem;margin:2.2rem 0 .6rem;border-bottom:1px solid var(--rule);padding-bottom:.2rem}
 h3{font-size:1rem;margin:1rem 0 .2rem}
 p{margin:.4rem 0 .8rem;max-width:46rem}
-.soft,figcaption,small,caption{color:var(--soft)}
+.soft,figcaption{color:var(--soft)}
 .lead{font-size:1.1rem}
 .tiles,.grid{display:grid;gap:.8rem}
 .tiles{grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));margin:1rem 0}
@@ -68,12 +68,11 @@ align-items:start}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;
 overflow-wrap:normal}
-caption{text-align:left;padding-bottom:.3rem}
 th,td{padding:.22rem .8rem .22rem 0;text-align:right;border-bottom:1px solid var(--rule);
 vertical-align:top}
 td{white-space:nowrap}
 th:first-child,td:first-child{text-align:left}
-tbody th{font-weight:400;white-space:normal;overflow-wrap:anywhere;min-width:7rem}
+tbody th{font-weight:400;white-space:normal;overflow-wrap:anywhere;min-width:8rem}
 thead th{color:var(--soft);font-weight:600;vertical-align:bottom}
 dl{display:grid;grid-template-columns:minmax(5rem,max-content) 1fr;gap:.15rem 1rem;margin:.5rem 0;
 font-size:.9rem}
@@ -174,7 +173,8 @@ def render_comparison(
 
     Args:
         compare: method -> metric -> {`mean`, `std`, `values` (one per seed)}, test metrics and
-            `balance/min` and the like (of NDCG@10).
+            `balance/min` and the like (of NDCG@10). Rows named `popularity`, `prior` and
+            `untrained` are baselines: shown, but not ranked among the methods.
         balances: method -> seed -> statistic -> value, as `metrics.balance` gives it; may be empty.
         meta: `name` and `seeds`; everything else in it is listed as it is.
     """
@@ -185,6 +185,7 @@ def render_comparison(
         for method, table in compare.items()
     }
     pooled = {method: table[_HEADLINE]["values"] for method, table in compare.items()}
+    methods = [name for name in compare if name not in _BASELINES]
     rest = {name: value for name, value in meta.items() if name != "name"}
     by_seed = [
         [f"{method}, seed {seed}", *(_number(values.get(key)) for key in _STATISTICS)]
@@ -194,7 +195,7 @@ def render_comparison(
     return _page(
         str(meta.get("name", "Comparison")),
         _tag("h1", str(meta.get("name", "Comparison"))),
-        _tag("p", f"{_count(len(compare), 'method')}: {', '.join(compare)}", class_="soft"),
+        _tag("p", f"{_count(len(methods), 'method')}: {', '.join(methods)}", class_="soft"),
         _tag("p", _verdict("Pooled test NDCG@10", pooled), class_="lead"),
         _tag("p", _verdict("NDCG@10 of the lowest client", lowest), class_="lead"),
         _section("Overall against the lowest client", _scatter(pooled, lowest)),
@@ -273,7 +274,7 @@ def _tested(summary: Mapping[str, Any]) -> _Html:
     columns |= {name: summary[name] for name in _BASELINES if summary.get(name)}
     validation = summary.get("validation")
     if validation:
-        columns["this run, validation"] = validation
+        columns["validation"] = validation
     rows = [
         [_title(metric), *(_number(column.get(metric)) for column in columns.values())]
         for metric in _ordered({metric for column in columns.values() for metric in column})
@@ -309,7 +310,7 @@ def _curves(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> _H
         "learning degree": lambda row: _number(_extreme(row.get("learning_degree"), median)),
         "seconds": lambda row: _number(row.get("seconds"), 1),
         "samples/s": lambda row: _number(row.get("samples_per_second"), 1),
-        "sent": lambda row: _sent(row.get("bytes")),
+        "moved": lambda row: _moved(row.get("bytes")),
     }
     cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
     shown = {name: column for name, column in cells.items() if set(column) != {"–"}}
@@ -418,11 +419,12 @@ def _traffic(
 
 def _happened(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> _Html:
     events = [
-        f"round {row['round']}: client {client} refused: {reason}"
+        f"round {row['round']}: {client} refused: {reason}"
         for row in rows
         for client, reason in sorted((row.get("refused") or {}).items())
     ]
     events += [str(event) for event in summary.get("events") or []]
+    events = list(dict.fromkeys(events))  # a refusal may stand in both
     if not events:
         return _section(
             "What happened", _tag("p", "No refused client, replay or restart is recorded.")
@@ -444,28 +446,39 @@ def _provenance(summary: Mapping[str, Any]) -> _Html:
 
 
 def _verdict(what: str, values: Mapping[str, Sequence[float]]) -> str:
-    known = {method: own for method, own in values.items() if own}
-    if len(known) < 2:
+    """Which method is best in the mean, whether the spread overlaps, and the best baseline."""
+    means = {name: fmean(own) for name, own in values.items() if own}
+    ranked = sorted(means.keys() - _BASELINES.keys(), key=lambda name: (-means[name], name))
+    if len(ranked) < 2:
         return f"{what}: fewer than two methods were measured, so there is nothing to compare."
-    ranked = sorted(known, key=lambda method: -fmean(known[method]))
-    best = ranked[0]
-    text = f"{what}: {best} has the highest mean, {fmean(known[best]):.4f}"
-    if min(map(len, known.values())) == 1:
-        return (
-            f"{text} (next: {ranked[1]}, {fmean(known[ranked[1]]):.4f}). A method with a single "
-            "seed shows no spread, so this is not yet evidence of a difference."
+    best, second = ranked[:2]
+    seeds = [len(values[name]) for name in ranked]
+    level = [name for name in ranked[1:] if max(values[name]) >= min(values[best])]
+    text = f"{what}: {best} has the highest mean, {means[best]:.4f}"
+    after = f"(next: {second}, {means[second]:.4f})"
+    if min(seeds) == 1:
+        text += (
+            f" {after}. A method with a single seed shows no spread, so this is not yet evidence "
+            "of a difference."
         )
-    text += f" over {len(known[best])} seeds. "
-    level = [method for method in ranked[1:] if max(known[method]) >= min(known[best])]
-    if level:
-        return (
-            f"{text}The spread overlaps with that of {', '.join(level)}: these seeds do not "
-            "tell them apart."
+    elif level:
+        text += (
+            f" over {seeds[0]} seeds. The spread overlaps with that of {', '.join(level)}: these "
+            "seeds do not tell them apart."
         )
-    return (
-        f"{text}The spread does not overlap: its worst seed is above the best seed of every other "
-        f"method (next: {ranked[1]}, {fmean(known[ranked[1]]):.4f})."
-    )
+    else:
+        text += (
+            f" over {seeds[0]} seeds. The spread does not overlap: its worst seed is above the "
+            f"best seed of every other method {after}."
+        )
+    baselines = sorted(means.keys() & _BASELINES.keys(), key=lambda name: (-means[name], name))
+    if baselines:
+        above = sum(means[name] > means[baselines[0]] for name in ranked)
+        text += (
+            f" Strongest baseline: {baselines[0]}, {means[baselines[0]]:.4f}; "
+            f"{above} of {len(ranked)} methods are above it in the mean."
+        )
+    return text
 
 
 def _side_by_side(compare: Mapping[str, Any]) -> _Html:
@@ -480,7 +493,7 @@ def _side_by_side(compare: Mapping[str, Any]) -> _Html:
         seeds.append([_title(metric)])
         for method in compare:
             cell = known.get(method)
-            text = f"{_number(cell['mean'])} ± {_number(cell['std'])}" if cell else "–"
+            text = _spread(cell) if cell else "–"
             means[-1].append(_tag("b", text) if cell and cell["mean"] == best else text)
             seeds[-1].append(" ".join(map(_number, cell["values"])) if cell else "–")
     note = (
@@ -647,11 +660,11 @@ def _scatter(across: Mapping[str, Sequence[float]], up: Mapping[str, Sequence[fl
 def _frame(x: _Axis, y: _Axis, across: str, up: str) -> _Html:
     """Grid lines, tick labels and the names of the axes."""
     bottom = max(y.start, y.end)
-    parts = [_text(across, (_LEFT + _WIDTH - _RIGHT) / 2, bottom + 29, "middle"), _text(up, 2, 11)]
+    parts = [_text(across, (_LEFT + _WIDTH - _RIGHT) / 2, bottom + 31, "middle"), _text(up, 2, 11)]
     for tick in y.ticks:
         parts.append(_line(_LEFT, y.at(tick), _WIDTH - _RIGHT, y.at(tick), class_="rule"))
         parts.append(_text(y.label(tick), _LEFT - 5, y.at(tick) + 4, "end"))
-    parts += [_text(x.label(tick), x.at(tick), bottom + 14, "middle") for tick in x.ticks]
+    parts += [_text(x.label(tick), x.at(tick), bottom + 17, "middle") for tick in x.ticks]
     return _join(*parts)
 
 
@@ -748,7 +761,7 @@ def _bands(rows: Iterable[Mapping[str, Any]], key: str) -> dict[int, tuple[float
     return {
         int(row["round"]): (min(row[key].values()), max(row[key].values()))
         for row in rows
-        if row.get(key)
+        if len(row.get(key) or ()) > 1
     }
 
 
@@ -784,6 +797,12 @@ def _number(value: float | None, digits: int = 4) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def _spread(cell: Mapping[str, Any]) -> str:
+    """Mean and deviation; one seed has none."""
+    alone = len(cell["values"]) == 1
+    return _number(cell["mean"]) + ("" if alone else f" ± {_number(cell['std'])}")
+
+
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
@@ -795,7 +814,7 @@ def _size(count: float) -> str:
     return f"{count / 1024**power:,.{1 if power else 0}f} {units[power]}"
 
 
-def _sent(count: int | Mapping[str, int] | None) -> str:
+def _moved(count: int | Mapping[str, int] | None) -> str:
     """A round's bytes, given whole or by kind."""
     if count is None:
         return "–"
@@ -820,8 +839,7 @@ def _tag(name: str, *inside: str, **attributes: str | float | None) -> _Html:
         for key, value in attributes.items()
         if value is not None
     )
-    end = "" if name == "br" else f"{_join(*inside)}</{name}>"
-    return _Html(f"<{name}{written}>{end}")
+    return _Html(f"<{name}{written}>{_join(*inside)}</{name}>")
 
 
 def _join(*parts: str) -> _Html:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from fellray.platform.shards import Shard
 
@@ -26,7 +27,7 @@ class Scorer:
     def __init__(
         self, vectors_Id: np.ndarray, shards: Sequence[Shard], temperature: float, prior: bool
     ):
-        self._vectors_Id = torch.from_dlpack(vectors_Id)
+        self._vectors_Id = from_dlpack(vectors_Id)
         self._temperature = temperature
         self._uses_prior = prior
         counts = [torch.from_numpy(shard.counts(len(vectors_Id))) for shard in shards]

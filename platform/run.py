@@ -220,7 +220,7 @@ def summarise(
         "test": pool(test),
         "validation": pool(validation),
         "per_client": per_client,
-        "balance": balance({c: m[BALANCED] for c, m in per_client.items()}),
+        "balance": balance({c: m[BALANCED] for c, m in per_client.items() if BALANCED in m}),
         "bytes": total(ledger),
         "hashes": run.rounds.hashes(best, HASHED),
         "final_hashes": run.rounds.hashes(run.rounds.latest() or 0, HASHED),

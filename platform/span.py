@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 from fellray.platform.ledger import Ledger
 from fellray.platform.messages import Activation, Gradient, Lease
@@ -73,10 +74,10 @@ class _Cross(torch.autograd.Function):
     def forward(ctx: Any, h_Ld: Tensor, header: Activation, span: RemoteSpan) -> Tensor:
         ctx.span = span
         ctx.activation = replace(header, h_Ld=h_Ld.detach().numpy())
-        return torch.from_dlpack(span.send_forward(ctx.activation))
+        return from_dlpack(span.send_forward(ctx.activation))
 
     @staticmethod
-    def backward(ctx: Any, g_Ld: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g_Ld: Tensor) -> tuple[Tensor, None, None]:
         sent: Activation = ctx.activation
         gradient = Gradient(sent.run, sent.round, sent.step, g_Ld.contiguous().numpy())
-        return torch.from_dlpack(ctx.span.send_backward(sent, gradient)), None, None
+        return from_dlpack(ctx.span.send_backward(sent, gradient)), None, None

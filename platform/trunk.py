@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 from fellray.platform import adapters
 from fellray.platform.adapters import Bank, GradientSum, Pair, Site, start, state_names
@@ -401,7 +402,7 @@ def _only(answers: Sequence[np.ndarray | Exception]) -> np.ndarray:
 
 def _join(arrays: Sequence[np.ndarray]) -> Tensor:
     """One tensor of several messages' tokens; a single message is not copied."""
-    return torch.from_dlpack(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
+    return from_dlpack(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
 
 
 def _part(packed_Ld: Tensor, activations: Sequence[Activation]) -> list[np.ndarray]:

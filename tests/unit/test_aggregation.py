@@ -80,7 +80,7 @@ def test_rows_that_do_not_sum_to_one_are_refused(row: list[float]) -> None:
     arrays(
         np.float32,
         (3, 5),
-        elements=st.floats(-3e38, 3e38, width=32) | st.sampled_from([0.0, -0.0, 1e-45]),
+        elements=st.floats(allow_nan=False, allow_infinity=False, width=32),
     )
 )
 def test_who_listens_to_nobody_keeps_its_bits(theta: np.ndarray) -> None:

@@ -35,7 +35,7 @@ class Other:
 
 
 def meta(samples: list[int]) -> Meta:
-    names = [f"c{i}" for i in range(len(samples))]
+    names = [f"c{i:02d}" for i in range(len(samples))]
     theta = torch.ones(len(samples), 3)
     return describe(1, names, [1.0] * len(samples), samples, theta, theta)
 

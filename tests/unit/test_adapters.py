@@ -1,0 +1,307 @@
+"""Stacked adapters: peft's arithmetic, torch's AdamW, and nobody's bits but one's own."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModel
+
+from fellray.platform.adapters import (
+    Bank,
+    GradientSum,
+    LoraLinear,
+    Site,
+    start,
+    state_names,
+    views,
+)
+from fellray.platform.config import LoraSpec, ModelConfig, TrainConfig
+from fellray.platform.encoder import load_backbone
+from fellray.platform.rows import Rows
+from fellray.platform.split import PARTS, Parts, cut_model
+
+SITES = [Site("encoder.layer.0.q", 3, 4), Site("encoder.layer.1.v", 5, 2)]
+SPEC = LoraSpec(r=2)
+WIDTH = 2 * (3 + 4) + 2 * (5 + 2)
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def bank(slots: int, **train: Any) -> Bank:
+    made = Bank(SITES, SPEC, TrainConfig(**train), slots)
+    made.values_SP.copy_(numbers(slots, WIDTH, seed=9))
+    return made
+
+
+def test_views_are_the_flat_row_cut_up() -> None:
+    flat = torch.arange(2.0 * WIDTH).reshape(2, WIDTH)
+    (a0, b0), (a1, b1) = views(flat, SITES, 2)
+    assert [tuple(t.shape) for t in (a0, b0, a1, b1)] == [(2, 2, 3), (2, 4, 2), (2, 2, 5), (2, 2, 2)]
+    assert a0[0].tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    assert b0[0].flatten().tolist() == [float(i) for i in range(6, 14)]
+    assert a1[1, 0, 0].item() == WIDTH + 14.0
+    a0[1, 0, 0] = -1.0
+    assert flat[1, 0].item() == -1.0, "a view, not a copy"
+
+
+def test_start_is_pefts_and_does_not_depend_on_the_cut() -> None:
+    whole = start(SITES, SPEC, seed=3)
+    assert torch.equal(whole, torch.cat([start([site], SPEC, 3) for site in SITES]))
+    assert torch.equal(whole, start(SITES, SPEC, 3))
+    assert not torch.equal(whole, start(SITES, SPEC, 4))
+    for (a, b), site in zip(views(whole[None], SITES, 2), SITES, strict=True):
+        assert b.abs().max() == 0.0
+        bound = (1 / site.d_in) ** 0.5
+        assert 0.5 * bound < a.abs().max() <= bound
+    wide = start([Site("w", 400, 1)], SPEC, 0)[:800]
+    assert wide.std().item() == pytest.approx((1 / 400 / 3) ** 0.5, rel=0.1), "uniform, as peft"
+
+
+def test_start_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    start(SITES, SPEC, 0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_state_names() -> None:
+    assert state_names("trunk", False) == ["trunk.values"]
+    assert state_names("client", True) == [
+        "client.values",
+        "client.moment1",
+        "client.moment2",
+        "client.steps",
+    ]
+
+
+def test_lora_linear_by_hand() -> None:
+    base = torch.nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        base.weight.copy_(torch.eye(2))
+    layer, x = LoraLinear(base, scaling=3.0), torch.tensor([[[1.0, 2.0]], [[1.0, 2.0]]])
+    assert torch.equal(layer(x), x), "no adapters: the base alone"
+    a = torch.tensor([[[1.0, 1.0]], [[0.0, 1.0]]])
+    b = torch.tensor([[[1.0], [0.0]], [[0.0], [1.0]]])
+    layer.pairs = ((a, b),)
+    assert layer(x).tolist() == [[[10.0, 2.0]], [[1.0, 8.0]]], "each row its own"
+    layer.pairs = ((a, b), (a, b))
+    assert layer(x).tolist() == [[[19.0, 2.0]], [[1.0, 14.0]]], "sets add up"
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("targets", [("query", "value"), ("key", "output.dense")])
+def test_one_client_is_pefts_lora(tiny_encoder: Path, rslora: bool, targets: tuple[str, ...]) -> None:
+    """The same A and B in peft's own model: the same output and the same gradients."""
+    spec = LoraSpec(r=4, lora_alpha=8, target_modules=targets, use_rslora=rslora)
+    config = ModelConfig(name=str(tiny_encoder), lora=spec)
+    parts = cut_model(load_backbone(config.name), config)
+    flat = numbers(1, sum(s.num_parameters(4) for p in PARTS for s in parts.cut.sites[p])) * 0.3
+
+    # peft takes a name for an ending: "output.dense" would also name attention.output.dense
+    paths = [site.path for part in PARTS for site in parts.cut.sites[part]]
+    theirs = peft.get_peft_model(
+        AutoModel.from_pretrained(tiny_encoder, add_pooling_layer=False),
+        peft.LoraConfig(
+            r=4, lora_alpha=8, target_modules=paths, use_rslora=rslora, lora_dropout=0.0
+        ),
+    ).eval()
+    layers = {p: theirs.base_model.model.get_submodule(p) for p in paths}
+    sites = [site for part in PARTS for site in parts.cut.sites[part]]
+    with torch.no_grad():
+        for site, (a, b) in zip(sites, views(flat, sites, 4), strict=True):
+            layers[site.path].lora_A["default"].weight.copy_(a[0])
+            layers[site.path].lora_B["default"].weight.copy_(b[0])
+
+    ids = torch.randint(5, 60, (3, 16), generator=torch.Generator().manual_seed(2))
+    mask = torch.arange(16) < torch.tensor([[16], [9], [3]])
+    weight = numbers(3, 16, 32) * mask[:, :, None]
+    expected = theirs(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    (expected * weight).sum().backward()
+
+    one = Bank(sites, spec, TrainConfig(), 1)
+    one.values_SP.copy_(flat)
+    slots = torch.zeros(3, dtype=torch.int64)
+    pairs = one.gather(slots, train=True)
+    got = run_whole(parts, ids, mask, pairs)
+    (got * weight).sum().backward()
+    one.gradient.add(slots, pairs)
+
+    real = mask[:, :, None].expand_as(expected)
+    torch.testing.assert_close(got[real], expected[real], rtol=1e-6, atol=1e-5)
+    gradients = views(one.gradient.total_SP, sites, 4)
+    for site, (a, b) in zip(sites, gradients, strict=True):
+        layer = layers[site.path]
+        for ours, weight_of in ((a, layer.lora_A), (b, layer.lora_B)):
+            wanted = weight_of["default"].weight.grad
+            assert wanted.norm() > 0
+            assert (ours[0] - wanted).norm() <= 1e-6 * wanted.norm(), site.path
+
+
+def run_whole(parts: Parts, ids: Tensor, mask: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]):
+    """All blocks in one graph, hidden states out."""
+    ends = [len(parts.cut.sites["bottom"]), len(parts.cut.sites["trunk"])]
+    bottom, trunk = pairs[: ends[0]], pairs[ends[0] : sum(ends)]
+    h = parts.bottom(ids, mask, [bottom])
+    return parts.top.blocks(parts.trunk(h, mask, [trunk]), mask, [pairs[sum(ends) :]])
+
+
+def test_gradients_are_added_row_by_row_to_their_slots() -> None:
+    total = GradientSum(SITES, 2, 3)
+    slots = torch.tensor([2, 0, 2])
+    leaves = [
+        (torch.zeros(3, 2, 3, requires_grad=True), torch.zeros(3, 4, 2, requires_grad=True)),
+        (torch.zeros(3, 2, 5, requires_grad=True), torch.zeros(3, 2, 2, requires_grad=True)),
+    ]
+    flat = numbers(3, WIDTH)
+    for (a, b), (ga, gb) in zip(leaves, views(flat, SITES, 2), strict=True):
+        a.grad, b.grad = ga.clone(), gb.clone()
+    total.add(slots, leaves)
+    assert torch.equal(total.total_SP[0], flat[1])
+    assert torch.equal(total.total_SP[1], torch.zeros(WIDTH))
+    assert torch.equal(total.total_SP[2], flat[0] + flat[2])
+    total.add(slots, leaves)
+    assert torch.equal(total.total_SP[2], (flat[0] + flat[2] + flat[0]) + flat[2])
+
+
+def test_gather_gives_each_row_its_clients_own_leaves() -> None:
+    one = bank(3)
+    slots = torch.tensor([1, 1, 0])
+    for (a, b), (a_S, b_S) in zip(
+        one.gather(slots, train=True), views(one.values_SP, SITES, 2), strict=True
+    ):
+        assert torch.equal(a, a_S[slots])
+        assert torch.equal(b, b_S[slots])
+        assert a.is_leaf
+        assert a.requires_grad
+        assert a.data_ptr() != a_S.data_ptr()
+    assert not one.gather(slots, train=False)[0][0].requires_grad
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_step_is_torchs_adamw_of_each_slot_alone(decay: float, threads: int) -> None:
+    """Bit for bit over 20 steps, clients absent at random (promise 5: absent, not one byte)."""
+    torch.set_num_threads(threads)
+    settings = {"learning_rate": 0.03, "weight_decay": decay, "beta1": 0.8, "beta2": 0.95}
+    ours = bank(5, **settings)
+    theirs = [torch.nn.Parameter(row.clone()) for row in ours.values_SP]
+    optimizers = [
+        torch.optim.AdamW(
+            [p], lr=0.03, weight_decay=decay, betas=(0.8, 0.95), foreach=False, fused=False
+        )
+        for p in theirs
+    ]
+    draw = torch.Generator().manual_seed(7)
+    for step in range(20):
+        present = (torch.rand(5, generator=draw) < 0.6).nonzero().squeeze(1)
+        if step == 3:
+            present = present[:0]
+        gradient = numbers(5, WIDTH, seed=step) * 10.0 ** float(step % 5 - 3)
+        gradient[:, ::7] = 0.0
+        before = ours.state(moments=True)
+        ours.gradient.total_SP[present] = gradient[present]
+        ours.step(present)
+        for slot in present.tolist():
+            theirs[slot].grad = gradient[slot].clone()
+            optimizers[slot].step()
+        absent = [s for s in range(5) if s not in present.tolist()]
+        for name, tensor in ours.state(moments=True).items():
+            was = before[name][absent]
+            assert tensor[absent].numpy().tobytes() == was.numpy().tobytes(), (step, name)
+        for slot in range(5):
+            assert torch.equal(ours.values_SP[slot], theirs[slot].detach()), (step, slot)
+            held = optimizers[slot].state.get(theirs[slot], {})
+            if held:
+                assert torch.equal(ours.moment1_SP[slot], held["exp_avg"])
+                assert torch.equal(ours.moment2_SP[slot], held["exp_avg_sq"])
+                assert ours.steps_S[slot].item() == held["step"].item()
+    assert len(set(ours.steps_S.tolist())) > 1, "everyone was always there: nothing was tested"
+
+
+def test_a_step_spends_its_gradient() -> None:
+    one = bank(2)
+    one.gradient.total_SP += 1.0
+    one.step(torch.tensor([1]))
+    assert one.gradient.total_SP[1].abs().max() == 0.0
+    assert torch.equal(one.gradient.total_SP[0], torch.ones(WIDTH))
+
+
+def test_clip_bounds_each_slot_by_its_own_norm() -> None:
+    gradient = torch.stack([torch.full((WIDTH,), 10.0), torch.full((WIDTH,), 1e-3)])
+    clipped, free = bank(2, clip=0.5, beta1=0.0), bank(2, beta1=0.0)
+    for one in (clipped, free):
+        one.gradient.total_SP.copy_(gradient)
+        one.step(torch.arange(2))
+    # with beta1 = 0 the first moment is the gradient that was used
+    norms = clipped.moment1_SP.norm(dim=1)
+    assert norms[0].item() == pytest.approx(0.5, rel=1e-4)
+    assert torch.equal(clipped.moment1_SP[1], free.moment1_SP[1]), "short ones are left alone"
+
+
+def test_clip_and_step_do_not_depend_on_who_else_steps() -> None:
+    together, alone = bank(3, clip=0.1), bank(3, clip=0.1)
+    gradient = numbers(3, WIDTH, seed=4) * torch.tensor([[1.0], [1e4], [1e-4]])
+    together.gradient.total_SP.copy_(gradient)
+    together.step(torch.arange(3))
+    alone.gradient.total_SP.copy_(gradient)
+    for slot in (2, 0, 1):
+        alone.step(torch.tensor([slot]))
+    assert torch.equal(together.values_SP, alone.values_SP)
+
+
+def test_a_nan_stays_with_its_slot() -> None:
+    one = bank(3, clip=1.0)
+    clean = bank(3, clip=1.0)
+    gradient = numbers(3, WIDTH, seed=4)
+    for b, poison in ((one, True), (clean, False)):
+        b.gradient.total_SP.copy_(gradient)
+        if poison:
+            b.gradient.total_SP[1, 5] = torch.nan
+        b.step(torch.arange(3))
+    assert torch.isnan(one.values_SP[1]).all()
+    assert torch.equal(one.values_SP[[0, 2]], clean.values_SP[[0, 2]])
+
+
+def test_reset_puts_slots_back_and_no_others() -> None:
+    one = bank(3)
+    held = one.state(moments=False)
+    held_all = one.state(moments=True)
+    one.gradient.total_SP += 1.0
+    one.step(torch.arange(3))
+    moved = one.state(moments=True)
+    assert not torch.equal(moved["values"], held["values"]), "state is a copy"
+    one.gradient.total_SP += 2.0
+    one.reset(torch.tensor([0, 2]), held)
+    now = one.state(moments=True)
+    for name in now:
+        assert torch.equal(now[name][1], moved[name][1])
+    assert torch.equal(now["values"][[0, 2]], held["values"][[0, 2]])
+    assert now["moment1"][[0, 2]].abs().max() == 0.0
+    assert now["moment2"][[0, 2]].abs().max() == 0.0
+    assert now["steps"].tolist() == [0, 1, 0]
+    assert one.gradient.total_SP.sum(1).tolist() == [0.0, 2.0 * WIDTH, 0.0]
+    one.reset(torch.arange(3), moved)
+    assert all(torch.equal(one.state(True)[n], moved[n]) for n in moved), "moments come back"
+    one.reset(torch.tensor([], dtype=torch.int64), held_all)
+    assert all(torch.equal(one.state(True)[n], moved[n]) for n in moved), "nobody is nobody"
+
+
+def test_a_part_without_adapters_is_a_bank_without_columns() -> None:
+    none = Bank([], SPEC, TrainConfig(clip=1.0), 2)
+    none.gradient.add(torch.tensor([0, 1]), none.gather(torch.tensor([0, 1]), train=True))
+    none.step(torch.arange(2))
+    assert none.values_SP.shape == (2, 0)
+    assert none.steps_S.tolist() == [1, 1]
+    assert start([], SPEC, 0).shape == (0,)
+
+
+def test_rows_module_is_used_as_the_model_does() -> None:
+    """`gather` takes the slots of a group of rows, which are ascending places in the batch."""
+    rows = Rows(torch.tensor([3, 20, 5]), 16)
+    slots = torch.tensor([7, 8, 9])
+    assert [slots[g.rows_n].tolist() for g in rows.groups] == [[7, 9], [8]]
