@@ -64,7 +64,7 @@ class Plant:
         """Everything in this process: for tests and debugging; the same numbers."""
         learners = tuple(sorted(world.seats))
         host = make_host(config, learners, world.trunk_side(config), rounds)
-        args = _client_args(config, world, InProcess(host), rounds, lambda shared: shared)
+        args = _client_args(config, world, InProcess(host), rounds, lambda name, value: value)
         clients = InlinePool(Client, args)
         return cls(config, world, rounds, InlinePool(lambda: host, [()]), clients)
 
@@ -82,7 +82,7 @@ class Plant:
         client = Demand("client", count, config.clients.cpus, 1 / share if share else 0.0)
         server = Demand("server", 1, config.server.cpus, config.server.gpus)
         check_places([server, client], config.cluster.wait_for_nodes_s)
-        frozen = Shared(world.trunk_side(config))
+        frozen = Shared(f"trunk {world.key(config)}", world.trunk_side(config))
         servers = RayPool(Server, [(config, learners, frozen, rounds)], server, events.append)
         try:
             remote = RayRemote(servers.handles[0])
@@ -248,10 +248,11 @@ def _client_args(
     world: World,
     remote: Remote,
     rounds: Rounds,
-    share: Callable[[Any], Any],
+    share: Callable[[str, Any], Any],
 ) -> list[tuple[Any, ...]]:
     """Constructor arguments of every client actor; what is equal for all is shared once."""
-    backbone, catalogue = share(world.client_side(config)), share(world.catalogue)
+    backbone = share(f"client {world.key(config)}", world.client_side(config))
+    catalogue = share(f"catalogue {world.key(config)}", world.catalogue)
     return [
         (config, i, {c: world.seats[c] for c in host}, backbone, catalogue, remote, rounds)
         for i, host in enumerate(deal(sorted(world.seats), config.clients.per_actor))

@@ -7,7 +7,7 @@ it is in this process, for tests and debugging.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from fellray.actors.session import ray
 from fellray.platform.errors import FellrayError
@@ -100,25 +100,34 @@ def pack(demands: Sequence[Demand], nodes: Sequence[Mapping[str, float]]) -> dic
 class Shared:
     """A value that lies once per node in the object store, read-only, however many actors use it.
 
-    Among an actor's arguments it stands for the value, also when the actor is restarted.
+    Among an actor's constructor arguments it stands for the value, also when the actor is
+    restarted: the reference travels as bytes, which keeps the value alive as long as this process.
+    Values of one name are put there once.
     """
 
-    def __init__(self, value: Any):
-        self._reference = ray.put(value)
+    _put: ClassVar[dict[tuple[str, str], bytes]] = {}
+
+    def __init__(self, name: str, value: Any):
+        # a Ray that ended took its objects along
+        key = (ray.get_runtime_context().gcs_address, name)
+        if key not in self._put:
+            self._put[key] = ray.cloudpickle.dumps(ray.put(value))
+        self._reference = self._put[key]
 
     def get(self) -> Any:
         """The value; arrays in it are not copied."""
-        return ray.get(self._reference)
+        return ray.get(ray.cloudpickle.loads(self._reference))
 
 
 def _fetching(cls: type) -> type:
     """The same class, with `Shared` constructor arguments replaced by their values."""
 
-    def __init__(self: Any, *args: Any) -> None:
-        cls.__init__(self, *(a.get() if isinstance(a, Shared) else a for a in args))
+    class Fetching(cls):  # type: ignore[misc]  # the base is known at run time only
+        def __init__(self, *args: Any):
+            super().__init__(*(a.get() if isinstance(a, Shared) else a for a in args))
 
-    made = type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
-    return made
+    Fetching.__name__ = Fetching.__qualname__ = cls.__name__
+    return Fetching
 
 
 class RayPool:
@@ -134,7 +143,6 @@ class RayPool:
         remote = ray.remote(_fetching(cls)).options(
             num_cpus=demand.cpus, num_gpus=demand.gpus, max_restarts=-1, max_task_retries=0
         )
-        self._args = args  # what lies in the object store lives as long as we name it
         self.handles = [remote.remote(*a) for a in args]
         try:
             self._await_start(demand)

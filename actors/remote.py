@@ -17,9 +17,15 @@ class RayRemote:
     """A `Remote` whose far side is a server actor."""
 
     def __init__(self, server: Any):
+        """`server` is the actor's handle."""
         self._server = server
         self._sent: tuple[Activation, Any] | None = None
         self.bytes = 0
+
+    def __reduce__(self) -> tuple[Any, tuple[bytes]]:
+        # As bytes: Ray takes a handle among constructor arguments for an object that may be lost,
+        # and warns on the terminal. The server outlives its clients.
+        return _unpack, (ray.cloudpickle.dumps(self._server),)
 
     def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
         """See `Remote`."""
@@ -42,3 +48,7 @@ class RayRemote:
         self._sent = None
         self.bytes += payload_bytes(activation, gradient, down)
         return down
+
+
+def _unpack(handle: bytes) -> RayRemote:
+    return RayRemote(ray.cloudpickle.loads(handle))

@@ -37,6 +37,12 @@ class World:
     counts: dict[str, int]
     """Users, items, interactions and splits of the prepared data."""
 
+    def key(self, config: RunConfig) -> str:
+        """Tells what is frozen and public here from that of another run."""
+        model = config.model
+        cut = (model.cut, model.top, model.max_tokens, *model.lora.target_modules)
+        return f"{self.backbone.sha256} {self.data_sha256} {cut}"
+
     def client_side(self, config: RunConfig) -> Backbone:
         """The frozen bottom and top."""
         cut = plan_cut(self.backbone, config.model)

@@ -14,9 +14,9 @@ from fellray.actors.world import survey
 from fellray.jobs.display import console
 from fellray.jobs.train import train
 from fellray.platform import config as configs
+from fellray.platform.comparison import render_comparison
 from fellray.platform.config import RunConfig
 from fellray.platform.journal import Journal
-from fellray.platform.report import render_comparison
 from fellray.platform.run import Run
 from fellray.platform.storage import Storage
 

@@ -8,8 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fellray.platform.charts import _shorten
+from fellray.platform.comparison import render_comparison
+from fellray.platform.drawing import fit_axis
 from fellray.platform.metrics import balance
-from fellray.platform.report import _axis, _short, _size, render, render_comparison
+from fellray.platform.report import render
+from fellray.platform.words import format_size
 
 EVIL = '<script>alert("1")</script>&\''
 NAMES = [f"{m}@{k}" for m in ("recall", "ndcg", "mrr", "hit", "coverage") for k in (5, 10, 20)]
@@ -315,7 +319,7 @@ def test_comparison_takes_the_lowest_client_from_balances_where_compare_lacks_it
 @settings(max_examples=300, deadline=None)
 def test_an_axis_holds_its_values(values, whole):
     values = [round(value) for value in values] if whole else values
-    axis = _axis(values, 10, 110, whole)
+    axis = fit_axis(values, 10, 110, whole)
     assert all(9.99 <= axis.at(value) <= 110.01 for value in values)
     assert all(9.99 <= axis.at(tick) <= 110.01 for tick in axis.ticks)
     assert 1 <= len(axis.ticks) <= 8
@@ -326,11 +330,11 @@ def test_an_axis_holds_its_values(values, whole):
 
 def test_sizes_in_words():
     words = ["0 B", "1,023 B", "1.0 KiB", "1.5 MiB", "1,024.0 TiB"]
-    assert [_size(count) for count in (0, 1023, 1024, 1.5 * 2**20, 2**50)] == words
+    assert [format_size(count) for count in (0, 1023, 1024, 1.5 * 2**20, 2**50)] == words
 
 
 def test_long_names_are_cut_for_the_chart():
-    assert _short("shop-1") == "shop-1"
-    assert _short("x" * 14) == "x" * 14
-    assert _short("x" * 15) == "x" * 13 + "…"
-    assert _short("書" * 8) == "書" * 6 + "…"
+    assert _shorten("shop-1") == "shop-1"
+    assert _shorten("x" * 14) == "x" * 14
+    assert _shorten("x" * 15) == "x" * 13 + "…"
+    assert _shorten("書" * 8) == "書" * 6 + "…"

@@ -75,9 +75,7 @@ def test_every_row_and_token_is_in_one_group_in_order(sizes: list[int], multiple
 @given(lengths)
 def test_what_is_written_at_padding_is_never_sent(sizes: list[int]) -> None:
     rows, x = Rows(torch.tensor(sizes), 16), packed(sizes)
-    dirty = [
-        torch.where(g.mask_nT[:, :, None], rows.pad(x, g), torch.nan) for g in rows.groups
-    ]
+    dirty = [torch.where(g.mask_nT[:, :, None], rows.pad(x, g), torch.nan) for g in rows.groups]
     assert torch.equal(rows.pack(dirty), x)
 
 
