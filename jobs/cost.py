@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rich import box
 from rich.progress import track
 from rich.table import Table
 
@@ -19,12 +20,13 @@ from fellray.actors.server import Server
 from fellray.actors.session import connect
 from fellray.actors.world import World, survey
 from fellray.jobs.display import console
-from fellray.jobs.measured import STATUS, STEPS, Imported, MeasuredClient, Step
+from fellray.jobs.measured import STATUS, Imported, SplitClient, Step, WholeClient
 from fellray.jobs.timings import BUSY, load_average, spread
 from fellray.platform import config as configs
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.journal import Journal
+from fellray.platform.reader import Reader
 from fellray.platform.rounds import Rounds
 from fellray.platform.shards import Dataset
 from fellray.platform.split import PARTS, plan_cut
@@ -32,9 +34,12 @@ from fellray.platform.storage import Storage
 
 TURNS = 3
 """Fresh actors of every arm."""
+STEPS = 4
+"""Local steps of a timed round."""
 MOST_CUTS = 6
 """Of a deeper model, this many cuts are measured, evenly spaced, the ends included."""
-WHOLE = "whole model, local"
+WHOLE = "whole"
+"""The arm that needs no server."""
 
 
 def measure_costs(config: RunConfig) -> dict[str, Any]:
@@ -51,7 +56,7 @@ def measure_costs(config: RunConfig) -> dict[str, Any]:
         raise FellrayError(f"--client-cost reads {STATUS}: run it on Linux")
     world = survey(config)
     cuts = choose_cuts(world.backbone.num_blocks, config.model.top)
-    arms = {f"cut {k}": _vary(config, k) for k in cuts} | {WHOLE: _vary(config, cuts[0])}
+    arms = {f"k={k}": _vary(config, k) for k in cuts} | {WHOLE: _vary(config, cuts[0])}
     folder = Storage(config.storage).sub(f"{config.name}-costs")
     loads = [load_average()]
     steps: dict[str, list[Step]] = {name: [] for name in arms}
@@ -68,15 +73,13 @@ def measure_costs(config: RunConfig) -> dict[str, Any]:
             peaks[name].append(peak)
         folder.delete("scratch")
     loads.append(load_average())
-    rows = [
-        held[name] | describe(steps[name], peaks[name], imported, name == WHOLE) for name in arms
-    ]
+    rows = [held[name] | describe(steps[name], peaks[name], imported) for name in arms]
     costs = {
         "name": config.name,
         "model": config.model.name,
         "client": _learner(config),
         "batch_size": config.train.batch_size,
-        "tokens_per_step": steps[WHOLE][0].tokens,
+        "tokens_per_step": _count_tokens(arms[WHOLE], world),
         "threads": config.clients.threads,
         "engine": "torch",
         "turns": TURNS,
@@ -94,24 +97,23 @@ def measure_costs(config: RunConfig) -> dict[str, Any]:
 def show_costs(costs: dict[str, Any]) -> None:
     """The table on the terminal; in brackets what it is of the whole model's."""
     table = Table(
-        "client holds",
-        "blocks",
+        "client",
         "frozen M",
         "trained k",
         "peak MiB",
-        "of it model MiB",
+        "of it model",
         "step ms",
-        "works itself ms",
-        "MB per step",
+        "own work ms",
+        "MB/step",
         title=f"{costs['name']}: one client, {costs['tokens_per_step']:.0f} tokens a step, "
         f"{costs['threads']} thread(s) on either side",
+        box=box.SIMPLE,
     )
     for row in costs["rows"]:
         table.add_row(
             row["arm"],
-            str(row["blocks"]),
-            _cell(row, "frozen", 1e-6, ".2f"),
-            _cell(row, "trained", 1e-3, ".1f"),
+            _cell(row, "frozen", 1e-6, ".1f"),
+            f"{row['trained'] / 1e3:.1f}",
             _cell(row, "peak_bytes", 2**-20, ".0f"),
             _cell(row, "model_bytes", 2**-20, ".0f"),
             _cell(row, "step_s", 1e3, ".0f"),
@@ -122,12 +124,12 @@ def show_costs(costs: dict[str, Any]) -> None:
     imports = costs["imports_bytes"]["median"] / 2**20
     before, after = costs["load_average"]
     console.print(
-        f"Medians of {costs['turns']} fresh actors. Peak: VmHWM of the client's process; 'of it "
-        f"model' is without the {imports:.0f} MiB of a process that has only imported the code. "
-        "'step' is the wall time of a local step, the server's work in it; the whole model's is "
-        "without the second forward pass that recomputing costs there. Both sides use the torch "
-        f"engine. Load average {before:.1f} before, {after:.1f} after"
-        + (": busy, read the ratios" if costs["busy"] else "")
+        f"In brackets: share of the whole model's, trained by the same client in its own process, "
+        f"no server. Medians of {costs['turns']} fresh actors each, in turn. Peak: VmHWM of the "
+        f"client's process; 'of it model' is without the {imports:.0f} MiB of a process that has "
+        "only loaded the code. 'step' waits for the server, 'own work' does not. Torch engine. "
+        f"Load average {before:.1f} before, {after:.1f} after"
+        + (": busy, read the shares" if costs["busy"] else "")
     )
 
 
@@ -140,22 +142,16 @@ def choose_cuts(num_blocks: int, top: int) -> list[int]:
 
 
 def describe(
-    steps: Sequence[Step], peaks: Sequence[int], imported: Sequence[int], whole: bool
+    steps: Sequence[Step], peaks: Sequence[int], imported: Sequence[int]
 ) -> dict[str, Any]:
-    """One arm's measured quantities, each as a spread over its actors.
-
-    Alone, the whole model would keep its graph: the trunk's forward pass is done twice only because
-    the server's code recomputes, and once is taken off.
-    """
+    """One arm's measured quantities, each as a spread over its actors."""
     base = spread(imported).median
-    spent = [step.wall - step.forward for step in steps] if whole else [s.wall for s in steps]
-    own = spent if whole else [step.wall - step.waiting for step in steps]
     measured = {
         "peak_bytes": peaks,
         "model_bytes": [peak - base for peak in peaks],
-        "step_s": spent,
-        "own_s": own,
-        "bytes": [0.0 if whole else step.bytes for step in steps],
+        "step_s": [step.wall for step in steps],
+        "own_s": [step.wall - step.waiting for step in steps],
+        "bytes": [step.bytes for step in steps],
     }
     return {name: asdict(spread(values)) for name, values in measured.items()}
 
@@ -205,23 +201,23 @@ def _hold(arm: str, config: RunConfig, world: World) -> dict[str, Any]:
 def _measure(config: RunConfig, world: World, whole: bool, rounds: Rounds) -> tuple[Step, int]:
     """A step and the peak memory of a client in fresh actors."""
     learner, key = _learner(config), world.key(config)
-    demand = Demand("client", 1, config.clients.cpus, 0.0)
-    far = Demand("server", 1, config.server.cpus, 0.0)
-    pools = []
+    catalogue = Shared(f"catalogue {key}", world.catalogue)
+    pools: list[RayPool] = []
     try:
-        server = None
-        if not whole:
-            args = (config, (learner,), Shared(f"trunk {key}", world.trunk_side(config)), rounds)
-            pools.append(RayPool(Server, [args], far, _ignore))
+        if whole:
+            model = Shared(f"whole {key}", world.backbone)
+            row = (config, learner, model, catalogue)
+            pools.append(RayPool(WholeClient, [row], _demand(config), _ignore))
+        else:
+            trunk = Shared(f"trunk {key}", world.trunk_side(config))
+            far = Demand("server", 1, config.server.cpus, 0.0)
+            pools.append(RayPool(Server, [(config, (learner,), trunk, rounds)], far, _ignore))
             pools[0].map("stage_start")
-            (server,) = pools[0].handles
-        part = world.backbone if whole else world.client_side(config)
-        backbone = Shared(f"{'whole' if whole else 'client'} {key}", part)
-        catalogue = Shared(f"catalogue {key}", world.catalogue)
-        row = (config, learner, backbone, catalogue, server, rounds)
-        pools.append(RayPool(MeasuredClient, [row], demand, _ignore))
+            sides = Shared(f"client {key}", world.client_side(config))
+            near = (config, learner, sides, catalogue, pools[0].handles[0], rounds)
+            pools.append(RayPool(SplitClient, [near], _demand(config), _ignore))
         client = pools[-1]
-        client.map("step")
+        client.map("step")  # first touches
         (step,) = client.map("step")
         (peak,) = client.map("peak_bytes")
         return step, peak
@@ -231,13 +227,24 @@ def _measure(config: RunConfig, world: World, whole: bool, rounds: Rounds) -> tu
 
 
 def _import_only(config: RunConfig, world: World) -> int:
-    demand = Demand("client", 1, config.clients.cpus, 0.0)
-    pool = RayPool(Imported, [(world.backbone.select(()),)], demand, _ignore)
+    pool = RayPool(Imported, [(world.backbone.select(()),)], _demand(config), _ignore)
     try:
         (peak,) = pool.map("peak_bytes")
         return int(peak)
     finally:
         pool.close()
+
+
+def _demand(config: RunConfig) -> Demand:
+    return Demand("client", 1, config.clients.cpus, 0.0)
+
+
+def _count_tokens(config: RunConfig, world: World) -> float:
+    """Real tokens of a step, on average over the timed round."""
+    learner = _learner(config)
+    shard = Dataset(config.data.path).shard(learner)
+    steps = list(Reader(config, world.catalogue.tokens, {learner: [shard]}).steps(1))
+    return sum(len(batch.ids_L) for batch, _ in steps) / len(steps)
 
 
 def _ignore(loss: str) -> None:

@@ -41,7 +41,7 @@ train:
   rounds: 10
   local_samples: 96            # histories one client reads in a round
   batch_size: 16
-  learning_rate: 0.0005
+  learning_rate: 0.003
 
 clients:
   per_actor: 5                 # clients that share a process (about 600 MiB each)

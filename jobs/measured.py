@@ -1,9 +1,12 @@
-"""A client that is measured: the `Client` of every run, with a clock at the cut and its memory told.
+"""Clients that are measured: each in a process of its own, which tells its clock and its memory.
 
-It trains nothing that would be kept and knows nothing of what it is compared with.
+One is the `Client` of every run with a clock at the cut, one has the whole model. It trains nothing
+that would be kept and knows nothing of what it is compared with.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,45 +15,35 @@ import numpy as np
 
 from fellray.actors.client import Client
 from fellray.actors.remote import RayRemote
-from fellray.actors.server import make_host
 from fellray.actors.world import Catalogue
+from fellray.jobs.whole import Whole
 from fellray.platform.config import RunConfig
 from fellray.platform.encoder import Backbone, build
 from fellray.platform.messages import Activation, Gradient, Lease
 from fellray.platform.rounds import Rounds
-from fellray.platform.trunk import InProcess
 
-STEPS = 4
-"""Local steps of one timed round."""
 STATUS = Path("/proc/self/status")
 """Where Linux tells a process what it has used."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One local step, on average over a round, in seconds."""
+    """One local step, on average over a round."""
 
     wall: float
+    """Seconds."""
     waiting: float
-    """In calls across the cut, sending and receiving included; in the whole model, the trunk."""
-    forward: float
-    """The part of `waiting` that is forward passes."""
+    """Seconds of it in calls across the cut, sending and receiving included."""
     bytes: float
-    """What crosses the cut."""
-    tokens: float
+    """What crossed the cut."""
 
 
 class Timed:
     """A `Remote` that says how long its caller waited for it."""
 
-    def __init__(self, remote: RayRemote | InProcess):
+    def __init__(self, remote: RayRemote):
         self._remote = remote
-        self.start()
-
-    def start(self) -> None:
-        """Count from nothing."""
-        self.waiting = self.forwarding = 0.0
-        self.tokens = 0
+        self.waiting = 0.0
 
     @property
     def bytes(self) -> int:
@@ -59,30 +52,43 @@ class Timed:
 
     def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
         """See `Remote`."""
-        began = time.perf_counter()
-        lease = self._remote.begin(run, round, clients)
-        self.waiting += time.perf_counter() - began
-        return lease
+        with self._clock():
+            return self._remote.begin(run, round, clients)
 
     def forward(self, activation: Activation) -> np.ndarray:
         """See `Remote`."""
-        self.tokens += len(activation.h_Ld)
-        began = time.perf_counter()
-        output = self._remote.forward(activation)
-        self.forwarding += time.perf_counter() - began
-        self.waiting += time.perf_counter() - began
-        return output
+        with self._clock():
+            return self._remote.forward(activation)
 
     def backward(self, activation: Activation, gradient: Gradient) -> np.ndarray:
         """See `Remote`."""
+        with self._clock():
+            return self._remote.backward(activation, gradient)
+
+    @contextmanager
+    def _clock(self) -> Iterator[None]:
         began = time.perf_counter()
-        down = self._remote.backward(activation, gradient)
+        yield
         self.waiting += time.perf_counter() - began
-        return down
 
 
-class MeasuredClient:
-    """One client in a process of its own; without a server it holds the whole model."""
+class Weighed:
+    """A process that knows its peak memory."""
+
+    def peak_bytes(self) -> int:
+        """The most memory that this process has had resident."""
+        return read_peak(STATUS.read_text(encoding="ascii"))
+
+
+class Imported(Weighed):
+    """All code loaded and no weights: the base line of memory."""
+
+    def __init__(self, backbone: Backbone):
+        build(backbone.select(()))
+
+
+class SplitClient(Weighed):
+    """Bottom and top here, the trunk behind a server actor."""
 
     def __init__(
         self,
@@ -93,42 +99,42 @@ class MeasuredClient:
         server: Any,
         rounds: Rounds,
     ):
-        remote: RayRemote | InProcess
-        if server is None:
-            host = make_host(config, (learner,), backbone, rounds)
-            host.stage_start()
-            remote = InProcess(host)
-        else:
-            remote = RayRemote(server)
-        self._timed = Timed(remote)
+        self._steps = count_steps(config)
+        self._timed = Timed(RayRemote(server))
         seats = {learner: (learner,)}
         self._client = Client(config, 0, seats, backbone, catalogue, self._timed, rounds)
         self._client.stage_start()
 
     def step(self) -> Step:
         """Train round 1 from the start, again and again the same; the average step of it."""
-        far = self._timed
-        far.start()
-        carried, began = far.bytes, time.perf_counter()
+        waited, carried = self._timed.waiting, self._timed.bytes
+        began = time.perf_counter()
         self._client.fit(1)
-        wall = time.perf_counter() - began
-        parts = (wall, far.waiting, far.forwarding, far.bytes - carried, far.tokens)
-        return Step(*(part / STEPS for part in parts))
+        parts = (
+            time.perf_counter() - began,
+            self._timed.waiting - waited,
+            self._timed.bytes - carried,
+        )
+        return Step(*(part / self._steps for part in parts))
 
-    def peak_bytes(self) -> int:
-        """The most memory that this process has had resident."""
-        return read_peak(STATUS.read_text(encoding="ascii"))
+
+class WholeClient(Weighed):
+    """The whole model here, trained the ordinary way."""
+
+    def __init__(self, config: RunConfig, learner: str, backbone: Backbone, catalogue: Catalogue):
+        self._steps = count_steps(config)
+        self._whole = Whole(config, learner, backbone, catalogue)
+
+    def step(self) -> Step:
+        """See `SplitClient`."""
+        began = time.perf_counter()
+        self._whole.fit(1)
+        return Step((time.perf_counter() - began) / self._steps, 0.0, 0.0)
 
 
-class Imported:
-    """The same process with the same code loaded and no weights: the base line of memory."""
-
-    def __init__(self, backbone: Backbone):
-        build(backbone.select(()))
-
-    def peak_bytes(self) -> int:
-        """See `MeasuredClient`."""
-        return read_peak(STATUS.read_text(encoding="ascii"))
+def count_steps(config: RunConfig) -> int:
+    """Local steps of a round of one client."""
+    return -(-config.train.local_samples // config.train.batch_size)
 
 
 def read_peak(status: str) -> int:

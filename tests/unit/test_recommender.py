@@ -54,7 +54,7 @@ def train(config: RunConfig) -> Trained:
 
 @pytest.fixture(scope="module")
 def trained(tiny_config: Callable[..., RunConfig]) -> Trained:
-    return train(tiny_config(keep_last=LAST + 1))
+    return train(tiny_config(clients={"per_actor": 5}, keep_last=LAST + 1))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def ndcgs(recommender: Recommender, data: Dataset, client: str) -> list[float]:
 def test_the_rankings_are_those_of_the_evaluation(
     tiny_config: Callable[..., RunConfig], tiny_data: Path, overrides: dict[str, object]
 ) -> None:
-    trained = train(tiny_config(**overrides))
+    trained = train(tiny_config(clients={"per_actor": 5}, **overrides))
     recommender = Recommender.open(trained.folder, LAST)
     data = Dataset(tiny_data)
     assert recommender.clients == data.clients
