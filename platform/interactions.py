@@ -145,8 +145,8 @@ def _check(source: Source) -> Interactions:
     if unknown.any():
         strangers = pc.unique(rows["item_id"].filter(pa.array(unknown)))
         raise FellrayError(
-            f"{in_rows}: item_id {_name_some(strangers)} not in {in_items}; add them there or remove "
-            "these interactions"
+            f"{in_rows}: item_id {_name_some(strangers)} not in {in_items}; "
+            "add them there or remove these interactions"
         )
     title = to_text(in_items, "title", items["title"])
     empty = pc.equal(pc.utf8_trim_whitespace(title), "")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fellray.platform.adapters import Pair, Site, views
 from fellray.platform.config import ModelConfig
-from fellray.platform.encoder import load_backbone
+from fellray.platform.encoder import MINILM, MINILM_HUB, load_backbone
 from fellray.platform.run import Run
 from fellray.platform.split import plan_cut
 
@@ -78,7 +78,7 @@ def _describe(model: ModelConfig, paths: Sequence[str], doubled: Sequence[Site])
     return {
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION",
-        "base_model_name_or_path": model.name,
+        "base_model_name_or_path": MINILM_HUB if model.name == MINILM else model.name,
         "inference_mode": True,
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,

@@ -59,9 +59,11 @@ class Run:
         config: RunConfig,
         data_sha256: str = "",
         still_locked: Callable[[], None] = lambda: None,
+        storage: Storage | None = None,
     ):
+        """Args: storage: the run's folder where it is not the config's `storage`/`name`."""
         self.config = config
-        self.storage = Storage(config.storage).sub(config.name)
+        self.storage = storage or Storage(config.storage).sub(config.name)
         self.rounds = Rounds(self.storage)
         self.journal = Journal(self.storage)
         self._data_sha256 = data_sha256
@@ -103,7 +105,13 @@ class Run:
             value = row["worst_ndcg@10"] if key == "worst_ndcg@10" else row["validation"][key]
             return float(value)
 
-        validated = [row for row in self.journal.rows("metrics") if row.get("validation")]
+        # rows are written before their round is committed
+        latest = self.rounds.latest() or 0
+        validated = [
+            row
+            for row in self.journal.rows("metrics")
+            if row.get("validation") and row["round"] <= latest
+        ]
         if not validated:
             return 0
         return int(max(validated, key=lambda row: (quality(row), -row["round"]))["round"])
@@ -133,15 +141,11 @@ def read_run(path: str) -> Run:
     Raises:
         FellrayError: there is no run.
     """
-    storage, _, name = path.rstrip("/").rpartition("/")
-    folder = Storage(storage or ".").sub(name)
-    if not folder.exists("config.json"):
-        raise FellrayError(
-            f"{path}: holds no run (no config.json); `fellray runs` lists those known"
-        )
-    tree = json.loads(folder.read("config.json"))
-    config = configs.parse(tree | {"storage": storage or ".", "name": name}, f"{path}/config.json")
-    return Run(config)
+    storage = Storage(path)
+    if not storage.exists("config.json"):
+        raise FellrayError(f"{storage}: holds no run (no config.json); `fellray runs` lists runs")
+    config = configs.parse(json.loads(storage.read("config.json")), f"{storage}/config.json")
+    return Run(config, storage=storage)
 
 
 def _describe(outcome: Outcome) -> dict[str, Any]:

@@ -33,7 +33,7 @@ _GENRES = (
 
 @dataclass(frozen=True)
 class Source:
-    """Rows of interactions and of items: two tables under fellray's column names, and the files to name in an error."""
+    """Two tables under fellray's column names, and the files to name in an error."""
 
     rows: pa.Table
     items: pa.Table

@@ -1,37 +1,28 @@
 """A folder that outlives the process: on this machine, or behind any pyarrow filesystem.
 
-Here live the questions of every durable write: is it whole, is it really on the disk, who else
-writes, and what to tell the user when it fails. It must not know what the files mean.
+Every durable write goes through here, and what the filesystem refuses is told with its way out. It
+must not know what the files mean.
 """
 
 import errno
-import fcntl
 import json
 import math
 import os
 import re
 import shutil
-import socket
-import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
+from fellray.platform.disk import append_to_file, sync_folder, write_file
 from fellray.platform.errors import FellrayError
-
-BEAT = 10.0
-"""Seconds between two signs of life of a lock that is an object."""
-DEAD = 60.0
-"""Seconds without a sign of life after which such a lock may be taken over."""
-SETTLE = 2.0
-"""Seconds after which two who took such a lock at once see who of them has it."""
+from fellray.platform.lock import check_file, hold_object, take_file
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
@@ -102,7 +93,7 @@ class Storage:
         temporary = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"
         with self._explained("write", path):
             if isinstance(filesystem, LocalFileSystem):
-                _write_local(full, temporary, data)
+                write_file(full, temporary, data)
             else:
                 _write_remote(filesystem, full, temporary, data)
 
@@ -117,7 +108,7 @@ class Storage:
             self.write(path, data)
         elif isinstance(filesystem, LocalFileSystem):
             with self._explained("append to", path):
-                _append_local(full, data)
+                append_to_file(full, data)
         else:
             self.write(path, self.read(path) + data)
 
@@ -150,7 +141,7 @@ class Storage:
                     shutil.rmtree(full)
                 else:
                     os.unlink(full)
-                _sync_folder(os.path.dirname(full))
+                sync_folder(os.path.dirname(full))
             elif kind == FileType.Directory:
                 filesystem.delete_dir(full)
             elif kind == FileType.File:
@@ -167,99 +158,25 @@ class Storage:
         """Hold the folder for one process at a time; yields a check that it is still held.
 
         On this machine the lock is the operating system's and ends with the process, however that
-        ends. Elsewhere it is an object (`locks/<name>`) renewed every BEAT seconds and dead after
-        DEAD; as such filesystems have no compare-and-swap, call the check before what matters.
+        ends. Elsewhere it is an object (`locks/<name>`) renewed every `lock.BEAT` seconds and
+        dead after `lock.DEAD`; as such filesystems have no compare-and-swap, call the check before what matters.
 
         Raises:
             FellrayError: somebody else holds it (who, since when, and what to do); from the check:
                 it was lost.
         """
-        filesystem, full = self._locate(f"locks/{name}")
-        local = isinstance(filesystem, LocalFileSystem)
-        with self._lock_file(full, name) if local else self._lock_object(name) as check:
-            yield check
-
-    @contextmanager
-    def _lock_file(self, full: str, name: str) -> Iterator[Callable[[], None]]:
-        with self._explained("lock", f"locks/{name}"):
-            _make_folders(os.path.dirname(full))
-            descriptor = os.open(full, os.O_RDWR | os.O_CREAT, 0o666)
+        path = f"locks/{name}"
+        filesystem, full = self._locate(path)
+        if not isinstance(filesystem, LocalFileSystem):
+            with hold_object(self, path) as check:
+                yield check
+            return
+        with self._explained("lock", path):
+            descriptor = take_file(full, str(self))
         try:
-            with self._explained("lock", f"locks/{name}"):
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    holder = _parse_holder(os.pread(descriptor, 4096, 0))
-                    way_out = "wait until it ends, or end it: the lock goes with the process"
-                    raise FellrayError(f"{self}: locked by {_who(holder)}; {way_out}") from None
-                os.ftruncate(descriptor, 0)
-                _write_all(descriptor, _encode_holder("", _now()))
-
-            def check() -> None:
-                if os.fstat(descriptor).st_nlink == 0:
-                    raise FellrayError(
-                        f"{full}: the lock was deleted while the run held it, so that another "
-                        "could start; end the others, then resume"
-                    )
-
-            yield check
+            yield partial(check_file, descriptor, full)
         finally:
             os.close(descriptor)
-
-    @contextmanager
-    def _lock_object(self, name: str) -> Iterator[Callable[[], None]]:
-        path = f"locks/{name}"
-        mine = uuid.uuid4().hex
-        since = _now()
-
-        def holder() -> Mapping[str, Any]:
-            return _parse_holder(self.read(path)) if self.exists(path) else {}
-
-        def refuse(other: Mapping[str, Any]) -> None:
-            raise FellrayError(
-                f"{self}: locked by {_who(other)}; wait until it ends, or end it: the lock counts "
-                f"as dead {DEAD:.0f} s after its last sign of life"
-            )
-
-        def check() -> None:
-            if (other := holder()).get("owner") != mine:
-                raise FellrayError(
-                    f"{self}/{path}: the lock was lost to {_who(other)}, after more than "
-                    f"{DEAD:.0f} s without a sign of life or because it was deleted; resume when "
-                    "the other has ended"
-                )
-
-        def beat() -> None:
-            while not ended.wait(BEAT):
-                # a storage out of reach is tried again; a lost lock is reported by `check`
-                with suppress(FellrayError):
-                    check()
-                    self.write(path, _encode_holder(mine, since))
-
-        if found := holder():
-            if time.time() - found["beat"] < DEAD:
-                refuse(found)
-            # it looks dead by this machine's clock: watch for a beat, in case the clocks differ
-            time.sleep(2 * BEAT)
-            if (again := holder()) and again != found:
-                refuse(again)
-        ended = threading.Event()
-        beating = threading.Thread(target=beat, daemon=True)
-        try:
-            self.write(path, _encode_holder(mine, since))
-            time.sleep(SETTLE)
-            if (winner := holder()).get("owner") != mine:
-                refuse(winner)
-            beating.start()
-            yield check
-        finally:
-            ended.set()
-            if beating.ident is not None:
-                beating.join()
-            # out of reach: then it dies of silence
-            with suppress(FellrayError):
-                if holder().get("owner") == mine:
-                    self.delete(path)
 
     def _locate(self, path: str) -> tuple[FileSystem, str]:
         _check_parts(path)
@@ -347,24 +264,6 @@ def _is_temporary(info: Any) -> bool:
     return _TEMPORARY.fullmatch(info.base_name) is not None
 
 
-def _write_local(full: str, temporary: str, data: bytes) -> None:
-    folder = os.path.dirname(full)
-    _make_folders(folder)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        try:
-            _write_all(descriptor, data)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, full)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
-    _sync_folder(folder)
-
-
 def _write_remote(filesystem: FileSystem, full: str, temporary: str, data: bytes) -> None:
     filesystem.create_dir(full.rpartition("/")[0], recursive=True)
     try:
@@ -375,68 +274,3 @@ def _write_remote(filesystem: FileSystem, full: str, temporary: str, data: bytes
         with suppress(OSError, pa.ArrowException):
             filesystem.delete_file(temporary)
         raise
-
-
-def _append_local(full: str, data: bytes) -> None:
-    descriptor = os.open(full, os.O_WRONLY | os.O_APPEND)
-    try:
-        size = os.fstat(descriptor).st_size
-        try:
-            _write_all(descriptor, data)
-            os.fsync(descriptor)
-        except BaseException:
-            os.ftruncate(descriptor, size)
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
-
-
-def _make_folders(folder: str) -> None:
-    """Like os.makedirs, but each new folder's name is on the disk too."""
-    if not os.path.isdir(folder):
-        parent = os.path.dirname(folder)
-        _make_folders(parent)
-        with suppress(FileExistsError):
-            os.mkdir(folder)
-        _sync_folder(parent)
-
-
-def _sync_folder(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # some network filesystems do not know how to sync a folder
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _encode_holder(owner: str, since: str) -> bytes:
-    holder = {"owner": owner, "host": socket.gethostname(), "pid": os.getpid()}
-    return json.dumps({**holder, "since": since, "beat": time.time()}).encode()
-
-
-def _parse_holder(data: bytes) -> Mapping[str, Any]:
-    try:
-        holder: Mapping[str, Any] = json.loads(data)
-    except ValueError:
-        return {"beat": 0.0}
-    return holder
-
-
-def _who(holder: Mapping[str, Any]) -> str:
-    if "pid" not in holder:
-        return "another process"
-    return f"process {holder['pid']} on {holder['host']} since {holder['since']}"

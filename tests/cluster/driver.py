@@ -14,6 +14,9 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 OURS = ("RAY_", "MASTER_", "DS_", "DEEPSPEED_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "GLOO_")
 """What this process's own Ray and DeepSpeed put into the environment."""
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Ray 2.60's agents, when their raylet was killed, first try for 60 s to report that to a GCS that
+was killed too, and end then."""
 
 
 def plain_environment() -> dict[str, str]:
@@ -87,12 +90,18 @@ class Driver:
         wait_until(lambda: not self.running(), seconds, "the command ends")
         return self.process.returncode, *self.text()
 
-    def left(self, seconds: float = 30.0) -> list[str]:
-        """Titles of the processes that have not ended by themselves after this time."""
+    def left(self, seconds: float = 30.0, but: tuple[str, ...] = ()) -> list[str]:
+        """Titles of the processes that have not ended by themselves after this time.
+
+        Those whose titles begin with one of `but` are not waited for.
+        """
         deadline = time.monotonic() + seconds
-        while (found := self.look()) and time.monotonic() < deadline:
+        while True:
+            titles = [f"{p.pid} {title(p).strip()}" for p in self.look()]
+            found = [t for t in titles if not t.partition(" ")[2].startswith(but or "\0")]
+            if not found or time.monotonic() > deadline:
+                return found
             time.sleep(0.1)
-        return [f"{p.pid} {title(p)}" for p in found]
 
     def end(self) -> None:
         """End it and what it left, by process id."""

@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
-from driver import Driver, actors_below, wait_until
+from driver import AGENTS, Driver, actors_below, wait_until
 
 from fellray.actors.plant import Plant
 from fellray.actors.world import survey
@@ -152,7 +151,7 @@ def test_the_driver_is_killed_and_interrupted(
     killed.look()
     os.kill(killed.process.pid, signal.SIGKILL)
     assert killed.finish()[0] == -signal.SIGKILL
-    assert killed.left(30) == []
+    assert killed.left(30, but=AGENTS) == []
     assert_free(config)
 
     interrupted = launch("jobs/train.py", path)
@@ -167,3 +166,4 @@ def test_the_driver_is_killed_and_interrupted(
 
     train(config)
     assert_same(config, undisturbed)
+    assert killed.left(90) == []

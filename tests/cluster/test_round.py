@@ -1,7 +1,7 @@
 """Promises 1 to 3 and 7: one process or many, DeepSpeed or torch, the same run bit by bit."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 

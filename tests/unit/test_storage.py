@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from pyarrow.fs import FileSystem, LocalFileSystem, SubTreeFileSystem, _MockFileSystem
 
-from fellray.platform import storage as module
+from fellray.platform import lock as module
 from fellray.platform.errors import FellrayError
 from fellray.platform.storage import Storage, to_json
 

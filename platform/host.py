@@ -1,0 +1,295 @@
+"""The trunk's host: frozen blocks, every client's personal adapters, batches of whoever waits.
+
+It sees activations and gradients, never tokens or labels. Forward keeps nothing; backward is given
+the inputs again (recompute), so a lost client or a lost server loses no more than a step. Bits do
+not depend on who shares a batch: rows are padded by their own rule, and a client's rows of one step
+travel together and are summed in their order. It knows nothing of Ray or DeepSpeed.
+
+Shapes: N rows, L real tokens, n rows of one padded length T, d width, C clients, P parameters.
+"""
+
+import uuid
+from collections.abc import Callable, Collection, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from fellray.platform import adapters
+from fellray.platform.adapters import Bank, GradientSum, Pair, Site, start, state_names
+from fellray.platform.config import RunConfig
+from fellray.platform.errors import FellrayError
+from fellray.platform.ledger import payload_bytes
+from fellray.platform.messages import Activation, Gradient, Installation, Lease, StaleLease
+from fellray.platform.rounds import Rounds, Staged
+from fellray.platform.rows import Rows
+from fellray.platform.trunk import Engine
+
+Item = TypeVar("Item")
+
+
+class TrunkHost:
+    """Trains and serves the trunk for many clients. One thread at a time may call it."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        learners: Sequence[str],
+        sites: Sequence[Site],
+        engine: Engine,
+        rounds: Rounds,
+    ):
+        """Args: learners: sorted ids of everyone who trains, one bank row each."""
+        self._seeded_P = start(sites, config.model.lora, config.seed)
+        self._config = config
+        self._rounds = rounds
+        self._engine = engine
+        self._life = uuid.uuid4().hex
+        self._learners = tuple(learners)
+        self._slot = {learner: i for i, learner in enumerate(learners)}
+        self._sites = sites
+        lora, keep = config.model.lora, config.train.moments == "keep"
+        self._keeps_moments = keep
+        self._bank = Bank(sites, lora, config.train, len(learners))
+        self._shared_gradient = GradientSum(sites, lora.r, len(learners))
+        self._shared = config.server.shared_adapter
+        self._lease = torch.zeros(len(learners), dtype=torch.int64)
+        self._next_step = torch.zeros(len(learners), dtype=torch.int64)
+        self._leases = 0
+        self._round = -1
+        self._start: dict[str, Tensor] = {}
+        self._staged: tuple[Staged, ...] = ()
+
+    def begin(self, run: str, round: int, clients: Sequence[str]) -> Lease:
+        """Roll the clients back to the start of `round` and let them train it.
+
+        Whatever an earlier try of this round left behind, a dead actor's half round say, is gone,
+        and what still arrives from it is refused.
+        """
+        self._put_at(round - 1)
+        slots = self._slots(clients)
+        self._bank.reset(slots, self._start)
+        self._shared_gradient.total_SP[slots] = 0.0
+        self._leases += 1
+        self._lease[slots] = self._leases
+        self._next_step[slots] = 0
+        return Lease(self._life, self._leases)
+
+    def forward(self, activations: Sequence[Activation]) -> list[np.ndarray | Exception]:
+        """Hidden states at the upper cut [L, d] for each message; a refusal stays its own."""
+        return self._each(activations, self._check, self._forward)
+
+    def backward(self, sent: Sequence[tuple[Activation, Gradient]]) -> list[np.ndarray | Exception]:
+        """Gradients at the lower cut [L, d], after stepping the rows' personal adapters."""
+        return self._each(sent, self._check_step, self._backward)
+
+    def theta(self, lives: Collection[str], clients: Sequence[str]) -> np.ndarray:
+        """The clients' trained trunk adapters [C, P].
+
+        Raises:
+            StaleLease: somebody trained under another life of this server: that work is lost.
+        """
+        if any(life != self._life for life in lives):
+            raise StaleLease("the server was restarted during the round")
+        return self._bank.values_SP[self._slots(clients)].numpy()
+
+    def stage_start(self) -> tuple[Staged, ...]:
+        """Stage round 0: the one seeded start that every client shares."""
+        everyone = torch.arange(len(self._learners))
+        self._bank.reset(everyone, {"values": self._seeded_P.repeat(len(everyone), 1)})
+        self._engine.load_shared({"values": self._seeded_P})
+        return self._stage(0)
+
+    def install(self, installation: Installation) -> tuple[Staged, ...]:
+        """Make the mixture the state of `round` and stage it; asked twice, answers the same.
+
+        Without columns nothing is mixed: everybody keeps what it trained.
+        """
+        if installation.round == self._round:
+            return self._staged
+        if installation.theta_SP.shape[1]:
+            self._bank.values_SP[self._slots(installation.clients)] = torch.tensor(
+                installation.theta_SP
+            )
+        self._bank.reset(self._slots(installation.refused), self._start)
+        if self._shared:
+            self._step_shared(sorted(set(installation.clients) - set(installation.refused)))
+        return self._stage(installation.round)
+
+    def forget(self) -> None:
+        """Drop what is in memory: the next call starts from the last committed round."""
+        self._round = -1
+
+    def _stage(self, round: int) -> tuple[Staged, ...]:
+        self._stand_at(round)
+        personal = {f"trunk.{name}": t for name, t in self._start.items()}
+        staged = [self._rounds.stage(round, "trunk", self._learners, personal)]
+        if self._shared:
+            shared = {f"shared.{name}": t for name, t in self._engine.shared_state().items()}
+            staged.append(self._rounds.stage(round, "shared", (), shared))
+        self._staged = tuple(staged)
+        return self._staged
+
+    def _put_at(self, round: int) -> None:
+        if round == self._round:
+            return
+        names = state_names("trunk", self._keeps_moments)
+        loaded = self._rounds.load(round, self._learners, names)
+        state = {name.removeprefix("trunk."): tensor for name, tensor in loaded.items()}
+        self._bank.reset(torch.arange(len(self._learners)), state)
+        if self._shared:
+            kinds = ("values", "moment1", "moment2", "steps")
+            self._engine.load_shared(
+                {kind: self._rounds.load_shared(round, f"shared.{kind}") for kind in kinds}
+            )
+        self._stand_at(round)
+
+    def _stand_at(self, round: int) -> None:
+        self._round = round
+        self._start = self._bank.state(self._keeps_moments)
+        self._lease.zero_()
+
+    def _step_shared(self, clients: Sequence[str]) -> None:
+        """Client ids in order, fp64: neither batches nor arrival change the sum."""
+        rows = self._shared_gradient.total_SP[self._slots(clients)].double()
+        if len(rows):
+            self._engine.step_shared(rows.sum(0).float() / len(rows))
+        self._shared_gradient.total_SP.zero_()
+
+    def _check(self, activation: Activation) -> None:
+        if activation.run != self._config.name:
+            raise FellrayError(f"server of run {self._config.name} was asked by {activation.run}")
+        if activation.lease is None:
+            self._put_at(activation.round)
+            return
+        slots = self._slots(activation.clients)
+        current = activation.lease.server == self._life and bool(
+            (self._lease[slots] == activation.lease.number).all()
+        )
+        if not current:
+            raise StaleLease(f"round {activation.round} was begun again")
+
+    def _check_step(self, sent: tuple[Activation, Gradient]) -> None:
+        activation, gradient = sent
+        self._check(activation)
+        slots = self._slots(activation.clients)
+        key = (activation.run, activation.round, activation.step)
+        expected = bool((self._next_step[slots] == activation.step).all())
+        if key != (gradient.run, gradient.round, gradient.step) or not expected:
+            raise StaleLease(f"step {activation.step} of round {activation.round} is not due")
+
+    def _forward(self, activations: Sequence[Activation]) -> list[np.ndarray]:
+        rows, slots_N, h_Ld = self._merge(activations)
+        outputs = []
+        with torch.no_grad():
+            for group in rows.groups:
+                flat, _ = self._gather(slots_N[group.rows_n], train=False)
+                outputs.append(self._engine.forward(rows.pad(h_Ld, group), group.mask_nT, *flat))
+        return _part(rows.pack(outputs), activations)
+
+    def _backward(self, sent: Sequence[tuple[Activation, Gradient]]) -> list[np.ndarray]:
+        activations = [activation for activation, _ in sent]
+        rows, slots_N, h_Ld = self._merge(activations)
+        g_Ld = _join([gradient.g_Ld for _, gradient in sent])
+        down = []
+        with torch.enable_grad():
+            for group in rows.groups:
+                slots_n = slots_N[group.rows_n]
+                flat, sets = self._gather(slots_n, train=True)
+                h = rows.pad(h_Ld, group).requires_grad_()
+                y = self._engine.forward(h, group.mask_nT, *flat)
+                self._engine.backward(y, rows.pad(g_Ld, group))
+                self._bank.gradient.add(slots_n, sets[0])
+                if self._shared:
+                    self._shared_gradient.add(slots_n, sets[1])
+                assert h.grad is not None
+                down.append(h.grad)
+        stepped = slots_N.unique()
+        self._bank.step(stepped)
+        self._next_step[stepped] += 1
+        return _part(rows.pack(down), activations)
+
+    def _merge(self, activations: Sequence[Activation]) -> tuple[Rows, Tensor, Tensor]:
+        lengths = np.concatenate([a.lengths_N for a in activations]).astype(np.int64)
+        rows = Rows(torch.from_numpy(lengths), self._config.model.pad_multiple)
+        slots = [self._slots(a.clients)[torch.tensor(a.row_client_N)] for a in activations]
+        return rows, torch.cat(slots), _join([a.h_Ld for a in activations])
+
+    def _gather(self, slots_n: Tensor, train: bool) -> tuple[list[Tensor], list[list[Pair]]]:
+        sets = [self._bank.gather(slots_n, train)]
+        if self._shared:
+            shared = self._engine.module.shared_P.detach()[None]
+            rows = [
+                (
+                    a.expand(len(slots_n), -1, -1).clone().requires_grad_(train),
+                    b.expand(len(slots_n), -1, -1).clone().requires_grad_(train),
+                )
+                for a, b in adapters.views(shared, self._sites, self._config.model.lora.r)
+            ]
+            sets.append(rows)
+        return [tensor for pairs in sets for pair in pairs for tensor in pair], sets
+
+    def _slots(self, clients: Sequence[str]) -> Tensor:
+        return torch.tensor([self._slot[c] for c in clients], dtype=torch.int64)
+
+    def _each(
+        self,
+        items: Sequence[Item],
+        check: Callable[[Item], None],
+        run: Callable[[Sequence[Item]], list[np.ndarray]],
+    ) -> list[np.ndarray | Exception]:
+        """Run the items that pass their check in one batch; the others answer with the reason."""
+        answers: list[np.ndarray | Exception | None] = []
+        for item in items:
+            try:
+                check(item)
+                answers.append(None)
+            except (FellrayError, StaleLease) as error:
+                answers.append(error)
+        passed = [item for item, answer in zip(items, answers, strict=True) if answer is None]
+        results = iter(run(passed) if passed else ())
+        return [next(results) if answer is None else answer for answer in answers]
+
+
+class InProcess:
+    """A host in this process as a `Remote`: the peer of the one behind Ray."""
+
+    def __init__(self, host: TrunkHost):
+        self._host = host
+        self.bytes = 0
+
+    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
+        """See `Remote`."""
+        return self._host.begin(run, round, clients)
+
+    def forward(self, activation: Activation) -> np.ndarray:
+        """See `Remote`."""
+        output = _only(self._host.forward([activation]))
+        self.bytes += payload_bytes(activation, output)
+        return output
+
+    def backward(self, activation: Activation, gradient: Gradient) -> np.ndarray:
+        """See `Remote`."""
+        down = _only(self._host.backward([(activation, gradient)]))
+        self.bytes += payload_bytes(activation, gradient, down)
+        return down
+
+
+def _only(answers: Sequence[np.ndarray | Exception]) -> np.ndarray:
+    (answer,) = answers
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _join(arrays: Sequence[np.ndarray]) -> Tensor:
+    """One tensor of several messages' tokens; a single message is not copied."""
+    return from_dlpack(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
+
+
+def _part(packed_Ld: Tensor, activations: Sequence[Activation]) -> list[np.ndarray]:
+    """Each message's own tokens, as views."""
+    sizes = [len(a.h_Ld) for a in activations]
+    return [part.numpy() for part in packed_Ld.split(sizes)]

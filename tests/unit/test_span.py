@@ -1,0 +1,281 @@
+"""The cut is invisible: loss and every gradient, bit for bit (promise 1); the ledger sees it all.
+
+Shapes: N rows, n rows of one padded length, L real tokens, d width, S clients, P parameters.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fellray.platform.adapters import Bank, GradientSum, Pair, Site
+from fellray.platform.config import RunConfig, parse
+from fellray.platform.encoder import MINILM, load_backbone
+from fellray.platform.host import InProcess, TrunkHost
+from fellray.platform.ledger import Ledger, total
+from fellray.platform.messages import Activation, Gradient, Lease
+from fellray.platform.retrieval import Scorer, mean_losses
+from fellray.platform.rounds import Rounds
+from fellray.platform.rows import Rows
+from fellray.platform.shards import Shard
+from fellray.platform.span import RemoteSpan
+from fellray.platform.split import Parts, cut_model
+from fellray.platform.storage import Storage
+from fellray.platform.tower import Tower
+from fellray.platform.trunk import TorchEngine, Trunk
+
+CLIENTS = ("a", "b", "c")
+NUM_ITEMS = 40
+
+
+@dataclass
+class Setting:
+    """One model, cut and uncut, with the same adapters for three clients."""
+
+    config: RunConfig
+    parts: Parts
+    side: Bank
+    """Bottom and top."""
+    trunk_SP: Tensor
+    host: TrunkHost
+    remote: InProcess
+    scorer: Scorer
+
+
+@dataclass(frozen=True)
+class Step:
+    """A random batch."""
+
+    rows: Rows
+    ids_L: Tensor
+    slot_N: Tensor
+    target_N: Tensor
+
+
+def sites(parts: Parts, *names: str) -> list[Site]:
+    return [site for name in names for site in parts.cut.sites[name]]
+
+
+def setting(name: str, cut: int, top: int, folder: Path) -> Setting:
+    # with beta1 = 0 the first moment after a step is the gradient itself
+    config = parse(
+        {
+            "model": {"name": name, "cut": cut, "top": top, "lora": {"r": 2}},
+            "train": {"beta1": 0.0},
+        },
+        "test",
+    )
+    backbone = load_backbone(name)
+    parts = cut_model(backbone, config.model)
+    draw = torch.Generator().manual_seed(1)
+    trunk_sites = sites(parts, "trunk")
+    side = Bank(sites(parts, "bottom", "top"), config.model.lora, config.train, 3)
+    side.values_SP.normal_(0, 0.2, generator=draw)
+    trunk = torch.empty(3, sum(s.num_parameters(2) for s in trunk_sites))
+    trunk.normal_(0, 0.2, generator=draw)
+    engine = TorchEngine(Trunk(parts.trunk, trunk[0]), config)
+    host = TrunkHost(config, CLIENTS, trunk_sites, engine, Rounds(Storage(str(folder))))
+    host.load(trunk, None, round=0)
+    vectors = F.normalize(torch.randn(NUM_ITEMS, backbone.dim, generator=draw), dim=1)
+    nothing = Shard("a", np.array([0]), np.array([0, 1]), np.zeros(1, np.int32), np.zeros(1))
+    scorer = Scorer(vectors.numpy(), [nothing], 0.05, prior=False)
+    return Setting(config, parts, side, trunk, host, InProcess(host), scorer)
+
+
+def random_step(seed: int, num_rows: int, longest: int) -> Step:
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, longest + 1, (num_rows,), generator=draw)
+    slots = torch.randint(0, 3, (num_rows,), generator=draw).sort().values
+    ids = torch.randint(5, 60, (int(lengths.sum()),), generator=draw)
+    targets = torch.randint(0, NUM_ITEMS, (num_rows,), generator=draw)
+    return Step(Rows(lengths, 16), ids, slots, targets)
+
+
+def losses(s: Setting, u_Nd: Tensor, step: Step) -> Tensor:
+    scores = s.scorer.score(u_Nd, torch.zeros_like(step.slot_N))
+    return mean_losses(scores, step.target_N, step.slot_N, 3)
+
+
+def header(step: Step, lease: Lease | None) -> Activation:
+    return Activation(
+        "run",
+        1,
+        0,
+        lease,
+        CLIENTS,
+        step.slot_N.numpy().astype(np.int32),
+        step.rows.lengths_N.numpy().astype(np.int32),
+        np.empty((0, 0), np.float32),
+    )
+
+
+def through_the_cut(s: Setting, step: Step, ledger: Ledger) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [S], gradients of the client's side [S, P] and of the trunk's adapters [S, P]."""
+    lease = s.remote.begin("run", 1, CLIENTS)
+    span = RemoteSpan(s.remote, ledger)
+    tower = Tower(s.parts.bottom, s.parts.top, 0, s.side)
+    u, used = tower.encode(
+        step.rows, step.ids_L, step.slot_N, lambda h: span(h, header(step, lease)), train=True
+    )
+    loss_S = losses(s, u, step)
+    loss_S.sum().backward()
+    for slots_n, pairs in used:
+        s.side.gradient.add(slots_n, pairs)
+    gradient = s.side.gradient.total_SP.clone()
+    s.side.gradient.total_SP.zero_()
+    return loss_S.detach(), gradient, s.host._bank.moment1_SP.clone()
+
+
+def uncut(s: Setting, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in one autograd graph: padded rows from the tokens to the loss, nothing packed."""
+    r, config = s.config.model.lora.r, s.config
+    trunk_bank = Bank(sites(s.parts, "trunk"), config.model.lora, config.train, 3)
+    trunk_bank.values_SP.copy_(s.trunk_SP)
+    sums = [
+        GradientSum(sites(s.parts, "bottom", "top"), r, 3),
+        GradientSum(sites(s.parts, "trunk"), r, 3),
+    ]
+    used: list[tuple[Tensor, Sequence[Pair], Sequence[Pair]]] = []
+    split = len(s.parts.cut.sites["bottom"])
+    u = []
+    for group in step.rows.groups:
+        slots = step.slot_N[group.rows_n]
+        own, far = s.side.gather(slots, train=True), trunk_bank.gather(slots, train=True)
+        ids = torch.zeros(group.mask_nT.shape, dtype=torch.int64)
+        ids[group.mask_nT] = step.ids_L[group.tokens]
+        h = s.parts.bottom(ids, group.mask_nT, [own[:split]])
+        y = s.parts.trunk(h, group.mask_nT, [far])
+        u.append(s.parts.top(y, group.mask_nT, [own[split:]]))
+        used.append((slots, own, far))
+    order = torch.cat([group.rows_n for group in step.rows.groups])
+    loss_S = losses(s, torch.cat(u)[order.argsort()], step)
+    loss_S.sum().backward()
+    for slots, own, far in used:
+        sums[0].add(slots, own)
+        sums[1].add(slots, far)
+    return loss_S.detach(), sums[0].total_SP, sums[1].total_SP
+
+
+CASES = [
+    ("bert", 1, 1, 8),
+    ("bert", 0, 1, 4),
+    ("bert", 2, 0, 4),
+    ("bert", 0, 0, 4),
+    ("bert", 1, 3, 4),
+    ("roberta", 1, 1, 8),
+    ("roberta", 2, 0, 4),
+    ("minilm", 1, 1, 2),
+]
+
+
+@pytest.mark.parametrize(("encoder", "cut", "top", "batches"), CASES)
+def test_split_equals_whole(
+    encoder: str,
+    cut: int,
+    top: int,
+    batches: int,
+    tiny_encoder: Path,
+    tiny_roberta: Path,
+    tmp_path: Path,
+) -> None:
+    names = {"bert": str(tiny_encoder), "roberta": str(tiny_roberta), "minilm": MINILM}
+    s = setting(names[encoder], cut, top, tmp_path)
+    for seed in range(batches):
+        step = random_step(seed, num_rows=3 + 2 * seed, longest=40)
+        got, wanted = through_the_cut(s, step, Ledger()), uncut(s, step)
+        for name, ours, theirs in zip(("loss", "client side", "trunk"), got, wanted, strict=True):
+            assert torch.equal(ours, theirs), (name, seed, (ours - theirs).abs().max())
+        present = step.slot_N.unique()
+        assert wanted[2][present].abs().sum(1).min() > 0
+        if wanted[1].shape[1]:
+            assert wanted[1][present].abs().sum(1).min() > 0
+
+
+def test_evaluation_through_the_cut_is_the_whole_models(tiny_encoder: Path, tmp_path: Path) -> None:
+    s, step = setting(str(tiny_encoder), 1, 1, tmp_path), random_step(0, 6, 40)
+    ledger = Ledger()
+    span, tower = RemoteSpan(s.remote, ledger), Tower(s.parts.bottom, s.parts.top, 0, s.side)
+    asked = replace(header(step, None), round=0)
+    with torch.no_grad():
+        u, _ = tower.encode(
+            step.rows,
+            step.ids_L,
+            step.slot_N,
+            lambda h: torch.from_numpy(span.send_forward(replace(asked, h_Ld=h.numpy()))),
+            train=False,
+        )
+    assert torch.equal(losses(s, u, step), uncut(s, step)[0])
+    assert set(total(ledger.close())) == {"evaluation_activation", "evaluation_output", "envelope"}
+
+
+def test_what_crosses_is_entered_and_is_what_the_transport_counts(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    s, step, ledger = setting(str(tiny_encoder), 1, 1, tmp_path), random_step(3, 7, 40), Ledger()
+    through_the_cut(s, step, ledger)
+    packed, rows = step.rows.num_tokens * 32 * 4, len(step.slot_N)
+    found = total(ledger.close())
+    assert found == {
+        "activation": packed,
+        "output": packed,
+        "gradient": packed,
+        "activation_repeat": packed,
+        "input_gradient": packed,
+        "envelope": 2 * 8 * rows,
+    }
+    assert sum(found.values()) == s.remote.bytes
+
+
+class Double:
+    """A far side that adds one on the way up and doubles the gradient on the way down."""
+
+    def __init__(self) -> None:
+        self.forwards: list[Activation] = []
+        self.backwards: list[tuple[Activation, Gradient]] = []
+
+    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
+        return Lease("double", 1)
+
+    def forward(self, activation: Activation) -> np.ndarray:
+        self.forwards.append(activation)
+        return activation.h_Ld + 1
+
+    def backward(self, activation: Activation, gradient: Gradient) -> np.ndarray:
+        self.backwards.append((activation, gradient))
+        return gradient.g_Ld * 2
+
+
+def test_autograd_crosses_by_itself() -> None:
+    double, ledger = Double(), Ledger()
+    step = random_step(0, 2, 5)
+    span, sent = RemoteSpan(double, ledger), header(step, Lease("double", 1))
+    h = torch.ones(step.rows.num_tokens, 3, requires_grad=True)
+    y = span(h * 3, sent)
+    assert torch.equal(y, torch.full_like(y, 4.0))
+    (y.T * torch.arange(3.0)[:, None]).T.sum().backward()
+    assert torch.equal(h.grad, (torch.arange(3.0) * 6).expand_as(h))
+    (forward,), ((again, gradient),) = double.forwards, double.backwards
+    assert forward is again, "the trunk kept nothing: the activation comes again"
+    assert (forward.h_Ld == 3.0).all()
+    for name in ("run", "round", "step", "lease", "clients"):
+        assert getattr(forward, name) == getattr(sent, name)
+    assert (gradient.run, gradient.round, gradient.step) == ("run", 1, 0)
+    assert gradient.g_Ld.flags.c_contiguous
+
+
+def test_a_refusal_of_the_far_side_is_raised_and_not_entered() -> None:
+    class Refusing(Double):
+        def forward(self, activation: Activation) -> np.ndarray:
+            raise RuntimeError("not now")
+
+    ledger, step = Ledger(), random_step(0, 2, 5)
+    with pytest.raises(RuntimeError, match="not now"):
+        RemoteSpan(Refusing(), ledger)(
+            torch.ones(step.rows.num_tokens, 3, requires_grad=True), header(step, None)
+        )
+    assert ledger.close() == []
