@@ -20,13 +20,15 @@ from torch.utils.dlpack import from_dlpack
 from fellray.actors.world import Catalogue
 from fellray.platform.adapters import Bank, start, state_names
 from fellray.platform.config import RunConfig
+from fellray.platform.device import own_device
 from fellray.platform.encoder import Backbone
 from fellray.platform.ledger import Ledger
+from fellray.platform.manifest import Staged
 from fellray.platform.messages import Activation, Installation, Lease, LedgerRow, StaleLease, Update
 from fellray.platform.metrics import Evaluator, Score
 from fellray.platform.reader import Batch, Reader
 from fellray.platform.retrieval import Scorer, mean_losses
-from fellray.platform.rounds import Rounds, Staged
+from fellray.platform.rounds import Rounds
 from fellray.platform.shards import Dataset
 from fellray.platform.span import Remote, RemoteSpan
 from fellray.platform.split import cut_model
@@ -57,17 +59,20 @@ class Client:
         data = Dataset(config.data.path)
         shards = {learner: [data.shard(c) for c in own] for learner, own in sorted(seats.items())}
         self.learners = tuple(shards)
-        self._all = torch.arange(len(self.learners))
-        self._reader = Reader(config, catalogue.tokens, shards)
+        device = own_device()
+        self._all = torch.arange(len(self.learners), device=device)
+        self._reader = Reader(config, catalogue.tokens, shards, device)
         parts = cut_model(backbone, config.model)
+        bottom, top = parts.bottom.to(device), parts.top.to(device)
         sites = [site for side in SIDES for site in parts.cut.sites[side]]
-        self._bank = Bank(sites, config.model.lora, config.train, len(self.learners))
-        self._tower = Tower(parts.bottom, parts.top, catalogue.tokens.pad, self._bank)
+        self._bank = Bank(sites, config.model.lora, config.train, len(self.learners), device)
+        self._tower = Tower(bottom, top, catalogue.tokens.pad, self._bank)
         self._scorer = Scorer(
             catalogue.vectors_Id,
             self._reader.shards,
             config.model.temperature,
             config.model.prior,
+            device,
         )
         self._ledger = Ledger()
         self._span = RemoteSpan(remote, self._ledger)
@@ -86,14 +91,14 @@ class Client:
         lease = self._span.remote.begin(self._config.name, round, self.learners)
         weighted, rows = torch.zeros(2, len(self.learners), dtype=torch.float64)
         for step, (batch, target_N) in enumerate(self._reader.steps(round)):
-            count_S = torch.bincount(batch.slot_N, minlength=len(self.learners))
+            count_S = torch.bincount(batch.slot_N.cpu(), minlength=len(self.learners))
             weighted += (
                 self._step(batch, target_N, self._header(batch, round, step, lease)) * count_S
             )
             rows += count_S
         losses = (weighted / rows).tolist()
         self._fitted = round
-        theta = self._bank.values_SP
+        theta = self._bank.values_SP.cpu()
         refused = {
             learner: reason
             for learner, loss, values in zip(self.learners, losses, theta, strict=True)
@@ -124,7 +129,7 @@ class Client:
             for learner, values in zip(self.learners, theta, strict=True):
                 self._ledger.enter(learner, "adapter_down", values.numpy())
         refused = [i for i, c in enumerate(self.learners) if c in installation.refused]
-        self._bank.reset(torch.tensor(refused, dtype=torch.int64), self._start)
+        self._bank.reset(self._all[refused], self._start)
         return self._stage(installation.round)
 
     def evaluate(self, round: int, split: Literal[1, 2], max_users: int | None) -> dict[str, Score]:
@@ -142,7 +147,7 @@ class Client:
 
     def evaluate_baselines(self, split: Literal[1, 2]) -> dict[str, dict[str, Score]]:
         """Rows that need no model: global popularity, and the client's own counts alone."""
-        popularity = from_dlpack(self._catalogue.popularity_I).float()
+        popularity = from_dlpack(self._catalogue.popularity_I).float().to(self._all.device)
         return {
             "popularity": self._rank(lambda b, _: popularity.expand(len(b.shard_N), -1), split),
             "prior": self._rank(lambda b, _: self._scorer.prior_KI[b.shard_N], split),
@@ -171,10 +176,11 @@ class Client:
         for slots_n, pairs in used:
             self._bank.gradient.add(slots_n, pairs)
         self._bank.step(batch.slot_N.unique())
-        return loss_S.detach().double()
+        return loss_S.detach().cpu().double()
 
     def _cross(self, h_Ld: Tensor, header: Activation) -> Tensor:
-        return from_dlpack(self._span.send_forward(replace(header, h_Ld=h_Ld.numpy())))
+        output = self._span.send_forward(replace(header, h_Ld=h_Ld.cpu().numpy()))
+        return from_dlpack(output).to(h_Ld.device)
 
     def _header(self, batch: Batch, round: int, step: int, lease: Lease | None) -> Activation:
         return Activation(
@@ -183,7 +189,7 @@ class Client:
             step=step,
             lease=lease,
             clients=self.learners,
-            row_client_N=batch.slot_N.numpy().astype(np.int32),
+            row_client_N=batch.slot_N.cpu().numpy().astype(np.int32),
             lengths_N=batch.rows.lengths_N.numpy().astype(np.int32),
             h_Ld=np.empty((0, 0), np.float32),
         )

@@ -24,9 +24,10 @@ from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.faults import Stop, decide
 from fellray.platform.host import InProcess
+from fellray.platform.manifest import Staged
 from fellray.platform.messages import Installation, LedgerRow, StaleLease
 from fellray.platform.metrics import Score
-from fellray.platform.rounds import Rounds, Staged
+from fellray.platform.rounds import Rounds
 from fellray.platform.span import Remote
 from fellray.platform.split import plan_cut
 

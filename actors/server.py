@@ -14,10 +14,12 @@ import torch
 from fellray.platform.adapters import start
 from fellray.platform.batcher import Batcher
 from fellray.platform.config import RunConfig
+from fellray.platform.device import own_device
 from fellray.platform.encoder import Backbone
 from fellray.platform.host import TrunkHost
+from fellray.platform.manifest import Staged
 from fellray.platform.messages import Activation, Gradient, Installation, Lease
-from fellray.platform.rounds import Rounds, Staged
+from fellray.platform.rounds import Rounds
 from fellray.platform.split import cut_model
 from fellray.platform.trunk import Engine, TorchEngine, Trunk
 
@@ -28,9 +30,10 @@ def make_host(
     """The trunk with the engine that the config names."""
     torch.set_num_threads(config.server.threads)
     parts = cut_model(backbone, config.model)
+    device = own_device()
     sites = parts.cut.sites["trunk"]
     seeded = start(sites, config.model.lora, config.seed)
-    trunk = Trunk(parts.trunk, seeded)
+    trunk = Trunk(parts.trunk, seeded).to(device)
     engine: Engine
     if config.server.engine == "deepspeed":
         from fellray.actors.engine import DeepSpeedEngine
@@ -38,7 +41,7 @@ def make_host(
         engine = DeepSpeedEngine(trunk, config)
     else:
         engine = TorchEngine(trunk, config)
-    return TrunkHost(config, learners, sites, engine, rounds)
+    return TrunkHost(config, learners, sites, engine, rounds, device)
 
 
 class Server:

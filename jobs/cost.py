@@ -22,11 +22,11 @@ from fellray.actors.world import World, survey
 from fellray.jobs.display import console
 from fellray.jobs.measured import STATUS, Imported, SplitClient, Step, WholeClient
 from fellray.jobs.timings import BUSY, load_average, spread
+from fellray.jobs.whole import tokens_per_step
 from fellray.platform import config as configs
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.journal import Journal
-from fellray.platform.reader import Reader
 from fellray.platform.rounds import Rounds
 from fellray.platform.shards import Dataset
 from fellray.platform.split import PARTS, plan_cut
@@ -79,7 +79,7 @@ def measure_costs(config: RunConfig) -> dict[str, Any]:
         "model": config.model.name,
         "client": _learner(config),
         "batch_size": config.train.batch_size,
-        "tokens_per_step": _count_tokens(arms[WHOLE], world),
+        "tokens_per_step": tokens_per_step(arms[WHOLE], _learner(config), world.catalogue),
         "threads": config.clients.threads,
         "engine": "torch",
         "turns": TURNS,
@@ -237,14 +237,6 @@ def _import_only(config: RunConfig, world: World) -> int:
 
 def _demand(config: RunConfig) -> Demand:
     return Demand("client", 1, config.clients.cpus, 0.0)
-
-
-def _count_tokens(config: RunConfig, world: World) -> float:
-    """Real tokens of a step, on average over the timed round."""
-    learner = _learner(config)
-    shard = Dataset(config.data.path).shard(learner)
-    steps = list(Reader(config, world.catalogue.tokens, {learner: [shard]}).steps(1))
-    return sum(len(batch.ids_L) for batch, _ in steps) / len(steps)
 
 
 def _ignore(loss: str) -> None:

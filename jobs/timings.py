@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 BUSY = 1.5
-"""A load average above this marks a run: its wall-clock times are not to be quoted alone."""
+"""A load average above this marks a run: its wall-clock times are not to be quoted."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,6 @@ class Spread:
     low: float
     high: float
     count: int
-
-    def show(self, form: str = ".2f", scale: float = 1.0) -> str:
-        """`median (low-high)`, each multiplied by `scale`."""
-        median, low, high = (format(v * scale, form) for v in (self.median, self.low, self.high))
-        return f"{median} ({low}-{high})"
 
 
 @dataclass(frozen=True)

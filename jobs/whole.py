@@ -77,3 +77,10 @@ class Whole:
                 bank.gradient.add(slots_n, pairs)
             bank.step(_ALONE)
         return float(loss.detach().double())
+
+
+def tokens_per_step(config: RunConfig, learner: str, catalogue: Catalogue) -> float:
+    """Real tokens of a step of one client, on average over round 1."""
+    shard = Dataset(config.data.path).shard(learner)
+    steps = list(Reader(config, catalogue.tokens, {learner: [shard]}).steps(1))
+    return sum(len(batch.ids_L) for batch, _ in steps) / len(steps)

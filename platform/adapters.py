@@ -85,8 +85,11 @@ class GradientSum:
     Row order is the order of summation, so a slot's bits do not depend on other slots' rows.
     """
 
-    def __init__(self, sites: Sequence[Site], r: int, num_slots: int):
-        self.total_SP = torch.zeros(num_slots, sum(s.num_parameters(r) for s in sites))
+    def __init__(
+        self, sites: Sequence[Site], r: int, num_slots: int, device: torch.device | None = None
+    ):
+        size = sum(site.num_parameters(r) for site in sites)
+        self.total_SP = torch.zeros(num_slots, size, device=device)
         self._views = views(self.total_SP, sites, r)
 
     def add(self, slots_N: Tensor, pairs: Sequence[Pair]) -> None:
@@ -100,13 +103,20 @@ class GradientSum:
 class Bank:
     """The adapters of S clients for one part of the model, and one AdamW state for each."""
 
-    def __init__(self, sites: Sequence[Site], spec: LoraSpec, train: TrainConfig, num_slots: int):
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        spec: LoraSpec,
+        train: TrainConfig,
+        num_slots: int,
+        device: torch.device | None = None,
+    ):
         self._train = train
-        self.gradient = GradientSum(sites, spec.r, num_slots)
+        self.gradient = GradientSum(sites, spec.r, num_slots, device)
         self.values_SP = torch.zeros_like(self.gradient.total_SP)
         self.moment1_SP = torch.zeros_like(self.values_SP)
         self.moment2_SP = torch.zeros_like(self.values_SP)
-        self.steps_S = torch.zeros(num_slots, dtype=torch.int64)
+        self.steps_S = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self._values = views(self.values_SP, sites, spec.r)
 
     def gather(self, slots_N: Tensor, train: bool) -> list[Pair]:
@@ -133,8 +143,8 @@ class Bank:
         moment1 = self.moment1_SP[slots_s].lerp_(gradient, 1 - c.beta1)
         moment2 = self.moment2_SP[slots_s].mul_(c.beta2)
         moment2.addcmul_(gradient, gradient, value=1 - c.beta2)
-        size = torch.tensor([c.learning_rate / (1 - c.beta1**t) for t in steps])
-        correction = torch.tensor([math.sqrt(1 - c.beta2**t) for t in steps])
+        size = values.new_tensor([c.learning_rate / (1 - c.beta1**t) for t in steps])
+        correction = values.new_tensor([math.sqrt(1 - c.beta2**t) for t in steps])
         denominator = moment2.sqrt().div_(correction[:, None]).add_(c.eps)
         values += (moment1 * -size[:, None]).div_(denominator)
         self.values_SP[slots_s] = values
@@ -150,7 +160,9 @@ class Bank:
         """Put slots to their rows of a `state`; moments it does not hold start anew."""
         self.gradient.total_SP[slots_s] = 0.0
         for name, tensor in self._tensors().items():
-            tensor[slots_s] = state[name][slots_s] if name in state else tensor.new_zeros(())
+            tensor[slots_s] = (
+                state[name].to(tensor.device)[slots_s] if name in state else tensor.new_zeros(())
+            )
 
     def _tensors(self) -> dict[str, Tensor]:
         return {

@@ -22,8 +22,9 @@ from fellray.platform.adapters import Bank, GradientSum, Pair, Site, start, stat
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.ledger import payload_bytes
+from fellray.platform.manifest import Staged
 from fellray.platform.messages import Activation, Gradient, Installation, Lease, StaleLease
-from fellray.platform.rounds import Rounds, Staged
+from fellray.platform.rounds import Rounds
 from fellray.platform.rows import Rows
 from fellray.platform.trunk import Engine
 
@@ -40,10 +41,12 @@ class TrunkHost:
         sites: Sequence[Site],
         engine: Engine,
         rounds: Rounds,
+        device: torch.device | None = None,
     ):
         """Args: learners: sorted ids of everyone who trains, one bank row each."""
         self._seeded_P = start(sites, config.model.lora, config.seed)
         self._config = config
+        self._device = device
         self._rounds = rounds
         self._engine = engine
         self._life = uuid.uuid4().hex
@@ -52,11 +55,11 @@ class TrunkHost:
         self._sites = sites
         lora, keep = config.model.lora, config.train.moments == "keep"
         self._keeps_moments = keep
-        self._bank = Bank(sites, lora, config.train, len(learners))
-        self._shared_gradient = GradientSum(sites, lora.r, len(learners))
+        self._bank = Bank(sites, lora, config.train, len(learners), device)
+        self._shared_gradient = GradientSum(sites, lora.r, len(learners), device)
         self._shared = config.server.shared_adapter
-        self._lease = torch.zeros(len(learners), dtype=torch.int64)
-        self._next_step = torch.zeros(len(learners), dtype=torch.int64)
+        self._lease = torch.zeros(len(learners), dtype=torch.int64, device=device)
+        self._next_step = torch.zeros_like(self._lease)
         self._leases = 0
         self._round = -1
         self._start: dict[str, Tensor] = {}
@@ -93,11 +96,11 @@ class TrunkHost:
         """
         if any(life != self._life for life in lives):
             raise StaleLease("the server was restarted during the round")
-        return self._bank.values_SP[self._slots(clients)].numpy()
+        return self._bank.values_SP[self._slots(clients)].cpu().numpy()
 
     def stage_start(self) -> tuple[Staged, ...]:
         """Stage round 0: the one seeded start that every client shares."""
-        everyone = torch.arange(len(self._learners))
+        everyone = self._slots(self._learners)
         self._bank.reset(everyone, {"values": self._seeded_P.repeat(len(everyone), 1)})
         self._engine.load_shared({"values": self._seeded_P})
         return self._stage(0)
@@ -111,7 +114,7 @@ class TrunkHost:
             return self._staged
         if installation.theta_SP.shape[1]:
             self._bank.values_SP[self._slots(installation.clients)] = torch.tensor(
-                installation.theta_SP
+                installation.theta_SP, device=self._device
             )
         self._bank.reset(self._slots(installation.refused), self._start)
         if self._shared:
@@ -138,7 +141,7 @@ class TrunkHost:
         names = state_names("trunk", self._keeps_moments)
         loaded = self._rounds.load(round, self._learners, names)
         state = {name.removeprefix("trunk."): tensor for name, tensor in loaded.items()}
-        self._bank.reset(torch.arange(len(self._learners)), state)
+        self._bank.reset(self._slots(self._learners), state)
         if self._shared:
             kinds = ("values", "moment1", "moment2", "steps")
             self._engine.load_shared(
@@ -192,7 +195,7 @@ class TrunkHost:
     def _backward(self, sent: Sequence[tuple[Activation, Gradient]]) -> list[np.ndarray]:
         activations = [activation for activation, _ in sent]
         rows, slots_N, h_Ld = self._merge(activations)
-        g_Ld = _join([gradient.g_Ld for _, gradient in sent])
+        g_Ld = _join([gradient.g_Ld for _, gradient in sent]).to(self._device)
         down = []
         with torch.enable_grad():
             for group in rows.groups:
@@ -213,9 +216,9 @@ class TrunkHost:
 
     def _merge(self, activations: Sequence[Activation]) -> tuple[Rows, Tensor, Tensor]:
         lengths = np.concatenate([a.lengths_N for a in activations]).astype(np.int64)
-        rows = Rows(torch.from_numpy(lengths), self._config.model.pad_multiple)
+        rows = Rows(torch.from_numpy(lengths), self._config.model.pad_multiple, self._device)
         slots = [self._slots(a.clients)[torch.tensor(a.row_client_N)] for a in activations]
-        return rows, torch.cat(slots), _join([a.h_Ld for a in activations])
+        return rows, torch.cat(slots), _join([a.h_Ld for a in activations]).to(self._device)
 
     def _gather(self, slots_n: Tensor, train: bool) -> tuple[list[Tensor], list[list[Pair]]]:
         sets = [self._bank.gather(slots_n, train)]
@@ -232,7 +235,8 @@ class TrunkHost:
         return [tensor for pairs in sets for pair in pairs for tensor in pair], sets
 
     def _slots(self, clients: Sequence[str]) -> Tensor:
-        return torch.tensor([self._slot[c] for c in clients], dtype=torch.int64)
+        places = [self._slot[c] for c in clients]
+        return torch.tensor(places, dtype=torch.int64, device=self._device)
 
     def _each(
         self,
@@ -292,4 +296,4 @@ def _join(arrays: Sequence[np.ndarray]) -> Tensor:
 def _part(packed_Ld: Tensor, activations: Sequence[Activation]) -> list[np.ndarray]:
     """Each message's own tokens, as views."""
     sizes = [len(a.h_Ld) for a in activations]
-    return [part.numpy() for part in packed_Ld.split(sizes)]
+    return [part.numpy() for part in packed_Ld.cpu().split(sizes)]

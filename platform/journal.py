@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from fellray.platform.errors import FellrayError
-from fellray.platform.storage import Storage, to_json
+from fellray.platform.storage import Storage
+from fellray.platform.strict_json import to_json
 
 Kind = Literal["metrics", "ledger"]
 _KINDS: tuple[Kind, ...] = ("metrics", "ledger")

@@ -19,7 +19,7 @@ from fellray.platform.config import RunConfig
 from fellray.platform.encoder import Tokens
 from fellray.platform.errors import FellrayError
 from fellray.platform.rows import Rows
-from fellray.platform.shards import Shard
+from fellray.platform.shard import Shard
 
 EVALUATION_ROWS = 128
 """Histories in one forward pass of an evaluation."""
@@ -70,10 +70,17 @@ def assemble(tokens: Tokens, items_NH: np.ndarray, max_tokens: int) -> tuple[Ten
 class Reader:
     """The data of one actor's learners, as arrays over all their shards."""
 
-    def __init__(self, config: RunConfig, tokens: Tokens, seats: Mapping[str, Sequence[Shard]]):
+    def __init__(
+        self,
+        config: RunConfig,
+        tokens: Tokens,
+        seats: Mapping[str, Sequence[Shard]],
+        device: torch.device | None = None,
+    ):
         """Args: seats: learner -> the shards it reads; learners sorted, slot i is the i-th."""
         self._config = config
         self._tokens = tokens
+        self._device = device
         self.learners = tuple(seats)
         self.shards = [shard for shards in seats.values() for shard in shards]
         self._slot_of_shard = [s for s, shards in enumerate(seats.values()) for _ in shards]
@@ -114,7 +121,8 @@ class Reader:
             positions = np.concatenate(parts)
             history = self._history(positions)
             batch = self._batch(slots, self._shard[positions], history)
-            yield batch, torch.from_numpy(self._items[positions].astype(np.int64))
+            target = torch.from_numpy(self._items[positions].astype(np.int64))
+            yield batch, target.to(self._device)
 
     def held_out(
         self, split: Literal[1, 2], max_users: int | None
@@ -157,8 +165,12 @@ class Reader:
     def _batch(self, slots: np.ndarray, shards: np.ndarray, history_NH: np.ndarray) -> Batch:
         model = self._config.model
         ids, lengths = assemble(self._tokens, history_NH, model.max_tokens)
-        rows = Rows(lengths, model.pad_multiple)
-        return Batch(torch.from_numpy(slots), torch.from_numpy(shards), rows, ids)
+        return Batch(
+            torch.from_numpy(slots).to(self._device),
+            torch.from_numpy(shards).to(self._device),
+            Rows(lengths, model.pad_multiple, self._device),
+            ids.to(self._device),
+        )
 
 
 def _generator(seed: int, name: str, counter: int) -> np.random.Generator:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from fellray.platform.shards import Shard
+from fellray.platform.shard import Shard
 
 ROWS = 16
 """Rows of a matrix product are filled up to a multiple of this: fewer take kernels of their own."""
@@ -25,13 +25,18 @@ class Scorer:
     """The frozen item vectors and the count prior of each data owner."""
 
     def __init__(
-        self, vectors_Id: np.ndarray, shards: Sequence[Shard], temperature: float, prior: bool
+        self,
+        vectors_Id: np.ndarray,
+        shards: Sequence[Shard],
+        temperature: float,
+        prior: bool,
+        device: torch.device | None = None,
     ):
-        self._vectors_Id = from_dlpack(vectors_Id)
+        self._vectors_Id = from_dlpack(vectors_Id).to(device)
         self._temperature = temperature
         self._uses_prior = prior
         counts = [torch.from_numpy(shard.counts(len(vectors_Id))) for shard in shards]
-        self.prior_KI = torch.stack(counts).float().log1p()
+        self.prior_KI = torch.stack(counts).float().log1p().to(device)
 
     def score(self, u_Nd: Tensor, shard_N: Tensor) -> Tensor:
         """Scores of all items [N, I] for unit vectors u."""

@@ -15,44 +15,19 @@ import math
 import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import safetensors.torch
 import torch
 
 from fellray.platform.errors import FellrayError
-from fellray.platform.storage import Storage, to_json
+from fellray.platform.manifest import Manifest, Staged, Uncommitted, check_claims, decode, encode
+from fellray.platform.storage import Storage
 
-VERSION = 1
 _MANIFEST = "manifest.json"
 _HOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 assert sys.byteorder == "little", "hashes are taken over little-endian bytes"
-
-
-class _Uncommitted(FellrayError):
-    """Why a round does not count."""
-
-
-@dataclass(frozen=True)
-class Staged:
-    """One file of a round, as the driver hears of it."""
-
-    file: str
-    """Its name in the round's folder."""
-    sha256: str
-    bytes: int
-    clients: tuple[str, ...]
-    """Whose rows, in order; empty where the tensors belong to nobody."""
-    tensors: tuple[str, ...]
-    """Names, sorted."""
-
-
-@dataclass(frozen=True)
-class _Manifest:
-    files: tuple[Staged, ...]
-    facts: dict[str, Any]
 
 
 class Rounds:
@@ -109,7 +84,7 @@ class Rounds:
         """
         self._refuse_committed(round)
         files = sorted(staged, key=lambda s: s.file)
-        _check_claims(files)
+        check_claims(files)
         folder = _folder(round)
         sizes = self._storage.sizes(folder)
         for one in files:
@@ -120,16 +95,8 @@ class Rounds:
                     "actor must reach the same `storage`: use a shared folder or a URI, then resume"
                 )
         path = f"{folder}/{_MANIFEST}"
-        body = {
-            "version": VERSION,
-            "round": round,
-            "files": [asdict(one) for one in files],
-            "facts": dict(facts),
-        }
-        # through JSON once, so that the digest is taken of what a reader will see
-        body = json.loads(to_json(body, f"{self._storage}/{path}"))
-        text = to_json({**body, "sha256": _digest(body)}, path, indent=1)
-        self._storage.write(path, text.encode())
+        data = encode(Manifest(round, tuple(files), dict(facts)), f"{self._storage}/{path}")
+        self._storage.write(path, data)
 
     def committed(self) -> list[int]:
         """All committed rounds, oldest first. Sizes are checked here, checksums when loading."""
@@ -267,46 +234,31 @@ class Rounds:
     def _counts(self, round: int) -> bool:
         try:
             self._check(round)
-        except _Uncommitted:
+        except Uncommitted:
             return False
         return True
 
-    def _open(self, round: int) -> _Manifest:
+    def _open(self, round: int) -> Manifest:
         try:
             return self._check(round)
-        except _Uncommitted as error:
+        except Uncommitted as error:
             raise FellrayError(f"{error}{self._way_out(round)}") from None
 
-    def _check(self, round: int) -> _Manifest:
+    def _check(self, round: int) -> Manifest:
         folder = _folder(round)
         where = f"{self._storage}/{folder}"
         sizes = self._storage.sizes(folder)
         if _MANIFEST not in sizes:
-            raise _Uncommitted(f"{where}/{_MANIFEST}: is not there: round {round} never happened")
-        try:
-            tree = json.loads(self._storage.read(f"{folder}/{_MANIFEST}"))
-            whole = tree.pop("sha256") == _digest(tree) and tree["round"] == round
-        except (ValueError, KeyError, TypeError, AttributeError):
-            whole = False
-        if not whole:
-            raise _Uncommitted(f"{where}/{_MANIFEST}: is truncated or changed")
-        if tree["version"] != VERSION:
-            # not _Uncommitted: a run that took it for nothing would train over it
-            raise FellrayError(
-                f"{where}/{_MANIFEST}: has version {tree['version']}, this fellray reads "
-                f"{VERSION}; use the fellray that wrote the run"
-            )
-        files = tuple(
-            Staged(**{**one, "clients": tuple(one["clients"]), "tensors": tuple(one["tensors"])})
-            for one in tree["files"]
-        )
-        for one in files:
+            raise Uncommitted(f"{where}/{_MANIFEST}: is not there: round {round} never happened")
+        data = self._storage.read(f"{folder}/{_MANIFEST}")
+        manifest = decode(data, round, f"{where}/{_MANIFEST}")
+        for one in manifest.files:
             if sizes.get(one.file) != one.bytes:
-                raise _Uncommitted(
+                raise Uncommitted(
                     f"{where}/{one.file}: has {sizes.get(one.file, 'no')} bytes where the manifest "
                     f"says {one.bytes}"
                 )
-        return _Manifest(files, tree["facts"])
+        return manifest
 
     def _read(self, round: int, one: Staged) -> dict[str, torch.Tensor]:
         path = f"{_folder(round)}/{one.file}"
@@ -334,20 +286,3 @@ class Rounds:
 def _folder(round: int) -> str:
     assert round >= 0, round
     return f"rounds/{round:06d}"
-
-
-def _digest(tree: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
-
-
-def _check_claims(files: Sequence[Staged]) -> None:
-    claims: dict[tuple[str | None, str], str] = {}
-    for one in files:
-        for client in one.clients or (None,):
-            for name in one.tensors:
-                other = claims.setdefault((client, name), one.file)
-                if other != one.file:
-                    owner = "nobody" if client is None else f"client {client!r}"
-                    raise ValueError(f"{other} and {one.file} both claim {name!r} of {owner}")
-    if len({one.file for one in files}) != len(files):
-        raise ValueError("a file was staged twice")

@@ -36,8 +36,8 @@ class Group:
 class Rows:
     """How a batch of rows is packed and padded."""
 
-    def __init__(self, lengths_N: Tensor, multiple: int):
-        """Args: lengths_N: real tokens per row, int64. multiple: the padding rule's."""
+    def __init__(self, lengths_N: Tensor, multiple: int, device: torch.device | None = None):
+        """Args: lengths_N: real tokens per row, int64, on the CPU. multiple: the padding rule's."""
         self.lengths_N = lengths_N
         ends = lengths_N.cumsum(0)
         starts = ends - lengths_N
@@ -49,7 +49,7 @@ class Rows:
             place = torch.arange(length)
             mask = place < lengths_N[rows, None]
             tokens = (starts[rows, None] + place)[mask]
-            self.groups.append(Group(rows, mask, tokens))
+            self.groups.append(Group(rows.to(device), mask.to(device), tokens.to(device)))
 
     def pad(self, packed_Ld: Tensor, group: Group) -> Tensor:
         """One group's rows [n, T, d], zeros at padding."""

@@ -27,9 +27,10 @@ from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.journal import Journal
 from fellray.platform.ledger import total
+from fellray.platform.manifest import Staged
 from fellray.platform.messages import LedgerRow
 from fellray.platform.metrics import Score, balance
-from fellray.platform.rounds import Rounds, Staged
+from fellray.platform.rounds import Rounds
 from fellray.platform.storage import Storage
 
 LIBRARIES = ("torch", "transformers", "peft", "ray", "deepspeed", "numpy", "pyarrow")

@@ -1,7 +1,6 @@
 """The prepared folder: written once, whole; every file checked when it is read.
 
-It must not know models, methods or rounds. Letters: I items, D width of a vector, U users of one
-client, N interactions of one client, M training targets, H users with something held out.
+It must not know models, methods or rounds. Letters: N interactions, I items, D width of a vector.
 """
 
 import difflib
@@ -10,10 +9,9 @@ import json
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,79 +24,11 @@ import torch
 from fellray.platform.config import DataConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.interactions import Interactions
+from fellray.platform.shard import Shard
 
 _VERSION = 1
 _MANIFEST = "manifest.json"
 _SPLITS = ("train", "valid", "test")
-
-
-@dataclass(frozen=True)
-class Held:
-    """What one split holds back of each user who has a history before it; H users."""
-
-    users: np.ndarray
-    """int64 [H]"""
-    histories: list[np.ndarray]
-    """H int32 arrays: all earlier items, oldest first."""
-    seen: list[np.ndarray]
-    """H int32 arrays: the history without what `truth` repeats; the items a ranking masks."""
-    truth: list[np.ndarray]
-    """H int32 arrays: the items of the split, oldest first."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One client's interactions; user u owns the rows offsets[u] to offsets[u + 1], oldest first.
-
-    Along a user's rows `splits` never decreases.
-    """
-
-    client: str
-    users: np.ndarray
-    """int64 [U], ascending"""
-    offsets: np.ndarray
-    """int64 [U + 1]"""
-    items: np.ndarray
-    """int32 [N], indices of items"""
-    splits: np.ndarray
-    """uint8 [N], 0 training, 1 validation, 2 test"""
-
-    def counts(self, num_items: int) -> np.ndarray:
-        """int64 [I]: how often each item occurs in this client's training split."""
-        return np.bincount(self.items[self.splits == 0], minlength=num_items)
-
-    def train_targets(self) -> np.ndarray:
-        """int64 [M]: rows of the training split with an earlier one of the same user."""
-        usable = self.splits == 0
-        usable[self.offsets[:-1]] = False
-        return np.flatnonzero(usable)
-
-    def history(self, n: int, max_history: int) -> np.ndarray:
-        """int32, at most max_history: the same user's items before row n, oldest first."""
-        assert 0 <= n < len(self.items), n
-        start = self.offsets[np.searchsorted(self.offsets, n, side="right") - 1]
-        return self.items[max(start, n - max_history) : n]
-
-    def held_out(self, split: Literal[1, 2]) -> Held:
-        """The truth of a split (1 validation, 2 test), and what came before it.
-
-        Before validation lies training; before test, training and validation.
-        """
-        user_N = np.repeat(np.arange(len(self.users)), np.diff(self.offsets))
-        before_U = np.bincount(user_N[self.splits < split], minlength=len(self.users))
-        held_U = np.bincount(user_N[self.splits == split], minlength=len(self.users))
-        kept_U = (before_U > 0) & (held_U > 0)
-        is_history = (self.splits < split) & kept_U[user_N]
-        is_truth = (self.splits == split) & kept_U[user_N]
-        key_N = user_N * (int(self.items.max(initial=0)) + 1) + self.items
-        is_seen = is_history & ~np.isin(key_N, key_N[is_truth])
-        seen_U = np.bincount(user_N[is_seen], minlength=len(self.users))
-        return Held(
-            users=self.users[kept_U],
-            histories=_pieces(self.items[is_history], before_U[kept_U]),
-            seen=_pieces(self.items[is_seen], seen_U[kept_U]),
-            truth=_pieces(self.items[is_truth], held_U[kept_U]),
-        )
 
 
 def write(
@@ -163,19 +93,17 @@ def write(
         table = interactions.items.append_column("popularity", pa.array(popularity))
         items_sha256 = _write_table(fresh / "items.parquet", table)
         vectors = safetensors.numpy.save({"items": np.ascontiguousarray(vectors_ID)})
-        (fresh / "vectors.safetensors").write_bytes(vectors)
+        vectors_sha256 = _write(fresh / "vectors.safetensors", vectors)
         table = pa.table(columns)
         entries = {}
         for name, start, stop in zip(names, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             file = f"clients/{name}.parquet"
-            sizes = np.bincount(columns["split"][start:stop], minlength=3).tolist()
             entries[name] = {
                 "file": file,
                 "sha256": _write_table(fresh / file, table.slice(start, stop - start)),
                 "users": len(clients[name]),
-                **dict(zip(_SPLITS, sizes, strict=True)),
+                **_count_splits(columns["split"][start:stop]),
             }
-        sizes = np.bincount(columns["split"], minlength=3).tolist()
         manifest = {
             "version": _VERSION,
             "data": config.model_dump(mode="json", exclude={"path"}),
@@ -184,13 +112,13 @@ def write(
                 "users": len(users),
                 "items": num_items,
                 "interactions": len(rows),
-                **dict(zip(_SPLITS, sizes, strict=True)),
+                **_count_splits(columns["split"]),
                 "dropped": int((~kept).sum()),
             },
             "items": {"file": "items.parquet", "sha256": items_sha256, "count": num_items},
             "vectors": {
                 "file": "vectors.safetensors",
-                "sha256": hashlib.sha256(vectors).hexdigest(),
+                "sha256": vectors_sha256,
                 "dim": vectors_ID.shape[1],
             },
             "clients": entries,
@@ -348,10 +276,13 @@ def _write_table(file: Path, table: pa.Table) -> str:
         write_statistics=False,
         store_schema=False,
     )
-    raw: bytes = sink.getvalue().to_pybytes()
+    return _write(file, sink.getvalue().to_pybytes())
+
+
+def _write(file: Path, raw: bytes) -> str:
     file.write_bytes(raw)
     return hashlib.sha256(raw).hexdigest()
 
 
-def _pieces(values: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
-    return np.split(values, np.cumsum(sizes)[:-1]) if len(sizes) else []
+def _count_splits(split: np.ndarray) -> dict[str, int]:
+    return dict(zip(_SPLITS, np.bincount(split, minlength=3).tolist(), strict=True))

@@ -73,11 +73,12 @@ class _Cross(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_Ld: Tensor, header: Activation, span: RemoteSpan) -> Tensor:
         ctx.span = span
-        ctx.activation = replace(header, h_Ld=h_Ld.detach().numpy())
-        return from_dlpack(span.send_forward(ctx.activation))
+        ctx.activation = replace(header, h_Ld=h_Ld.detach().cpu().numpy())
+        return from_dlpack(span.send_forward(ctx.activation)).to(h_Ld.device)
 
     @staticmethod
     def backward(ctx: Any, g_Ld: Tensor) -> tuple[Tensor, None, None]:
         sent: Activation = ctx.activation
-        gradient = Gradient(sent.run, sent.round, sent.step, g_Ld.contiguous().numpy())
-        return from_dlpack(ctx.span.send_backward(sent, gradient)), None, None
+        gradient = Gradient(sent.run, sent.round, sent.step, g_Ld.contiguous().cpu().numpy())
+        down = from_dlpack(ctx.span.send_backward(sent, gradient))
+        return down.to(g_Ld.device), None, None

@@ -5,13 +5,11 @@ must not know what the files mean.
 """
 
 import errno
-import json
-import math
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -158,8 +156,9 @@ class Storage:
         """Hold the folder for one process at a time; yields a check that it is still held.
 
         On this machine the lock is the operating system's and ends with the process, however that
-        ends. Elsewhere it is an object (`locks/<name>`) renewed every `lock.BEAT` seconds and
-        dead after `lock.DEAD`; as such filesystems have no compare-and-swap, call the check before what matters.
+        ends. Elsewhere it is an object (`locks/<name>`) renewed every `lock.BEAT` seconds and dead
+        after `lock.DEAD`; as such filesystems have no compare-and-swap, call the check before what
+        matters.
 
         Raises:
             FellrayError: somebody else holds it (who, since when, and what to do); from the check:
@@ -223,36 +222,6 @@ class Storage:
             )
             place = f"{self}/{path}" if path else str(self)
             raise FellrayError(f"{place}: cannot {verb}: {way_out}") from error
-
-
-def to_json(value: Any, where: str, indent: int | None = None) -> str:
-    """Strict JSON: what any reader can read, so neither NaN nor infinity.
-
-    Raises:
-        FellrayError: a number is not finite; `where` and the field are named.
-    """
-    try:
-        return json.dumps(value, allow_nan=False, indent=indent)
-    except ValueError:
-        field = _find_not_finite(value, "")
-        if field is None:
-            raise
-        raise FellrayError(
-            f"{where}: {field} is not finite. A loss that diverged is the usual cause: lower "
-            "train.learning_rate or set train.clip"
-        ) from None
-
-
-def _find_not_finite(value: Any, field: str) -> str | None:
-    if isinstance(value, float):
-        return None if math.isfinite(value) else f"{field or 'the value'} ({value})"
-    parts: Sequence[tuple[Any, Any]] = ()
-    if isinstance(value, Mapping):
-        parts = list(value.items())
-    elif isinstance(value, list | tuple):
-        parts = list(enumerate(value))
-    found = (_find_not_finite(v, f"{field}.{k}" if field else str(k)) for k, v in parts)
-    return next((f for f in found if f is not None), None)
 
 
 def _check_parts(path: str) -> None:

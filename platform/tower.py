@@ -39,7 +39,7 @@ class Tower:
             slots_n = slot_N[group.rows_n]
             pairs = self._bank.gather(slots_n, train) if self._bank else []
             used.append((slots_n, pairs))
-            ids = torch.full(group.mask_nT.shape, self._pad, dtype=torch.int64)
+            ids = torch.full_like(group.mask_nT, self._pad, dtype=torch.int64)
             ids[group.mask_nT] = ids_L[group.tokens]
             hidden.append(self._bottom(ids, group.mask_nT, self._sets(pairs[: self._split])))
         h_Ld = rows.pack(hidden)

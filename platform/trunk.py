@@ -119,6 +119,6 @@ def load_adam_state(
     if "steps" in state and state["steps"] > 0:
         optimizer.state[parameter] = {
             "step": state["steps"].clone(),
-            "exp_avg": state["moment1"].clone(),
-            "exp_avg_sq": state["moment2"].clone(),
+            "exp_avg": state["moment1"].to(parameter.device, copy=True),
+            "exp_avg_sq": state["moment2"].to(parameter.device, copy=True),
         }

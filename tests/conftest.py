@@ -1,6 +1,7 @@
 """Small models and small data for all tests, made on the spot from fixed seeds."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,16 @@ from transformers import (
     RobertaModel,
 )
 
+from fellray.actors.plant import Plant
+from fellray.actors.world import survey
 from fellray.jobs.prepare import prepare
+from fellray.jobs.train import one_round
 from fellray.platform import config as configs
 from fellray.platform.config import RunConfig
+from fellray.platform.messages import LedgerRow
+from fellray.platform.rounds import Rounds
+from fellray.platform.run import Outcome
+from fellray.platform.storage import Storage
 
 WORDS = [f"word{i:02d}" for i in range(60)]
 SPECIAL = {
@@ -158,3 +166,53 @@ def tiny_config(
         return configs.parse(_merge(_merge(TINY, place), overrides), "tiny_config")
 
     return make
+
+
+@dataclass
+class Played:
+    """A run in this process, round by round."""
+
+    config: RunConfig
+    rounds: Rounds
+    outcomes: list[Outcome] = field(default_factory=list)
+    ledger: list[list[LedgerRow]] = field(default_factory=list)
+    events: list[list[str]] = field(default_factory=list)
+
+    def hashes(self, round: int) -> dict[str, str]:
+        """Of each learner's adapters, both sides."""
+        return self.rounds.hashes(round, ["client.values", "trunk.values"])
+
+    def losses(self, round: int) -> dict[str, float]:
+        """Of each learner."""
+        reports = self.outcomes[round].reports
+        assert reports is not None
+        return dict(reports.losses)
+
+
+@pytest.fixture(scope="session")
+def play() -> Callable[..., Played]:
+    """`play(config)`: the loop of jobs/train.py over actors in this process.
+
+    `before(plant, t)` is called before each round; a run whose storage holds rounds goes on.
+    """
+
+    def run(
+        config: RunConfig,
+        before: Callable[[Plant, int], None] | None = None,
+        last: int | None = None,
+    ) -> Played:
+        played = Played(config, Rounds(Storage(config.storage).sub(config.name)))
+        latest = played.rounds.latest()
+        first = 0 if latest is None else latest + 1
+        with Plant.inline(config, survey(config), played.rounds) as plant:
+            for t in range(first, (config.train.rounds if last is None else last) + 1):
+                if before:
+                    before(plant, t)
+                outcome = plant.replayed(one_round, t, config)
+                played.outcomes.append(outcome)
+                played.ledger.append(plant.close_ledger())
+                played.events.append(plant.take_events())
+                played.rounds.commit(t, outcome.staged, {})
+        return played
+
+    return run

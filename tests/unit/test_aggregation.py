@@ -88,6 +88,31 @@ def test_who_listens_to_nobody_keeps_its_bits(theta: np.ndarray) -> None:
     assert mixed.numpy().tobytes() == theta.tobytes()
 
 
+@pytest.mark.parametrize("num_clients", [2, 5, 6, 13])
+def test_who_listens_to_the_same_receives_the_same(num_clients: int) -> None:
+    """FedAvg: everybody receives one mean, bit for bit, whatever its place in the matrix."""
+    row = torch.full((num_clients, num_clients), 1 / num_clients, dtype=torch.float64)
+    for seed in range(20):
+        theta = numbers(1, 300, seed=seed) + 1e-3 * numbers(num_clients, 300, seed=seed + 100)
+        mixed = reduce(Plan(row), theta)
+        assert torch.equal(mixed, mixed[:1].expand_as(mixed)), seed
+
+
+@pytest.mark.parametrize("num_clients", [5, 17, 40])
+def test_bits_do_not_depend_on_the_drivers_threads(num_clients: int) -> None:
+    """The driver's thread count is nobody's setting; a resumed run may meet another machine."""
+    theta, start = numbers(num_clients, 5000), numbers(num_clients, 5000, seed=1)
+    names = [f"c{i:02d}" for i in range(num_clients)]
+    found = []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        meta = describe(1, names, [1.0] * num_clients, [1] * num_clients, theta, start)
+        plan = Fellrec().plan(meta)
+        found.append((*meta.gram.values(), plan.mixing_CC, reduce(plan, theta)))
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(other, found[0], strict=True))
+
+
 def test_nobody_and_nothing() -> None:
     nobody = torch.zeros(0, 0, dtype=torch.float64)
     assert reduce(Plan(nobody), torch.empty(0, 4)).shape == (0, 4)

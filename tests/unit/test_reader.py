@@ -10,7 +10,7 @@ from fellray.platform.config import RunConfig, parse
 from fellray.platform.encoder import Tokens
 from fellray.platform.errors import FellrayError
 from fellray.platform.reader import EVALUATION_ROWS, Batch, Reader, assemble
-from fellray.platform.shards import Shard
+from fellray.platform.shard import Shard
 
 PREFIX, SUFFIX = 101, 102
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fellray.platform.retrieval import Scorer, mean_losses
-from fellray.platform.shards import Shard
+from fellray.platform.shard import Shard
 
 
 def shard(items: list[int], splits: list[int]) -> Shard:

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fellray.platform.errors import FellrayError
-from fellray.platform.rounds import Rounds, Staged
+from fellray.platform.manifest import Staged
+from fellray.platform.rounds import Rounds
 from fellray.platform.storage import Storage
 
 WRITER = """
@@ -205,7 +206,7 @@ def test_a_newer_format_stops_the_run_instead_of_being_trained_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rounds = Rounds(Storage(tmp_path))
-    monkeypatch.setattr("fellray.platform.rounds.VERSION", 2)
+    monkeypatch.setattr("fellray.platform.manifest.VERSION", 2)
     commit(rounds, 1, {"h": ["a"]})
     monkeypatch.undo()
     with pytest.raises(FellrayError, match=r"has version 2, this fellray reads 1; use the fellray"):

@@ -14,6 +14,7 @@ from fellray.platform import shards
 from fellray.platform.config import DataConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.interactions import Interactions
+from fellray.platform.shard import Shard
 
 # user: items (splits): 7: 30 10 20 10 (0 0 1 2), 8: 20 10 30 (0 0 0), 9: 10 20 (0 0), 4: 20 (2)
 USER = np.array([4, 7, 7, 7, 7, 8, 8, 8, 9, 9])
@@ -173,7 +174,7 @@ def test_missing_folder_other_version_and_unknown_client_say_what_to_do(tmp_path
         shards.Dataset(tmp_path / "data")
 
 
-SHARD = shards.Shard(
+SHARD = Shard(
     client="c0",
     users=np.array([3, 5, 6, 9]),
     offsets=np.array([0, 5, 7, 8, 10]),
@@ -206,7 +207,7 @@ def test_held_out_leaves_out_the_strangers_and_unmasks_repeats() -> None:
 
 
 def test_nothing_held_out_gives_empty_lists() -> None:
-    only_training = shards.Shard(
+    only_training = Shard(
         client="c0",
         users=np.array([3]),
         offsets=np.array([0, 2]),
@@ -230,7 +231,7 @@ def test_held_out_agrees_with_the_definition(
 ) -> None:
     sorted_by_split = [sorted(h, key=lambda pair: pair[0]) for h in histories]
     flat = [pair for h in sorted_by_split for pair in h]
-    shard = shards.Shard(
+    shard = Shard(
         client="c",
         users=np.arange(len(histories)),
         offsets=np.cumsum([0, *map(len, histories)]),

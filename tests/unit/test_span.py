@@ -22,7 +22,7 @@ from fellray.platform.messages import Activation, Gradient, Lease
 from fellray.platform.retrieval import Scorer, mean_losses
 from fellray.platform.rounds import Rounds
 from fellray.platform.rows import Rows
-from fellray.platform.shards import Shard
+from fellray.platform.shard import Shard
 from fellray.platform.span import RemoteSpan
 from fellray.platform.split import Parts, cut_model
 from fellray.platform.storage import Storage
@@ -79,8 +79,9 @@ def setting(name: str, cut: int, top: int, folder: Path) -> Setting:
     trunk = torch.empty(3, sum(s.num_parameters(2) for s in trunk_sites))
     trunk.normal_(0, 0.2, generator=draw)
     engine = TorchEngine(Trunk(parts.trunk, trunk[0]), config)
-    host = TrunkHost(config, CLIENTS, trunk_sites, engine, Rounds(Storage(str(folder))))
-    host.load(trunk, None, round=0)
+    rounds = Rounds(Storage(str(folder)))
+    rounds.commit(0, [rounds.stage(0, "trunk", CLIENTS, {"trunk.values": trunk})], {})
+    host = TrunkHost(config, CLIENTS, trunk_sites, engine, rounds)
     vectors = F.normalize(torch.randn(NUM_ITEMS, backbone.dim, generator=draw), dim=1)
     nothing = Shard("a", np.array([0]), np.array([0, 1]), np.zeros(1, np.int32), np.zeros(1))
     scorer = Scorer(vectors.numpy(), [nothing], 0.05, prior=False)

@@ -17,7 +17,8 @@ from pyarrow.fs import FileSystem, LocalFileSystem, SubTreeFileSystem, _MockFile
 
 from fellray.platform import lock as module
 from fellray.platform.errors import FellrayError
-from fellray.platform.storage import Storage, to_json
+from fellray.platform.storage import Storage
+from fellray.platform.strict_json import to_json
 
 HOLDER = """
 import sys, time

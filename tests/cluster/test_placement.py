@@ -1,0 +1,140 @@
+"""A layout that does not fit is refused at once, in words a person can act on."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from driver import wait_until
+
+from fellray.actors import pool
+from fellray.actors.pool import Demand, RayPool, check_places, pack
+from fellray.actors.session import ray
+from fellray.jobs.train import train
+from fellray.platform.config import RunConfig
+from fellray.platform.errors import FellrayError
+from fellray.platform.storage import Storage
+
+CLUSTER = pytest.mark.cluster
+
+Configure = Callable[..., RunConfig]
+
+
+def node(cpus: float, gpus: float = 0.0) -> dict[str, float]:
+    return {"CPU": cpus, "GPU": gpus, "memory": 1e9}
+
+
+@pytest.mark.parametrize(
+    ("demands", "nodes", "placed"),
+    [
+        pytest.param([Demand("client", 3, 1, 0)], [], [0], id="no node"),
+        pytest.param([Demand("client", 3, 1, 0)], [{"memory": 1e9}], [0], id="a node of nothing"),
+        pytest.param([Demand("client", 3, 1, 0)], [node(2)], [2], id="too few CPUs"),
+        pytest.param([Demand("client", 3, 1, 0)], [node(2), node(2)], [3], id="over two nodes"),
+        pytest.param([Demand("client", 4, 1.5, 0)], [node(2), node(2)], [2], id="no half actors"),
+        pytest.param([Demand("client", 10, 0, 0.1)], [node(1, 1)], [10], id="tenths add up to one"),
+        pytest.param([Demand("client", 11, 0, 0.1)], [node(1, 1)], [10], id="and no further"),
+        pytest.param([Demand("client", 6, 0, 1 / 3)], [node(1, 2)], [6], id="thirds of two GPUs"),
+        pytest.param([Demand("client", 4, 1, 0.25)], [node(8)], [0], id="no GPU at all"),
+        pytest.param([Demand("client", 9, 0, 0)], [node(0)], [9], id="nothing asked"),
+        pytest.param(
+            [Demand("server", 1, 1, 0.5), Demand("client", 8, 0.5, 0.1)],
+            [node(4, 1)],
+            [1, 5],
+            id="the server first",
+        ),
+        pytest.param(
+            [Demand("server", 1, 3, 0), Demand("client", 4, 1, 0)],
+            [node(2), node(4)],
+            [1, 3],
+            id="a gap is filled",
+        ),
+    ],
+)
+def test_pack(demands: list[Demand], nodes: list[dict[str, float]], placed: list[int]) -> None:
+    assert pack(demands, nodes) == dict(zip([d.name for d in demands], placed, strict=True))
+
+
+def test_pack_leaves_the_nodes_alone() -> None:
+    nodes = [node(2)]
+    pack([Demand("client", 2, 1, 0)], nodes)
+    assert nodes == [node(2)]
+
+
+@CLUSTER
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        pytest.param(
+            {"clients": {"per_actor": 2, "gpu_denominator": 4}},
+            [
+                "3 client actors of 0.5 CPU and 0.25 GPU",
+                "1 server actors of 1 CPU and 0 GPU",
+                "0 GPU;",
+                "0 of 3 client",
+                "1 of 1 server",
+                "clients.gpu_denominator",
+            ],
+            id="a GPU where there is none",
+        ),
+        pytest.param(
+            {"server": {"cpus": 1000}},
+            ["1 server actors of 1000 CPU", "0 of 1 server", "server.cpus"],
+            id="too large a server",
+        ),
+        pytest.param(
+            {"clients": {"cpus": 4}},
+            ["5 client actors of 4 CPU", "of 5 client", "clients.per_actor", "clients.cpus"],
+            id="too many clients",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    settings: dict[str, Any], words: list[str], tiny_config: Configure, local_ray: None
+) -> None:
+    config = tiny_config(**settings)
+    began = time.monotonic()
+    with pytest.raises(FellrayError) as refusal:
+        train(config)
+    assert time.monotonic() - began < 20
+    assert [word for word in words if word not in str(refusal.value)] == []
+    run = Storage(config.storage).sub(config.name)
+    assert run.list("rounds") == []
+    with run.lock("train"):
+        pass
+
+
+@CLUSTER
+def test_nodes_are_waited_for(local_ray: None) -> None:
+    """As long as `cluster.wait_for_nodes_s` says, for an autoscaler."""
+    began = time.monotonic()
+    with pytest.raises(FellrayError, match="0 of 1 client"):
+        check_places([Demand("client", 1, 0, 1)], wait_s=1.5)
+    assert 1.5 <= time.monotonic() - began < 10
+
+
+class Idle:
+    """An actor that only holds its place."""
+
+
+@CLUSTER
+def test_taken_places_are_told_apart_from_missing_ones(
+    local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else's actors hold what we ask for: the wait ends, and nothing of ours stays."""
+    wait_until(all_free, 60, "earlier actors have gone")
+    cpus = ray.cluster_resources()["CPU"]
+    others = RayPool(Idle, [()], Demand("other", 1, cpus, 0), print)
+    try:
+        monkeypatch.setattr(pool, "START_S", 1.0)
+        with pytest.raises(FellrayError, match="1 of 1 client actors did not start") as refusal:
+            RayPool(Idle, [()], Demand("client", 1, 1, 0), print)
+        assert "asks for 1 CPU and 0 GPU" in str(refusal.value)
+        assert "free now is 0 CPU" in str(refusal.value)
+    finally:
+        others.close()
+    wait_until(all_free, 60, "all is given back, and the actor that waited does not start")
+
+
+def all_free() -> bool:
+    return ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
