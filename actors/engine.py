@@ -22,7 +22,6 @@ class DeepSpeedEngine:
     """ZeRO stage 1 at world size 1; equal to `TorchEngine` bit for bit."""
 
     def __init__(self, module: Trunk, config: RunConfig):
-        """Builds DeepSpeed's communication op on a machine's first use (about a minute)."""
         self.module = module
         deepspeed = _start_deepspeed()
         train, server = config.train, config.server
@@ -102,17 +101,10 @@ def _start_deepspeed() -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # A world of one has nobody to talk to: do not compile an op for talking (a minute or more).
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not distributed.is_initialized():
         distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return deepspeed
 
-
-def main() -> None:
-    """Build DeepSpeed's communication op once, early: `python -m fellray.actors.engine`."""
-    _start_deepspeed()
-    print("DeepSpeed's op is built.")
-
-
-if __name__ == "__main__":
-    main()

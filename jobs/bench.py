@@ -124,9 +124,8 @@ def main() -> None:
     """`python -m fellray.jobs.bench [PATH]`: prints the tables and writes PATH, `runs/bench.json`
     by default."""
     path = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/bench.json")
-    os.environ["RAY_worker_niceness"] = (
-        "0"  # actors would step back behind the arms in this process
-    )
+    # Ray's actors would step back behind the arms in this process, and a GPU would take some arms
+    os.environ |= {"RAY_worker_niceness": "0", "CUDA_VISIBLE_DEVICES": ""}
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,7 @@
 """A run in one process: any grouping, refusals, what is shared, what is sent (promises 2, 3, 6)."""
 
 import dataclasses
+import json
 import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -38,6 +39,20 @@ Play = Callable[..., Any]
 Make = Callable[..., RunConfig]
 
 
+@pytest.fixture(scope="module")
+def plain(tiny_config: Make, play: Play) -> Play:
+    """`plain(train=...)`: an undisturbed run; the same settings are played once."""
+    known: dict[str, Any] = {}
+
+    def run(last: int | None = None, **overrides: Any) -> Any:
+        key = json.dumps([last, overrides], sort_keys=True)
+        if key not in known:
+            known[key] = play(tiny_config(**overrides), last=last)
+        return known[key]
+
+    return run
+
+
 def clients_of(plant: Plant) -> list[Any]:
     return list(plant._clients.members)  # type: ignore[attr-defined]
 
@@ -61,12 +76,9 @@ def test_deal() -> None:
 
 
 @pytest.mark.parametrize("server", [{}, {"shared_adapter": True}], ids=["personal", "shared"])
-def test_any_grouping_gives_the_same_run(
-    server: dict[str, Any], tiny_config: Make, play: Play
-) -> None:
+def test_any_grouping_gives_the_same_run(server: dict[str, Any], plain: Play) -> None:
     runs = [
-        play(tiny_config(clients={"per_actor": n}, server=server, train={"moments": "keep"}))
-        for n in (1, 2, 5)
+        plain(clients={"per_actor": n}, server=server, train={"moments": "keep"}) for n in (1, 2, 5)
     ]
     one, *others = runs
     assert len({*one.hashes(1).values()}) == 5, "five clients, five mixtures"
@@ -83,17 +95,19 @@ def test_any_grouping_gives_the_same_run(
                 assert torch.equal(*same)
 
 
-def test_a_run_learns_something(tiny_config: Make, play: Play) -> None:
+def test_a_run_learns_something(plain: Play) -> None:
     """The smallest client meets its few histories again and again: its loss falls."""
     train = {"rounds": 5, "learning_rate": 0.02, "moments": "keep"}
-    played = play(tiny_config(train=train, method={"kind": "local"}, clients=ALL))
+    played = plain(train=train, method={"kind": "local"}, clients=ALL)
     assert played.losses(5)["c4"] < played.losses(1)["c4"] - 0.05
 
 
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tiny_config: Make, play: Play) -> None:
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
+    tiny_config: Make, play: Play, plain: Play
+) -> None:
     for moments in ("reset", "keep"):
         settings = {"train": {"rounds": 3, "moments": moments}, "server": {"shared_adapter": True}}
-        whole, broken = play(tiny_config(**settings)), tiny_config(**settings)
+        whole, broken = plain(**settings), tiny_config(**settings)
         play(broken, last=1)
         rest = play(broken)
         assert len(rest.outcomes) == 2
@@ -102,8 +116,8 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tiny_config: Make, pla
         assert rest.outcomes[0].reports.losses == whole.outcomes[2].reports.losses
 
 
-def test_moments_are_kept_only_where_asked(tiny_config: Make, play: Play) -> None:
-    reset, keep = (play(tiny_config(train={"moments": m})) for m in ("reset", "keep"))
+def test_moments_are_kept_only_where_asked(plain: Play) -> None:
+    reset, keep = (plain(train={"moments": m}) for m in ("reset", "keep"))
     assert reset.hashes(1) == keep.hashes(1)
     assert reset.hashes(2) != keep.hashes(2)
     steps = held(keep, 2, "client.steps")
@@ -117,11 +131,11 @@ def test_moments_are_kept_only_where_asked(tiny_config: Make, play: Play) -> Non
 
 @pytest.mark.parametrize("order", [[4, 3, 2, 1, 0], [2, 0, 4, 1, 3]])
 def test_any_order_of_arrival_gives_the_same_run(
-    order: list[int], tiny_config: Make, play: Play, monkeypatch: pytest.MonkeyPatch
+    order: list[int], tiny_config: Make, play: Play, plain: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Actors are asked, and train, in another order; the answers stand in their places."""
     server = {"shared_adapter": True}
-    wanted = play(tiny_config(server=server))
+    wanted = plain(server=server)
 
     def shuffled(pool: InlinePool, method: str, *columns: Sequence[Any]) -> list[Any]:
         places = order if len(pool.members) == 5 else range(len(pool.members))
@@ -141,9 +155,9 @@ def test_any_order_of_arrival_gives_the_same_run(
 # --- what a plant mixes -------------------------------------------------------------------------
 
 
-def test_a_round_is_fit_plan_reduce_install(tiny_config: Make, play: Play) -> None:
+def test_a_round_is_fit_plan_reduce_install(plain: Play) -> None:
     """The committed state is `M @ theta` of what was trained, both sides of the cut."""
-    played = play(tiny_config(train={"rounds": 1}))
+    played = plain(train={"rounds": 1})
     reports, plan = played.outcomes[1].reports, played.outcomes[1].plan
     mixed = reduce(plan, reports.theta_CP)
     stored = torch.cat([held(played, 1, n) for n in ("client.values", "trunk.values")], dim=1)
@@ -153,8 +167,8 @@ def test_a_round_is_fit_plan_reduce_install(tiny_config: Make, play: Play) -> No
     assert reports.meta.samples_C.tolist() == [12.0] * 5
 
 
-def test_the_gram_is_of_the_rounds_updates(tiny_config: Make, play: Play) -> None:
-    played = play(tiny_config())
+def test_the_gram_is_of_the_rounds_updates(plain: Play) -> None:
+    played = plain()
     reports = played.outcomes[2].reports
     names = ("client.values", "trunk.values")
     start = torch.cat([held(played, 1, name) for name in names], dim=1).double()
@@ -162,16 +176,16 @@ def test_the_gram_is_of_the_rounds_updates(tiny_config: Make, play: Play) -> Non
     torch.testing.assert_close(reports.meta.gram["update"], update @ update.T)
 
 
-def test_everyone_starts_from_the_same_adapters(tiny_config: Make, play: Play) -> None:
-    played = play(tiny_config(train={"rounds": 0}))
+def test_everyone_starts_from_the_same_adapters(plain: Play) -> None:
+    played = plain(train={"rounds": 0})
     assert len(set(played.hashes(0).values())) == 1
-    other = play(tiny_config(train={"rounds": 0}, seed=1))
+    other = plain(train={"rounds": 0}, seed=1)
     assert other.hashes(0) != played.hashes(0)
 
 
-def test_local_training_shares_nothing(tiny_config: Make, play: Play) -> None:
+def test_local_training_shares_nothing(plain: Play) -> None:
     """Alone in the world or beside four others: a client of `local` trains to the same bits."""
-    played = play(tiny_config(method={"kind": "local"}, train={"moments": "keep"}))
+    played = plain(method={"kind": "local"}, train={"moments": "keep"})
     assert torch.equal(
         torch.cat([held(played, 1, n) for n in ("client.values", "trunk.values")], dim=1),
         played.outcomes[1].reports.theta_CP,
@@ -179,14 +193,14 @@ def test_local_training_shares_nothing(tiny_config: Make, play: Play) -> None:
     assert len(set(played.hashes(2).values())) == 5
 
 
-def test_share_decides_what_is_mixed(tiny_config: Make, play: Play) -> None:
+def test_share_decides_what_is_mixed(tiny_config: Make, play: Play, plain: Play) -> None:
     runs = {
         share: play(
             tiny_config(train={"share": share, "rounds": 1}, method={"kind": "fedavg"}, clients=ALL)
         )
         for share in ("all", "trunk_only", "none")
     }
-    local = play(tiny_config(method={"kind": "local"}, train={"rounds": 1}))
+    local = plain(method={"kind": "local"}, train={"rounds": 1})
     client = {s: held(run, 1, "client.values") for s, run in runs.items()}
     trunk = {s: held(run, 1, "trunk.values") for s, run in runs.items()}
     trained = {n: held(local, 1, n) for n in ("client.values", "trunk.values")}
@@ -206,14 +220,14 @@ def test_share_decides_what_is_mixed(tiny_config: Make, play: Play) -> None:
     assert width["all"] == client["all"].shape[1] + trunk["all"].shape[1]
 
 
-def test_share_none_still_plans_for_the_record(tiny_config: Make, play: Play) -> None:
-    played = play(tiny_config(train={"share": "none"}))
+def test_share_none_still_plans_for_the_record(plain: Play) -> None:
+    played = plain(train={"share": "none"})
     assert played.outcomes[2].plan.mixing_CC.shape == (5, 5)
     assert torch.isfinite(played.outcomes[2].plan.mixing_CC).all()
 
 
-def test_central_is_one_learner_over_all_data(tiny_config: Make, play: Play) -> None:
-    played = play(tiny_config(method={"kind": "central"}))
+def test_central_is_one_learner_over_all_data(plain: Play) -> None:
+    played = plain(method={"kind": "central"})
     assert list(played.hashes(1)) == ["central"]
     reports = played.outcomes[1].reports
     assert reports.samples == 5 * 12, "as many histories as all clients together"
@@ -248,7 +262,7 @@ def poisoned(*learners: str, round: int) -> Callable[[Plant, int], None]:
 @pytest.mark.parametrize("share", ["all", "trunk_only", "none"])
 @pytest.mark.parametrize("per_actor", [1, 5])
 def test_a_poisoned_client_is_refused_and_keeps_its_rounds_start(
-    share: str, per_actor: int, tiny_config: Make, play: Play
+    share: str, per_actor: int, tiny_config: Make, play: Play, plain: Play
 ) -> None:
     settings = {
         "train": {"share": share, "moments": "keep"},
@@ -257,7 +271,7 @@ def test_a_poisoned_client_is_refused_and_keeps_its_rounds_start(
         "evaluation": {"every": 9},  # NaN scores cannot be ranked
     }
     local = {"method": {"kind": "local"}, **settings}
-    clean = play(tiny_config(**local), last=1)
+    clean = plain(last=1, **local)
     sick = play(tiny_config(**local), before=poisoned("c2", round=1), last=1)
     reports = sick.outcomes[1].reports
     assert list(reports.refused) == ["c2"]
@@ -382,6 +396,7 @@ def test_whoever_is_lost_whenever_the_round_is_replayed_to_the_same_bits(
     share: str,
     tiny_config: Make,
     play: Play,
+    plain: Play,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In round 2 a holder dies after training, before it installs or before it is validated."""
@@ -391,7 +406,7 @@ def test_whoever_is_lost_whenever_the_round_is_replayed_to_the_same_bits(
         "server": {"shared_adapter": True},
         "clients": {"per_actor": 2},
     }
-    wanted = play(tiny_config(**settings))
+    wanted = plain(**settings)
     sound, lives = getattr(Plant, before), [1]
 
     def strike(plant: Plant, *args: Any) -> Any:
@@ -412,11 +427,11 @@ def test_whoever_is_lost_whenever_the_round_is_replayed_to_the_same_bits(
 
 
 def test_a_server_lost_while_clients_train_replays_the_round_to_the_same_bits(
-    tiny_config: Make, play: Play, monkeypatch: pytest.MonkeyPatch
+    tiny_config: Make, play: Play, plain: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two clients had finished; what the server held of them is gone."""
     monkeypatch.setattr(plants.time, "sleep", lambda _: None)
-    wanted = play(tiny_config(server={"shared_adapter": True}))
+    wanted = plain(server={"shared_adapter": True})
     begin, lives, plant = TrunkHost.begin, [1], []
 
     def strike(self: TrunkHost, run: str, round: int, clients: Sequence[str]) -> Lease:
@@ -557,7 +572,7 @@ def forms(numbers: np.ndarray) -> list[bytes]:
         return []
     kinds = (np.int16, np.int32, np.int64, np.float32, np.float64)
     listed = pickle.dumps(numbers.tolist())
-    return [numbers.astype(kind).tobytes() for kind in kinds] + [listed[11:-3]]
+    return [numbers.astype(kind).tobytes() for kind in kinds] + [listed[14:-2]]
 
 
 def secrets(config: RunConfig) -> dict[str, list[bytes]]:
@@ -713,13 +728,13 @@ def test_the_ledger_is_what_the_transport_carried(
 # --- evaluation ---------------------------------------------------------------------------------
 
 
-def test_validation_is_due_every_so_often_and_at_the_end(tiny_config: Make, play: Play) -> None:
-    played = play(tiny_config(train={"rounds": 3}, evaluation={"every": 2}))
+def test_validation_is_due_every_so_often_and_at_the_end(plain: Play) -> None:
+    played = plain(train={"rounds": 3}, evaluation={"every": 2})
     assert [o.validation is not None for o in played.outcomes] == [True, False, True, True]
 
 
-def test_scores_are_of_the_round_that_was_asked_for(tiny_config: Make, play: Play) -> None:
-    played = play(tiny_config(clients={"per_actor": 2}))
+def test_scores_are_of_the_round_that_was_asked_for(plain: Play) -> None:
+    played = plain(clients={"per_actor": 2})
     config = played.config
     with Plant.inline(config, survey(config), played.rounds) as plant:
         for t in (2, 0, 1):
@@ -731,8 +746,8 @@ def test_scores_are_of_the_round_that_was_asked_for(tiny_config: Make, play: Pla
         assert list(baselines["prior"]) == ["c0", "c1", "c2", "c3", "c4"]
 
 
-def test_reports_are_rows_in_the_order_of_clients(tiny_config: Make, play: Play) -> None:
-    reports = play(tiny_config(clients={"per_actor": 2}), last=1).outcomes[1].reports
+def test_reports_are_rows_in_the_order_of_clients(plain: Play) -> None:
+    reports = plain(last=1, clients={"per_actor": 2}).outcomes[1].reports
     assert isinstance(reports, Reports)
     assert reports.meta.clients == ("c0", "c1", "c2", "c3", "c4")
     assert reports.meta.losses_C.tolist() == [reports.losses[c] for c in reports.meta.clients]

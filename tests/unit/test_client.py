@@ -1,0 +1,266 @@
+"""One client actor in this process: training, installing, ranking."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fellray.actors.client import Client
+from fellray.actors.plant import Plant
+from fellray.actors.world import World, survey
+from fellray.platform.config import RunConfig
+from fellray.platform.errors import FellrayError
+from fellray.platform.messages import Installation, StaleLease, Update
+from fellray.platform.metrics import Evaluator, Score
+from fellray.platform.reader import Reader
+from fellray.platform.retrieval import Scorer
+from fellray.platform.rounds import Rounds
+from fellray.platform.shards import Dataset
+from fellray.platform.split import cut_model
+from fellray.platform.storage import Storage
+from fellray.platform.tower import encode_texts
+
+Make = Callable[..., RunConfig]
+
+
+class Stand:
+    """A plant of two actors, three clients and two, at round 0."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        self.world = survey(config)
+        self.rounds = Rounds(Storage(config.storage).sub(config.name))
+        self.plant = Plant.inline(config, self.world, self.rounds)
+        self.rounds.commit(0, self.plant.stage_start(), {})
+
+    @property
+    def client(self) -> Client:
+        """Of c0, c1 and c2."""
+        member: Client = self.plant._clients.members[0]  # type: ignore[attr-defined]
+        return member
+
+    def again(self) -> Client:
+        """The same actor after a restart."""
+        seats = {c: self.world.seats[c] for c in self.client.learners}
+        near, far = self.world.client_side(self.config), self.client._span.remote
+        return Client(self.config, 0, seats, near, self.world.catalogue, far, self.rounds)
+
+
+@pytest.fixture
+def stand(tiny_config: Make) -> Callable[..., Stand]:
+    def make(**overrides: Any) -> Stand:
+        return Stand(tiny_config(clients={"per_actor": 3}, **overrides))
+
+    return make
+
+
+def theta(update: Update) -> bytes:
+    return update.theta_SP.tobytes()
+
+
+def mixture(update: Update, round: int = 1, **more: Any) -> Installation:
+    return Installation(round, update.clients, update.theta_SP * np.float32(0.5), **more)
+
+
+def test_an_update_says_what_was_trained(stand: Callable[..., Stand]) -> None:
+    client = stand().client
+    update = client.fit(1)
+    assert update.clients == client.learners == ("c0", "c1", "c2")
+    assert update.theta_SP.dtype == np.float32
+    # two blocks (bottom, top), two projections each, rank 2, width 32
+    assert update.theta_SP.shape == (3, 2 * 2 * 2 * (32 + 32))
+    assert len({row.tobytes() for row in update.theta_SP}) == 3
+    assert all(0 < loss < 20 for loss in update.losses)
+    assert update.samples == (12, 12, 12)
+    assert update.refused == {}
+
+
+@pytest.mark.parametrize("share", ["trunk_only", "none"])
+def test_what_is_not_shared_has_no_columns(share: str, stand: Callable[..., Stand]) -> None:
+    update = stand(train={"share": share}).client.fit(1)
+    assert update.theta_SP.shape == (3, 0)
+    assert all(np.isfinite(update.losses))
+
+
+def test_the_loss_is_the_mean_over_the_rounds_histories(stand: Callable[..., Stand]) -> None:
+    """Steps of unequal size weigh by their rows."""
+    client = stand(train={"local_samples": 10, "batch_size": 4}).client
+    steps: list[tuple[torch.Tensor, torch.Tensor]] = []
+    sound = client._step
+
+    def heard(batch: Any, *args: Any) -> torch.Tensor:
+        loss = sound(batch, *args)
+        steps.append((loss, torch.bincount(batch.slot_N)))
+        return loss
+
+    client._step = heard  # type: ignore[method-assign]
+    update = client.fit(1)
+    assert [rows.tolist() for _, rows in steps] == [[4] * 3, [4] * 3, [2] * 3]
+    weighted = sum(loss * rows for loss, rows in steps) / 10
+    assert update.losses == pytest.approx(weighted.tolist(), rel=1e-12)
+
+
+def test_a_round_is_a_function_of_the_committed_state(stand: Callable[..., Stand]) -> None:
+    one = stand(train={"moments": "keep"})
+    first = one.client.fit(1)
+    kept = theta(first)
+    again = one.client.fit(1)
+    assert (theta(again), again.losses) == (kept, first.losses)
+    assert again.lease != first.lease
+    assert theta(one.again().fit(1)) == kept
+    one.client.forget()
+    assert theta(one.client.fit(1)) == kept
+
+
+def test_a_mixture_becomes_the_rounds_state(stand: Callable[..., Stand]) -> None:
+    one = stand()
+    update = one.client.fit(1)
+    order = [2, 0, 1]
+    shuffled = Installation(
+        1, tuple(update.clients[i] for i in order), update.theta_SP[order] * np.float32(0.5)
+    )
+    staged = one.client.install(shuffled)
+    assert [(s.file, s.clients) for s in staged] == [
+        ("clients-00000.safetensors", ("c0", "c1", "c2"))
+    ]
+    assert one.client.install(shuffled) == staged, "asked twice"
+    one.rounds.commit(1, staged, {})
+    held = one.rounds.load(1, update.clients, ["client.values"])["client.values"]
+    assert torch.equal(held, torch.from_numpy(update.theta_SP) * 0.5)
+
+
+def test_a_refused_client_goes_back_to_the_rounds_start(stand: Callable[..., Stand]) -> None:
+    one = stand(train={"moments": "keep"})
+    update = one.client.fit(1)
+    one.rounds.commit(1, one.client.install(mixture(update, refused=("c1",))), {})
+    for name in ("values", "moment1", "moment2", "steps"):
+        start, end = (
+            one.rounds.load(t, update.clients, [f"client.{name}"])[f"client.{name}"] for t in (0, 1)
+        )
+        assert torch.equal(start[1], end[1]), name
+        assert not torch.equal(start[[0, 2]], end[[0, 2]]), name
+
+
+def test_without_sharing_everyone_keeps_what_it_trained(stand: Callable[..., Stand]) -> None:
+    one = stand(train={"share": "none"})
+    update = one.client.fit(1)
+    trained = one.client._bank.values_SP.clone()
+    one.rounds.commit(1, one.client.install(Installation(1, update.clients, update.theta_SP)), {})
+    held = one.rounds.load(1, update.clients, ["client.values"])["client.values"]
+    assert torch.equal(held, trained)
+
+
+def test_a_restarted_client_does_not_install_what_it_did_not_train(
+    stand: Callable[..., Stand],
+) -> None:
+    one = stand()
+    update = one.client.fit(1)
+    with pytest.raises(StaleLease, match="clients-00000 was restarted"):
+        one.again().install(mixture(update))
+    one.client.forget()
+    with pytest.raises(StaleLease):
+        one.client.install(mixture(update))
+
+
+def test_a_nan_is_refused_with_the_reason(stand: Callable[..., Stand]) -> None:
+    client = stand().client
+    client._scorer.prior_KI[0] = torch.nan
+    update = client.fit(1)
+    assert dict(update.refused) == {"c0": "training loss is nan"}
+    assert np.isnan(update.losses[0])
+    assert np.isfinite(update.losses[1:]).all()
+    assert np.isfinite(update.theta_SP[1:]).all()
+
+
+def test_an_infinite_weight_is_refused_though_the_loss_is_finite(
+    stand: Callable[..., Stand],
+) -> None:
+    client = stand().client
+    sound = client._bank.step
+
+    def overflown(slots: torch.Tensor) -> None:
+        sound(slots)
+        if client._bank.steps_S[2] == 3:
+            client._bank.values_SP[2, 0] = torch.inf
+
+    client._bank.step = overflown  # type: ignore[method-assign]
+    assert dict(client.fit(1).refused) == {"c2": "the update holds a NaN or an infinity"}
+
+
+def whole_model(world: World, config: RunConfig, split: Any) -> dict[str, Score]:
+    """Scores of the frozen encoder in one piece: what round 0 must rank."""
+    data = Dataset(config.data.path)
+    shards = [data.shard(c) for c in data.clients]
+    parts, tokens = cut_model(world.backbone, config.model), world.catalogue.tokens
+    scorer = Scorer(
+        world.catalogue.vectors_Id, shards, config.model.temperature, config.model.prior
+    )
+    reader = Reader(config, tokens, {s.client: [s] for s in shards})
+    found = {c: Evaluator(len(data.titles)) for c in data.clients}
+    for batch, seen, truth in reader.held_out(split, None):
+        u = encode_texts(parts, batch.rows, batch.ids_L, tokens.pad)
+        client = data.clients[int(batch.shard_N[0])]
+        found[client].add(scorer.score(u, batch.shard_N), seen, truth)
+    return {client: evaluator.score() for client, evaluator in found.items()}
+
+
+@pytest.mark.parametrize("prior", [True, False])
+@pytest.mark.parametrize("split", [1, 2])
+def test_round_0_ranks_as_the_whole_frozen_encoder(
+    split: Any, prior: bool, stand: Callable[..., Stand]
+) -> None:
+    """B starts at zero: through the cut, with adapters in place, nothing has changed yet."""
+    one = stand(model={"prior": prior})
+    wanted = whole_model(one.world, one.config, split)
+    found = one.plant.evaluate(0, split)
+    assert found == wanted
+    assert sum(score.users for score in found.values()) == 40
+
+
+def test_baselines_by_hand(stand: Callable[..., Stand]) -> None:
+    one = stand()
+    data = Dataset(one.config.data.path)
+    found = one.plant.evaluate_baselines(2)
+    for client in data.clients:
+        shard = data.shard(client)
+        held = shard.held_out(2)
+        own = np.log1p(shard.counts(len(data.titles)))
+        for name, scores in (("popularity", data.popularity), ("prior", own)):
+            evaluator = Evaluator(len(data.titles))
+            rows = torch.tensor(np.tile(scores, (len(held.users), 1)), dtype=torch.float32)
+            evaluator.add(rows, held.seen, held.truth)
+            assert found[name][client] == evaluator.score(), (name, client)
+
+
+def test_few_users_are_ranked_where_few_are_asked_for(stand: Callable[..., Stand]) -> None:
+    one = stand()
+    scores = one.plant.evaluate(0, 1, 2)
+    assert [score.users for score in scores.values()] == [2, 2, 2, 2, 1]
+
+
+def test_a_round_that_never_happened_cannot_be_ranked(stand: Callable[..., Stand]) -> None:
+    with pytest.raises(FellrayError, match="never happened"):
+        stand().client.evaluate(3, 1, None)
+
+
+def test_data_of_another_encoder_is_refused(tiny_config: Make, tiny_roberta: Any) -> None:
+    config = tiny_config()
+    other = config.model.model_copy(update={"name": str(tiny_roberta)})
+    with pytest.raises(FellrayError, match=r"made with another encoder.*fellray prepare"):
+        survey(config.model_copy(update={"model": other}))
+
+
+def test_training_leaves_the_shared_world_alone(stand: Callable[..., Stand]) -> None:
+    """Weights and catalogue lie read-only in shared memory on a cluster."""
+    one = stand()
+    frozen = [
+        *one.world.backbone.arrays.values(),
+        one.world.catalogue.vectors_Id,
+        one.world.catalogue.tokens.ids,
+    ]
+    before = [array.tobytes() for array in frozen]
+    one.plant.fit(1)
+    one.plant.evaluate(0, 1, 2)
+    assert [array.tobytes() for array in frozen] == before

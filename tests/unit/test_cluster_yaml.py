@@ -1,0 +1,81 @@
+"""cluster.yaml, read by Ray's own code: no cloud is asked anything."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fellray.actors.pool import Demand, pack
+from fellray.platform.config import ClientsConfig, ServerConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def written() -> Any:
+    return yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def filled(written: Any) -> Any:
+    """What the launcher works with: defaults in, commands merged, schema held."""
+    from ray.autoscaler._private import util
+
+    config = util.prepare_config(copy.deepcopy(written))
+    util.validate_config(config)
+    return config
+
+
+def test_ray_accepts_it(filled: Any) -> None:
+    assert filled["head_node_type"] in filled["available_node_types"]
+    workers = [t for name, t in filled["available_node_types"].items() if name != "head"]
+    assert all(0 <= t["min_workers"] <= t["max_workers"] for t in workers)
+    assert sum(t["max_workers"] for t in workers) <= filled["max_workers"]
+
+
+def test_ray_would_notice_a_misspelt_key(written: Any) -> None:
+    from jsonschema import ValidationError
+    from ray.autoscaler._private import util
+
+    wrong = copy.deepcopy(written)
+    wrong["available_node_types"]["client"]["max_worker"] = 3
+    with pytest.raises(ValidationError, match="max_worker"):
+        util.validate_config(util.prepare_config(wrong))
+
+
+def test_every_node_asks_for_the_token(filled: Any) -> None:
+    for part in ("head", "worker"):
+        starts = [c for c in filled[f"{part}_start_ray_commands"] if "ray start" in c]
+        assert len(starts) == 1
+        assert starts[0].startswith("RAY_AUTH_MODE=token ")
+    assert "/home/ray/.ray/auth_token" in filled["file_mounts"]
+    assert "-e RAY_AUTH_MODE=token" in filled["docker"]["run_options"]
+
+
+def test_every_node_installs_what_was_tried(written: Any) -> None:
+    types = written["available_node_types"].values()
+    own = [t["worker_setup_commands"] for t in types if "worker_setup_commands" in t]
+    for commands in (written["setup_commands"], *own):
+        (install,) = [c for c in commands if c.startswith("pip install")]
+        assert "-c /home/ray/fellray/constraints.txt" in install
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
+    (ray,) = [line.removeprefix("ray==") for line in pinned if line.startswith("ray==")]
+    images = [written["docker"]["image"]]
+    images += [t["docker"]["worker_image"] for t in types if "docker" in t]
+    assert all(image.startswith(f"rayproject/ray:{ray}-py311-") for image in images)
+
+
+def test_no_client_finds_room_beside_the_server(written: Any) -> None:
+    types = written["available_node_types"]
+    server, client = ServerConfig(gpus=1), ClientsConfig()
+    demands = [
+        Demand("server", 1, server.cpus, server.gpus),
+        Demand("client", 1000, client.cpus, 0.0),
+    ]
+    alone = pack(demands, [types["head"]["resources"], types["server"]["resources"]])
+    assert alone == {"server": 1, "client": 0}
+    node = types["client"]["resources"]
+    assert pack(demands, [node, types["server"]["resources"]]) == {"server": 1, "client": 16}
+    assert pack(demands, [node])["server"] == 0
