@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import box
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
@@ -127,6 +128,7 @@ def main() -> None:
     # Ray's actors would step back behind the arms in this process, and a GPU would take some arms
     os.environ |= {"RAY_worker_niceness": "0", "CUDA_VISIBLE_DEVICES": ""}
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+    torch.set_num_threads(1)  # until a figure says otherwise: more threads than cores wait in turn
     transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         results = bench(Path(folder))

@@ -19,8 +19,8 @@ from fellray.platform.config import RunConfig
 from fellray.platform.journal import Journal
 from fellray.platform.run import Run
 from fellray.platform.storage import Storage
+from fellray.platform.words import BASELINES
 
-BASELINES = ("popularity", "prior", "untrained")
 SHOWN = ("recall@10", "ndcg@10", "ndcg@20", "balance/min", "balance/cv")
 
 

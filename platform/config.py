@@ -310,7 +310,10 @@ def _set(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
             raise FellrayError(f"override {override!r}: {parent} is a value, not a section")
-    tree[last] = yaml.safe_load(value)
+    try:
+        tree[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise FellrayError(f"override {override!r}: {key}: the value is not YAML: {error}") from None
 
 
 def _explain(error: ValidationError, source: str) -> str:

@@ -47,6 +47,7 @@ SIZES = {
 TINY = {
     "model": {"cut": 1, "top": 1, "lora": {"r": 2}, "max_history": 6, "max_tokens": 64},
     "train": {"rounds": 2, "local_samples": 12, "batch_size": 4, "learning_rate": 0.01},
+    "clients": {"per_actor": 5},
     "server": {"engine": "torch", "threads": 1},
     "evaluation": {"max_users": 5},
 }

@@ -5,9 +5,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from driver import AGENTS, Driver, actors_below, wait_until
@@ -18,20 +19,14 @@ from fellray.jobs.display import Display
 from fellray.jobs.finish import finish
 from fellray.jobs.train import one_round, train
 from fellray.platform.config import RunConfig
+from fellray.platform.errors import FellrayError
 from fellray.platform.rounds import Rounds
 from fellray.platform.run import open_run
 from fellray.platform.storage import Storage
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 ROUNDS = 5
 KEEP = 2
-SETTINGS: dict[str, Any] = {
-    # rounds long enough to be hit in the middle, and the shared adapter, which must roll back too
-    "train": {"rounds": ROUNDS, "local_samples": 200, "batch_size": 4},
-    "server": {"shared_adapter": True, "cpus": 1},
-    "clients": {"per_actor": 3},
-    "keep_last": KEEP,
-}
 SAME = (
     *("hashes", "final_hashes", "best_round", "rounds", "test", "validation", "per_client"),
     *("untrained", "balance", "popularity", "prior"),
@@ -42,10 +37,21 @@ Configure = Callable[..., RunConfig]
 Launch = Callable[..., Driver]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tiny_config: Configure) -> dict[str, Any]:
-    """The summary of the same run in one process."""
-    config = tiny_config(**SETTINGS)
+def settings(per_actor: int, moments: str = "reset", engine: str = "torch") -> dict[str, Any]:
+    """Rounds long enough to be hit in the middle; the shared adapter must roll back too."""
+    return {
+        "train": {
+            **{"rounds": ROUNDS, "local_samples": 200, "batch_size": 4},
+            "moments": moments,
+        },
+        "server": {"shared_adapter": True, "engine": engine},
+        "clients": {"per_actor": per_actor},
+        "keep_last": KEEP,
+    }
+
+
+def run_in_one_process(config: RunConfig) -> dict[str, Any]:
+    """The summary of a run without any actor."""
     world = survey(config)
     with (
         open_run(config, world.data_sha256) as run,
@@ -56,6 +62,18 @@ def undisturbed(tiny_config: Configure) -> dict[str, Any]:
             outcome = plant.replayed(one_round, t, config)
             run.commit(t, outcome, plant.close_ledger(), plant.take_events())
         return finish(run, plant, world, display)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_config: Configure) -> dict[str, Any]:
+    """The summary of the run that nobody disturbs."""
+    return run_in_one_process(tiny_config(**settings(per_actor=1)))
+
+
+@pytest.fixture(scope="module")
+def undisturbed_with_moments(tiny_config: Configure) -> dict[str, Any]:
+    """The same where AdamW's moments stay, and so must survive too."""
+    return run_in_one_process(tiny_config(**settings(per_actor=1, moments="keep")))
 
 
 def folder_of(config: RunConfig) -> Storage:
@@ -96,41 +114,52 @@ def assert_free(config: RunConfig) -> None:
 
 
 class Striker(threading.Thread):
-    """Kills the first living actor of a class some time after a round was committed."""
+    """Kills the first living actor of each class some time after a round was committed."""
 
-    def __init__(self, config: RunConfig, name: str, after_round: int, delay_s: float):
+    def __init__(self, config: RunConfig, names: Sequence[str], after_round: int, delay_s: float):
         super().__init__(daemon=True)
-        self._plan = (config, name, after_round, delay_s)
-        self.failure: BaseException | None = None
+        self._plan = (config, names, after_round, delay_s)
+        self._failure: BaseException | None = None
         self.start()
 
     def run(self) -> None:
-        config, name, after_round, delay_s = self._plan
+        config, names, after_round, delay_s = self._plan
         try:
             await_round(config, after_round)
             time.sleep(delay_s)
-            actors_below(psutil.Process(), name)[0].kill()
+            for victim in [actors_below(psutil.Process(), name)[0] for name in names]:
+                victim.kill()
         except BaseException as failure:
-            self.failure = failure
+            self._failure = failure
 
-    def done(self) -> None:
-        """It struck."""
+    def finish(self) -> None:
+        """See that it struck."""
         self.join()
-        assert self.failure is None, repr(self.failure)
+        assert self._failure is None, repr(self._failure)
+
+
+def kill(driver: Driver, config: RunConfig) -> None:
+    """SIGKILL to the driver alone; its Ray and its actors have to notice by themselves."""
+    driver.look()
+    os.kill(driver.process.pid, signal.SIGKILL)
+    assert driver.finish()[0] == -signal.SIGKILL
+    assert driver.left(30, but=AGENTS) == []
+    assert_free(config)
 
 
 def test_a_client_and_the_server_are_killed_in_the_middle(
     tiny_config: Configure, undisturbed: dict[str, Any], local_ray: None
 ) -> None:
-    config = tiny_config(**SETTINGS)
-    strikers = [Striker(config, "Client", 1, 0.15), Striker(config, "Server", 3, 0.15)]
+    config = tiny_config(**settings(per_actor=3))
+    strikers = [Striker(config, ["Client"], 1, 0.15), Striker(config, ["Server"], 3, 0.15)]
     train(config)
     for striker in strikers:
-        striker.done()
+        striker.finish()
     events = {row["round"]: " ".join(row["events"]) for row in rows_of(config)}
     assert "fit on actor" in events[2]
     assert "lost and begun again" in events[2]
-    assert "fit on actor" in events[4] or "the round was begun again" in events[4]
+    assert "begun again" in events[4]
+    assert events[0] == events[1] == ""
     assert_same(config, undisturbed)
     assert_free(config)
 
@@ -142,28 +171,81 @@ def test_the_driver_is_killed_and_interrupted(
     launch: Launch,
     on_disk: Callable[[RunConfig], str],
 ) -> None:
-    config = tiny_config(**SETTINGS)
+    config = tiny_config(**settings(per_actor=5))
     path = on_disk(config)
 
     killed = launch("-m", "fellray.jobs.cli", "train", path)
+    wait_until(lambda: folder_of(config).exists("config.json"), 100, "the run is open")
+    with pytest.raises(FellrayError, match=f"locked by process {killed.process.pid} "):
+        train(config)
     await_round(config, 1, killed)
     time.sleep(0.15)
-    killed.look()
-    os.kill(killed.process.pid, signal.SIGKILL)
-    assert killed.finish()[0] == -signal.SIGKILL
-    assert killed.left(30, but=AGENTS) == []
-    assert_free(config)
+    kill(killed, config)
+    done = Rounds(folder_of(config)).latest()
+    assert done is not None
+    assert done < ROUNDS, "it was killed in the middle"
 
-    interrupted = launch("jobs/train.py", path)
-    await_round(config, 3, interrupted)
+    interrupted = launch("-m", "fellray.jobs.cli", "train", path)
+    await_round(config, done + 1, interrupted)
     time.sleep(0.15)
-    os.kill(interrupted.process.pid, signal.SIGINT)
+    # Ctrl-C goes to everybody on the terminal
+    os.killpg(interrupted.process.pid, signal.SIGINT)
     status, out, err = interrupted.finish(60)
     assert status not in (0, 2), (out, err)
+    assert f"going on after round {done}" in " ".join(out.split())
     assert interrupted.left(30) == []
     assert_free(config)
-    assert "going on after round" in out
 
     train(config)
     assert_same(config, undisturbed)
     assert killed.left(90) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("names", [["Client"], ["Server"], ["Client", "Server"]])
+def test_actors_are_killed_at_any_time(
+    names: list[str],
+    seed: int,
+    tiny_config: Configure,
+    undisturbed_with_moments: dict[str, Any],
+    local_ray: None,
+) -> None:
+    """Twice in a run, whatever they are doing."""
+    draw = np.random.default_rng([seed, len(names), len(names[-1])])
+    config = tiny_config(**settings(per_actor=2, moments="keep", engine="deepspeed"))
+    strikers = [
+        Striker(config, names, int(after_round), draw.uniform(0, 0.8))
+        for after_round in draw.choice(ROUNDS, 2, replace=False)
+    ]
+    train(config)
+    for striker in strikers:
+        striker.finish()
+    assert "begun again" in " ".join(e for row in rows_of(config) for e in row["events"])
+    assert_same(config, undisturbed_with_moments)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(3))
+def test_the_driver_is_killed_at_any_time(
+    seed: int,
+    tiny_config: Configure,
+    undisturbed_with_moments: dict[str, Any],
+    local_ray: None,
+    launch: Launch,
+    on_disk: Callable[[RunConfig], str],
+) -> None:
+    """Once while it starts, once in a round; then it is let alone."""
+    draw = np.random.default_rng(seed)
+    config = tiny_config(**settings(per_actor=2, moments="keep", engine="deepspeed"))
+    path = on_disk(config)
+    killed = [launch("jobs/train.py", path)]
+    time.sleep(draw.uniform(0, 15))
+    kill(killed[0], config)
+    killed.append(launch("jobs/train.py", path))
+    await_round(config, int(draw.integers(0, ROUNDS)), killed[1])
+    time.sleep(draw.uniform(0, 0.8))
+    kill(killed[1], config)
+    train(config)
+    assert_same(config, undisturbed_with_moments)
+    assert [driver.left(90) for driver in killed] == [[], []]

@@ -113,15 +113,15 @@ def test_nodes_are_waited_for(local_ray: None) -> None:
     assert 1.5 <= time.monotonic() - began < 10
 
 
-class Idle:
-    """An actor that only holds its place."""
-
-
 @CLUSTER
 def test_taken_places_are_told_apart_from_missing_ones(
     local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody else's actors hold what we ask for: the wait ends, and nothing of ours stays."""
+
+    class Idle:
+        """An actor that only holds its place."""
+
     wait_until(all_free, 60, "earlier actors have gone")
     cpus = ray.cluster_resources()["CPU"]
     others = RayPool(Idle, [()], Demand("other", 1, cpus, 0), print)

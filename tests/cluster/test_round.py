@@ -18,6 +18,7 @@ from fellray.platform.run import HASHED, open_run
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.timeout(600),
     # DeepSpeed 0.19 imports parts of torch that torch itself has deprecated
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
@@ -31,7 +32,7 @@ LAYOUTS = [
     pytest.param("deepspeed", 1, marks=LONG),
     ("deepspeed", 2),
     pytest.param("deepspeed", 5, marks=LONG),
-    ("torch", 1),
+    pytest.param("torch", 1, marks=LONG),
     pytest.param("torch", 2, marks=LONG),
     pytest.param("torch", 5, marks=LONG),
 ]

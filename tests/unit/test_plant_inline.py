@@ -34,7 +34,8 @@ from fellray.platform.messages import (
 from fellray.platform.metrics import Score
 from fellray.platform.shards import Dataset
 
-ALL = {"per_actor": 5}
+EACH = {"per_actor": 1}
+"""One client per actor; `tiny_config` puts all five into one."""
 Play = Callable[..., Any]
 Make = Callable[..., RunConfig]
 
@@ -98,22 +99,21 @@ def test_any_grouping_gives_the_same_run(server: dict[str, Any], plain: Play) ->
 def test_a_run_learns_something(plain: Play) -> None:
     """The smallest client meets its few histories again and again: its loss falls."""
     train = {"rounds": 5, "learning_rate": 0.02, "moments": "keep"}
-    played = plain(train=train, method={"kind": "local"}, clients=ALL)
+    played = plain(train=train, method={"kind": "local"})
     assert played.losses(5)["c4"] < played.losses(1)["c4"] - 0.05
 
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     tiny_config: Make, play: Play, plain: Play
 ) -> None:
-    for moments in ("reset", "keep"):
-        settings = {"train": {"rounds": 3, "moments": moments}, "server": {"shared_adapter": True}}
-        whole, broken = plain(**settings), tiny_config(**settings)
-        play(broken, last=1)
-        rest = play(broken)
-        assert len(rest.outcomes) == 2
-        for t in range(4):
-            assert rest.hashes(t) == whole.hashes(t)
-        assert rest.outcomes[0].reports.losses == whole.outcomes[2].reports.losses
+    settings = {"train": {"rounds": 3, "moments": "keep"}, "server": {"shared_adapter": True}}
+    whole, broken = plain(**settings), tiny_config(**settings)
+    play(broken, last=1)
+    rest = play(broken)
+    assert len(rest.outcomes) == 2
+    for t in range(4):
+        assert rest.hashes(t) == whole.hashes(t)
+    assert rest.outcomes[0].reports.losses == whole.outcomes[2].reports.losses
 
 
 def test_moments_are_kept_only_where_asked(plain: Play) -> None:
@@ -135,7 +135,7 @@ def test_any_order_of_arrival_gives_the_same_run(
 ) -> None:
     """Actors are asked, and train, in another order; the answers stand in their places."""
     server = {"shared_adapter": True}
-    wanted = plain(server=server)
+    wanted = plain(server=server, clients=EACH)
 
     def shuffled(pool: InlinePool, method: str, *columns: Sequence[Any]) -> list[Any]:
         places = order if len(pool.members) == 5 else range(len(pool.members))
@@ -145,7 +145,7 @@ def test_any_order_of_arrival_gives_the_same_run(
         return [answers[i] for i in sorted(answers)]
 
     monkeypatch.setattr(InlinePool, "map", shuffled)
-    found = play(tiny_config(server=server))
+    found = play(tiny_config(server=server, clients=EACH))
     for t in range(3):
         assert found.hashes(t) == wanted.hashes(t)
     same = [run.rounds.load_shared(2, "shared.values") for run in (wanted, found)]
@@ -195,9 +195,7 @@ def test_local_training_shares_nothing(plain: Play) -> None:
 
 def test_share_decides_what_is_mixed(tiny_config: Make, play: Play, plain: Play) -> None:
     runs = {
-        share: play(
-            tiny_config(train={"share": share, "rounds": 1}, method={"kind": "fedavg"}, clients=ALL)
-        )
+        share: play(tiny_config(train={"share": share, "rounds": 1}, method={"kind": "fedavg"}))
         for share in ("all", "trunk_only", "none")
     }
     local = plain(method={"kind": "local"}, train={"rounds": 1})
@@ -431,7 +429,7 @@ def test_a_server_lost_while_clients_train_replays_the_round_to_the_same_bits(
 ) -> None:
     """Two clients had finished; what the server held of them is gone."""
     monkeypatch.setattr(plants.time, "sleep", lambda _: None)
-    wanted = plain(server={"shared_adapter": True})
+    wanted = plain(server={"shared_adapter": True}, clients=EACH)
     begin, lives, plant = TrunkHost.begin, [1], []
 
     def strike(self: TrunkHost, run: str, round: int, clients: Sequence[str]) -> Lease:
@@ -442,7 +440,10 @@ def test_a_server_lost_while_clients_train_replays_the_round_to_the_same_bits(
         return begin(self, run, round, clients)
 
     monkeypatch.setattr(TrunkHost, "begin", strike)
-    found = play(tiny_config(server={"shared_adapter": True}), before=lambda p, t: plant.append(p))
+    found = play(
+        tiny_config(server={"shared_adapter": True}, clients=EACH),
+        before=lambda p, t: plant.append(p),
+    )
     assert not lives
     for t in range(3):
         assert found.hashes(t) == wanted.hashes(t)
