@@ -22,6 +22,7 @@ from fellray.platform.adapters import Bank, start, state_names
 from fellray.platform.config import RunConfig
 from fellray.platform.device import own_device
 from fellray.platform.encoder import Backbone
+from fellray.platform.faults import require_committed
 from fellray.platform.ledger import Ledger
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import Activation, Installation, Lease, LedgerRow, StaleLease, Update
@@ -98,7 +99,7 @@ class Client:
             rows += count_S
         losses = (weighted / rows).tolist()
         self._fitted = round
-        theta = self._bank.values_SP.cpu()
+        theta = self._bank.values_SP.clone().cpu()
         refused = {
             learner: reason
             for learner, loss, values in zip(self.learners, losses, theta, strict=True)
@@ -217,6 +218,7 @@ class Client:
     def _put_at(self, round: int) -> None:
         if round == self._round:
             return
+        require_committed(self._rounds, round)
         names = state_names("client", self._keeps_moments)
         loaded = self._rounds.load(round, self.learners, names)
         self._bank.reset(self._all, {n.removeprefix("client."): t for n, t in loaded.items()})

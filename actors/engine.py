@@ -107,4 +107,3 @@ def _start_deepspeed() -> Any:
         distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return deepspeed
-

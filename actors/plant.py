@@ -110,13 +110,12 @@ class Plant:
         updates = self._clients.map("fit", self._each(round))
         learners = [c for update in updates for c in update.clients]
         lives = {update.lease.server for update in updates}
+        (finite,) = self._servers.map("are_finite", [lives], [learners])
         parts = [np.concatenate([update.theta_SP for update in updates])]
         if self._config.train.share != "none":
-            (trunk,) = self._servers.map("theta", [lives], [learners])
-            parts.append(trunk)
+            parts += self._servers.map("theta", [lives], [learners])
         theta = torch.from_numpy(np.concatenate(parts, axis=1))
         refused = {c: why for update in updates for c, why in update.refused.items()}
-        finite = torch.isfinite(theta).all(1).tolist()
         for learner, whole in zip(learners, finite, strict=True):
             if not whole:
                 refused.setdefault(learner, "the trunk's update holds a NaN or an infinity")

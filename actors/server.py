@@ -72,6 +72,11 @@ class Server:
         down: np.ndarray = await asyncio.wrap_future(future)
         return down
 
+    async def are_finite(self, lives: Collection[str], clients: Sequence[str]) -> list[bool]:
+        """See `TrunkHost.are_finite`."""
+        finite: list[bool] = await self._call(self._host.are_finite, lives, clients)
+        return finite
+
     async def theta(self, lives: Collection[str], clients: Sequence[str]) -> np.ndarray:
         """See `TrunkHost.theta`."""
         theta: np.ndarray = await self._call(self._host.theta, lives, clients)

@@ -112,7 +112,11 @@ def show(results: Mapping[str, Any]) -> None:
         f"{results['cores']} cores, medians of at least {results['turns']} turns, lowest and "
         f"highest in brackets; {sent['samples']} histories per client and round. Load average "
         f"{before:.1f} before, {after:.1f} after"
-        + (": busy, run it again on a quiet machine" if results["busy"] else "")
+        + (
+            ": busy, so run it again; where two threads wait for each other, even ratios mislead"
+            if results["busy"]
+            else ""
+        )
     )
 
 

@@ -7,7 +7,8 @@ where a client runs, or in which order clients answered: they are sorted by id b
 Shapes: C clients, P parameters of one client.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -104,12 +105,14 @@ def describe(
     """
     assert list(clients) == sorted(clients), "rows follow the sorted client ids"
     theta, update = theta_CP.double(), theta_CP.double() - start_CP.double()
+    with _one_thread():
+        gram = {"update": update @ update.T, "raw": theta @ theta.T}
     return Meta(
         round=round,
         clients=tuple(clients),
         losses_C=torch.tensor(losses, dtype=torch.float64),
         samples_C=torch.tensor(samples, dtype=torch.float64),
-        gram={"update": update @ update.T, "raw": theta @ theta.T},
+        gram=gram,
     )
 
 
@@ -124,7 +127,25 @@ def reduce(plan: Plan, theta_CP: Tensor) -> Tensor:
     mixing = plan.mixing_CC
     if not torch.allclose(mixing.sum(1), torch.ones(len(mixing), dtype=mixing.dtype), atol=1e-9):
         raise ValueError(f"rows of the mixing matrix sum to {mixing.sum(1).tolist()}, not to one")
-    return (mixing @ theta_CP.to(mixing.dtype)).to(theta_CP.dtype)
+    theta = theta_CP.to(mixing.dtype)
+    mixed = torch.zeros_like(theta)
+    # Client by client, not as a matrix product, whose order of summation depends on a row's place
+    # and on the number of threads.
+    for weights_C, row_P in zip(mixing.T, theta, strict=True):
+        mixed += weights_C[:, None] * row_P
+    alone = (mixing == torch.eye(len(mixing), dtype=mixing.dtype)).all(1)
+    return torch.where(alone[:, None], theta_CP, mixed.to(theta_CP.dtype))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The driver's thread count is nobody's setting: it must not decide bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def cosine(gram_CC: Tensor) -> Tensor:

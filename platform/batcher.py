@@ -57,7 +57,11 @@ class Batcher:
         self._thread.join()
 
     def _work(self) -> None:
-        while batch := self._take():
+        while taken := self._take():
+            # whoever gave up in the meantime is left out
+            batch = [w for w in taken if w.answer.set_running_or_notify_cancel()]
+            if not batch:
+                continue
             self.sizes.append(len(batch))
             try:
                 answers = batch[0].run([waiting.item for waiting in batch])

@@ -307,13 +307,17 @@ def _set(tree: dict[str, Any], override: str) -> None:
         raise FellrayError(f"override {override!r}: write key=value, for example train.rounds=3")
     *parents, last = key.split(".")
     for parent in parents:
-        tree = tree.setdefault(parent, {})
+        if tree.get(parent) is None:  # a section whose lines are all commented out
+            tree[parent] = {}
+        tree = tree[parent]
         if not isinstance(tree, dict):
             raise FellrayError(f"override {override!r}: {parent} is a value, not a section")
     try:
         tree[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise FellrayError(f"override {override!r}: {key}: the value is not YAML: {error}") from None
+        raise FellrayError(
+            f"override {override!r}: {key}: the value is not YAML: {error}"
+        ) from None
 
 
 def _explain(error: ValidationError, source: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.dlpack import from_dlpack
 
@@ -109,7 +110,7 @@ def load_backbone(name: str) -> Backbone:
             )
         with _quiet():
             model = AutoModel.from_pretrained(where, add_pooling_layer=False, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise FellrayError(
             f"model.name {name}: cannot be loaded ({str(error).splitlines()[0]}); give "
             f"{MINILM}, a folder with config.json and model.safetensors, or a hub name while online"

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from fellray.platform.messages import StaleLease
+from fellray.platform.rounds import Rounds
+
 TRIES = 8
 """Times one piece of work is begun before the run gives up."""
 
@@ -33,3 +36,14 @@ def decide(tries: int, never_started: bool, reason: str) -> Replay | Stop:
     if tries >= TRIES:
         return Stop(f"lost {tries} times, last: {reason}")
     return Replay(min(0.25 * 2 ** (tries - 1), 4.0))
+
+
+def require_committed(rounds: Rounds, round: int) -> None:
+    """A holder that was restarted can take up committed rounds only.
+
+    Raises:
+        StaleLease: the round was installed, but its holder lost it before it was committed.
+    """
+    latest = rounds.latest()
+    if latest is None or round > latest:
+        raise StaleLease(f"round {round} was lost before it was committed")

@@ -10,6 +10,7 @@ Shapes: N rows, L real tokens, n rows of one padded length T, d width, C clients
 
 import uuid
 from collections.abc import Callable, Collection, Sequence
+from itertools import groupby
 from typing import TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ from fellray.platform import adapters
 from fellray.platform.adapters import Bank, GradientSum, Pair, Site, start, state_names
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
+from fellray.platform.faults import require_committed
 from fellray.platform.ledger import payload_bytes
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import Activation, Gradient, Installation, Lease, StaleLease
@@ -82,11 +84,24 @@ class TrunkHost:
 
     def forward(self, activations: Sequence[Activation]) -> list[np.ndarray | Exception]:
         """Hidden states at the upper cut [L, d] for each message; a refusal stays its own."""
-        return self._each(activations, self._check, self._forward)
+        answers: list[np.ndarray | Exception] = []
+        for _, of_one_round in groupby(activations, key=lambda activation: activation.round):
+            answers += self._each(list(of_one_round), self._check, self._forward)
+        return answers
 
     def backward(self, sent: Sequence[tuple[Activation, Gradient]]) -> list[np.ndarray | Exception]:
         """Gradients at the lower cut [L, d], after stepping the rows' personal adapters."""
         return self._each(sent, self._check_step, self._backward)
+
+    def are_finite(self, lives: Collection[str], clients: Sequence[str]) -> list[bool]:
+        """Whose trained trunk adapter holds neither a NaN nor an infinity.
+
+        Raises:
+            StaleLease: as `theta`.
+        """
+        self._check_lives(lives)
+        finite: list[bool] = self._bank.values_SP[self._slots(clients)].isfinite().all(1).tolist()
+        return finite
 
     def theta(self, lives: Collection[str], clients: Sequence[str]) -> np.ndarray:
         """The clients' trained trunk adapters [C, P].
@@ -94,8 +109,7 @@ class TrunkHost:
         Raises:
             StaleLease: somebody trained under another life of this server: that work is lost.
         """
-        if any(life != self._life for life in lives):
-            raise StaleLease("the server was restarted during the round")
+        self._check_lives(lives)
         return self._bank.values_SP[self._slots(clients)].cpu().numpy()
 
     def stage_start(self) -> tuple[Staged, ...]:
@@ -109,9 +123,14 @@ class TrunkHost:
         """Make the mixture the state of `round` and stage it; asked twice, answers the same.
 
         Without columns nothing is mixed: everybody keeps what it trained.
+
+        Raises:
+            StaleLease: somebody's round was not trained in this life of the server.
         """
         if installation.round == self._round:
             return self._staged
+        if not self._lease[self._slots(installation.clients)].all():
+            raise StaleLease("the server was restarted after training")
         if installation.theta_SP.shape[1]:
             self._bank.values_SP[self._slots(installation.clients)] = torch.tensor(
                 installation.theta_SP, device=self._device
@@ -138,6 +157,7 @@ class TrunkHost:
     def _put_at(self, round: int) -> None:
         if round == self._round:
             return
+        require_committed(self._rounds, round)
         names = state_names("trunk", self._keeps_moments)
         loaded = self._rounds.load(round, self._learners, names)
         state = {name.removeprefix("trunk."): tensor for name, tensor in loaded.items()}
@@ -161,13 +181,22 @@ class TrunkHost:
             self._engine.step_shared(rows.sum(0).float() / len(rows))
         self._shared_gradient.total_SP.zero_()
 
+    def _check_lives(self, lives: Collection[str]) -> None:
+        if any(life != self._life for life in lives):
+            raise StaleLease("the server was restarted during the round")
+
     def _check(self, activation: Activation) -> None:
         if activation.run != self._config.name:
             raise FellrayError(f"server of run {self._config.name} was asked by {activation.run}")
+        if unknown := sorted(set(activation.clients) - set(self._learners)):
+            raise FellrayError(f"client {unknown[0]} does not take part in this run")
+        _check_shape(activation)
+        slots = self._slots(activation.clients)
         if activation.lease is None:
             self._put_at(activation.round)
+            if self._lease[slots].any():
+                raise StaleLease(f"round {activation.round + 1} is being trained")
             return
-        slots = self._slots(activation.clients)
         current = activation.lease.server == self._life and bool(
             (self._lease[slots] == activation.lease.number).all()
         )
@@ -177,6 +206,9 @@ class TrunkHost:
     def _check_step(self, sent: tuple[Activation, Gradient]) -> None:
         activation, gradient = sent
         self._check(activation)
+        if gradient.g_Ld.shape != activation.h_Ld.shape:
+            shapes = f"{gradient.g_Ld.shape} for hidden states of {activation.h_Ld.shape}"
+            raise FellrayError(f"a gradient of shape {shapes} does not add up")
         slots = self._slots(activation.clients)
         key = (activation.run, activation.round, activation.step)
         expected = bool((self._next_step[slots] == activation.step).all())
@@ -279,6 +311,21 @@ class InProcess:
         down = _only(self._host.backward([(activation, gradient)]))
         self.bytes += payload_bytes(activation, gradient, down)
         return down
+
+
+def _check_shape(activation: Activation) -> None:
+    rows, places = len(activation.lengths_N), activation.row_client_N
+    adds_up = (
+        activation.h_Ld.ndim == 2
+        and len(places) == rows > 0
+        and int(activation.lengths_N.min()) > 0
+        and int(activation.lengths_N.sum()) == len(activation.h_Ld)
+        and 0 <= int(places.min()) <= int(places.max()) < len(activation.clients)
+    )
+    if not adds_up:
+        raise FellrayError(
+            f"an activation of {rows} rows and shape {activation.h_Ld.shape} does not add up"
+        )
 
 
 def _only(answers: Sequence[np.ndarray | Exception]) -> np.ndarray:

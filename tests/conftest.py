@@ -1,9 +1,13 @@
 """Small models and small data for all tests, made on the spot from fixed seeds."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+# Read when torch is imported: on a busy machine, threads that spin while they wait take minutes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import pytest

@@ -54,8 +54,14 @@ def called(file: Path) -> Iterator[str]:
 
 
 def run_python(code: str) -> str:
+    """In a process of its own that has this repository's root on its path."""
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=ROOT.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -99,7 +99,7 @@ def trained_in_this_process(config: RunConfig) -> Path:
 @pytest.fixture(scope="module")
 def trained(tiny_config: Configure) -> Path:
     """A finished run's folder, to be looked at only."""
-    return trained_in_this_process(tiny_config(name="trained"))
+    return trained_in_this_process(tiny_config(name="trained", clients={"per_actor": 2}))
 
 
 @pytest.fixture
@@ -369,7 +369,7 @@ def test_a_damaged_shard(
 ) -> None:
     data = Path(shutil.copytree(tiny_data, tmp_path / "prepared"))
     damage(data / "clients/c3.parquet")
-    answer = fellray("train", written, f"data.path={data}", "clients.per_actor=5")
+    answer = fellray("train", written, f"data.path={data}")
     message = refused(answer, data / "clients/c3.parquet", "fellray prepare")
     assert len(message) < 1000
 
@@ -508,7 +508,7 @@ def test_train_on_a_full_disk_goes_on_when_there_is_room(
     fellray: Fellray, tiny_disk: Path, tiny_config: Configure, trained: Path, local_ray: None
 ) -> None:
     """No round happens by half: with room the run ends where the undisturbed one did."""
-    config = tiny_config(name="trained", storage=str(tiny_disk), clients={"per_actor": 5})
+    config = tiny_config(name="trained", storage=str(tiny_disk), clients={"per_actor": 2})
     path = trained.parent / "full.yaml"
     path.write_text(configs.dump(config))
     ballast = tiny_disk / "ballast"
@@ -529,7 +529,7 @@ def test_a_run_that_diverges_says_so(
 ) -> None:
     """Every client's round is refused: all stay where they were, and the run goes on."""
     storage = Path(tiny_config().storage)
-    settings = ["train.learning_rate=1e38", "clients.per_actor=5", "name=wild"]
+    settings = ["train.learning_rate=1e38", "name=wild"]
     answer = fellray("train", written, f"storage={storage}", *settings)
     assert answer.status == 0, answer
     told = [line for line in answer.out.splitlines() if "refused" in line]

@@ -83,7 +83,7 @@ def test_pack_leaves_the_nodes_alone() -> None:
             id="too large a server",
         ),
         pytest.param(
-            {"clients": {"cpus": 4}},
+            {"clients": {"cpus": 4, "per_actor": 1}},
             ["5 client actors of 4 CPU", "of 5 client", "clients.per_actor", "clients.cpus"],
             id="too many clients",
         ),

@@ -197,6 +197,31 @@ def test_split_equals_whole(
             assert wanted[1][present].abs().sum(1).min() > 0
 
 
+def of_slot(step: Step, slot: int) -> Step:
+    """The rows of one slot."""
+    mine = step.slot_N == slot
+    pieces = step.ids_L.split(step.rows.lengths_N.tolist())
+    ids = torch.cat([piece for piece, own in zip(pieces, mine.tolist(), strict=True) if own])
+    rows = Rows(step.rows.lengths_N[mine], 16)
+    return Step(rows, ids, step.slot_N[mine], step.target_N[mine])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_slots_bits_do_not_depend_on_the_slots_beside_it(threads: int, tmp_path: Path) -> None:
+    """Promise 4 on the client's side, with MiniLM's real weights: loss and gradients."""
+    torch.set_num_threads(threads)
+    s = setting(MINILM, 1, 1, tmp_path)
+    for seed, (num_rows, longest) in enumerate([(6, 16), (9, 40)]):
+        step = random_step(seed, num_rows, longest)
+        together = through_the_cut(s, step, Ledger())
+        for slot in step.slot_N.unique().tolist():
+            alone = through_the_cut(s, of_slot(step, slot), Ledger())
+            for name, ours, theirs in zip(
+                ("loss", "client side", "trunk"), alone, together, strict=True
+            ):
+                assert torch.equal(ours[slot], theirs[slot]), (name, seed, slot)
+
+
 def test_evaluation_through_the_cut_is_the_whole_models(tiny_encoder: Path, tmp_path: Path) -> None:
     s, step = setting(str(tiny_encoder), 1, 1, tmp_path), random_step(0, 6, 40)
     ledger = Ledger()

@@ -27,6 +27,7 @@ from fellray.platform.split import cut_model
 from fellray.platform.storage import Storage
 from fellray.platform.trunk import Engine, TorchEngine, Trunk
 
+ROOT = Path(__file__).resolve().parents[2]
 CLIENTS = ("a", "b", "c", "d")
 Sent = tuple[Activation, Gradient]
 
@@ -622,7 +623,7 @@ def compare_engines(encoder: str, folder: Path) -> dict[str, Any]:
 def test_deepspeeds_engine_equals_torchs(tiny_encoder: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, __file__, str(tiny_encoder), str(tmp_path)],
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
