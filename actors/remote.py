@@ -19,13 +19,14 @@ class RayRemote:
     def __init__(self, server: Any):
         """`server` is the actor's handle."""
         self._server = server
+        self._packed = ray.cloudpickle.dumps(server)
         self._sent: tuple[Activation, Any] | None = None
         self.bytes = 0
 
     def __reduce__(self) -> tuple[Any, tuple[bytes]]:
-        # As bytes: Ray takes a handle among constructor arguments for an object that may be lost,
-        # and warns on the terminal. The server outlives its clients.
-        return _unpack, (ray.cloudpickle.dumps(self._server),)
+        # As bytes made beforehand: Ray takes a handle among constructor arguments for an object
+        # that may be lost, and warns on the terminal. The server outlives its clients.
+        return _unpack, (self._packed,)
 
     def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
         """See `Remote`."""
