@@ -24,12 +24,12 @@ def plain_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(OURS)}
 
 
-def wait_until(holds: Callable[[], Any], seconds: float, what: str) -> Any:
+def wait_until(holds: Callable[[], Any], seconds: float, what: str, pause_s: float = 0.02) -> Any:
     """The first true answer of `holds`."""
     deadline = time.monotonic() + seconds
     while not (answer := holds()):
         assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
-        time.sleep(0.02)
+        time.sleep(pause_s)
     return answer
 
 
@@ -67,17 +67,20 @@ class Driver:
 
     def look(self) -> list[psutil.Process]:
         """Living descendants, also of those that died; whoever was seen is remembered."""
-        parents = list(self._seen)
-        with suppress(psutil.NoSuchProcess):
-            parents.append(psutil.Process(self.process.pid))
-        for parent in parents:
-            with suppress(psutil.NoSuchProcess):
-                self._seen |= set(parent.children(recursive=True))
+        children: dict[int, list[psutil.Process]] = {}
+        for process in psutil.process_iter(["ppid"]):
+            children.setdefault(process.info["ppid"], []).append(process)
+        found = [p.pid for p in self._seen if p.is_running()]
+        if self.running():  # else its id may be somebody else's by now
+            found.append(self.process.pid)
+        for pid in found:
+            fresh = [p for p in children.get(pid, ()) if p not in self._seen]
+            self._seen |= set(fresh)
+            found += [p.pid for p in fresh]
         return [p for p in self._seen if _alive(p)]
 
     def running(self) -> bool:
         """The command itself."""
-        self.look()
         return self.process.poll() is None
 
     def text(self) -> tuple[str, str]:
@@ -87,7 +90,12 @@ class Driver:
 
     def finish(self, seconds: float = 240.0) -> tuple[int, str, str]:
         """Wait for the end: exit status, stdout, stderr."""
-        wait_until(lambda: not self.running(), seconds, "the command ends")
+
+        def ended() -> bool:
+            self.look()
+            return not self.running()
+
+        wait_until(ended, seconds, "the command ends", pause_s=0.2)
         return self.process.returncode, *self.text()
 
     def left(self, seconds: float = 30.0, but: tuple[str, ...] = ()) -> list[str]:
@@ -101,7 +109,7 @@ class Driver:
             found = [t for t in titles if not t.partition(" ")[2].startswith(but or "\0")]
             if not found or time.monotonic() > deadline:
                 return found
-            time.sleep(0.1)
+            time.sleep(0.2)
 
     def end(self) -> None:
         """End it and what it left, by process id."""

@@ -257,8 +257,9 @@ def poisoned(*learners: str, round: int) -> Callable[[Plant, int], None]:
     return before
 
 
-@pytest.mark.parametrize("share", ["all", "trunk_only", "none"])
-@pytest.mark.parametrize("per_actor", [1, 5])
+@pytest.mark.parametrize(
+    ("share", "per_actor"), [("all", 1), ("all", 5), ("trunk_only", 5), ("none", 5)]
+)
 def test_a_poisoned_client_is_refused_and_keeps_its_rounds_start(
     share: str, per_actor: int, tiny_config: Make, play: Play, plain: Play
 ) -> None:
@@ -379,15 +380,15 @@ def restart_client(plant: Plant) -> None:
 
 
 LOSSES = [
-    (restart_server, "install"),
-    (restart_server, "validate"),
-    (restart_client, "install"),
-    (restart_client, "validate"),
+    (restart_server, "install", "all"),
+    (restart_server, "install", "none"),
+    (restart_server, "validate", "all"),
+    (restart_client, "install", "all"),
+    (restart_client, "validate", "none"),
 ]
 
 
-@pytest.mark.parametrize("share", ["all", "none"])
-@pytest.mark.parametrize(("restart", "before"), LOSSES)
+@pytest.mark.parametrize(("restart", "before", "share"), LOSSES)
 def test_whoever_is_lost_whenever_the_round_is_replayed_to_the_same_bits(
     restart: Callable[[Plant], None],
     before: str,
@@ -619,8 +620,9 @@ def test_the_search_would_find_what_it_looks_for(tiny_config: Make) -> None:
         assert any(needle in pickle.dumps(message) for needle in forms(ids)), message
 
 
-@pytest.mark.parametrize("share", ["all", "trunk_only", "none"])
-@pytest.mark.parametrize("per_actor", [1, 5])
+@pytest.mark.parametrize(
+    ("share", "per_actor"), [("all", 1), ("all", 5), ("trunk_only", 5), ("none", 1)]
+)
 def test_nothing_private_leaves(
     share: str, per_actor: int, tape: Tape, tiny_config: Make, play: Play
 ) -> None:
@@ -683,8 +685,7 @@ def test_what_answers_a_call_is_of_a_closed_type(tape: Tape, tiny_config: Make, 
         assert all(isinstance(v, (*TYPES, staged, *plain)) for v in values), kind
 
 
-@pytest.mark.parametrize("per_actor", [1, 2, 5])
-@pytest.mark.parametrize("share", ["all", "none"])
+@pytest.mark.parametrize(("share", "per_actor"), [("all", 1), ("all", 2), ("none", 5)])
 def test_the_ledger_is_what_the_transport_carried(
     per_actor: int, share: str, tape: Tape, tiny_config: Make, play: Play
 ) -> None:
