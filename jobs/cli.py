@@ -120,6 +120,8 @@ def compare(
     from fellray.jobs.compare import compare as run
     from fellray.jobs.compare import show_comparison
 
+    if bad := [seed for seed in seeds.split(",") if not seed.strip().isdecimal()]:
+        raise FellrayError(f"--seeds {seeds}: {bad[0]!r} is no seed; write numbers: --seeds 0,1,2")
     show_comparison(run(loaded, methods.split(","), [int(seed) for seed in seeds.split(",")]))
 
 

@@ -88,7 +88,12 @@ class FromFile(Method):
         if spec is None or spec.loader is None or not self.path.is_file():
             raise FellrayError(f"{where}: there is no such Python file")
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # whatever the user's file raises is the user's to read
+            raise FellrayError(
+                f"{where}: cannot be run: {type(error).__name__}: {error}"
+            ) from error
         cls = getattr(module, self.name, None)
         if not (isinstance(cls, type) and issubclass(cls, Method)):
             raise FellrayError(

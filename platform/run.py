@@ -145,8 +145,21 @@ def read_run(path: str) -> Run:
     storage = Storage(path)
     if not storage.exists("config.json"):
         raise FellrayError(f"{storage}: holds no run (no config.json); `fellray runs` lists runs")
-    config = configs.parse(json.loads(storage.read("config.json")), f"{storage}/config.json")
-    return Run(config, storage=storage)
+    return Run(
+        configs.parse(_read_json(storage, "config.json"), f"{storage}/config.json"), storage=storage
+    )
+
+
+def _read_json(storage: Storage, name: str) -> dict[str, Any]:
+    try:
+        tree = json.loads(storage.read(name))
+    except ValueError as error:
+        raise FellrayError(
+            f"{storage}/{name}: is damaged ({error}); train the run again under another name"
+        ) from None
+    if not isinstance(tree, dict):
+        raise FellrayError(f"{storage}/{name}: is damaged: no JSON object")
+    return tree
 
 
 def _describe(outcome: Outcome) -> dict[str, Any]:
@@ -186,12 +199,12 @@ def list_runs(storage: str) -> list[tuple[str, ...]]:
         folder = place.sub(name)
         if not folder.exists("config.json"):
             continue
-        config = json.loads(folder.read("config.json"))
+        config = _read_json(folder, "config.json")
         latest = Rounds(folder).latest()
         done, wanted = latest or 0, config["train"]["rounds"]
         row = [name, config["method"]["kind"], str(config["seed"]), f"{done}/{wanted}"]
         if folder.exists("summary.json") and done >= wanted:
-            summary = json.loads(folder.read("summary.json"))
+            summary = _read_json(folder, "summary.json")
             test, worst = summary["test"][BALANCED], summary["balance"]["min"]
             row += [str(summary["best_round"]), f"{test:.4f}", f"{worst:.4f}", "finished"]
         else:
@@ -258,7 +271,7 @@ def environment() -> dict[str, Any]:
 
 def _refuse_other(run: Run, data_sha256: str) -> None:
     """A run goes on with the config and data it began with; its length and place may change."""
-    held = _flatten(json.loads(run.storage.read("config.json")))
+    held = _flatten(_read_json(run.storage, "config.json"))
     wanted = _flatten(json.loads(configs.dump(run.config)))
     changed = sorted(
         name
