@@ -251,6 +251,9 @@ def _client_args(
     share: Callable[[str, Any], Any],
 ) -> list[tuple[Any, ...]]:
     """Constructor arguments of every client actor; what is equal for all is shared once."""
+    # workers may stand in another folder than the driver
+    here = config.data.model_copy(update={"path": config.data.path.absolute()})
+    config = config.model_copy(update={"data": here})
     backbone = share(f"client {world.key(config)}", world.client_side(config))
     catalogue = share(f"catalogue {world.key(config)}", world.catalogue)
     return [

@@ -192,7 +192,14 @@ class RayPool:
             try:
                 ray.get(reference)
             except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
-                raise FellrayError(f"{demand.name} actor {index} cannot start: {error}") from None
+                reason = _words_of(error)
+                raise FellrayError(f"{demand.name} actor {index} cannot start: {reason}") from None
+
+
+def _words_of(error: Exception) -> str:
+    """What a constructor said to the user; all of Ray's text where it said nothing."""
+    _, marker, words = str(error).rpartition(f"{FellrayError.__name__}: ")
+    return words.strip() if marker else str(error)
 
 
 def _told(error: ray.exceptions.RayTaskError) -> Exception:

@@ -80,17 +80,24 @@ def _middle(rows: Sequence[Mapping[str, Any]], key: str) -> Series:
 
 def _bands(rows: Iterable[Mapping[str, Any]], key: str) -> dict[int, tuple[float, float]]:
     """round -> lowest and highest client."""
-    return {
-        int(row["round"]): (min(row[key].values()), max(row[key].values()))
-        for row in rows
-        if len(row.get(key) or ()) > 1
-    }
+    bands = {}
+    for row in rows:
+        values = _known(row.get(key))
+        if len(values) > 1:
+            bands[int(row["round"])] = (min(values), max(values))
+    return bands
 
 
 def _extreme(
-    values: Mapping[str, float] | None, choose: Callable[[Iterable[float]], float]
+    values: Mapping[str, float | None] | None, choose: Callable[[Iterable[float]], float]
 ) -> float | None:
-    return choose(values.values()) if values else None
+    known = _known(values)
+    return choose(known) if known else None
+
+
+def _known(values: Mapping[str, float | None] | None) -> list[float]:
+    """A refused client's loss is no number and stands as null."""
+    return [value for value in (values or {}).values() if value is not None]
 
 
 def _moved(count: int | Mapping[str, int] | None) -> str:

@@ -32,6 +32,19 @@ COMMANDS = ("init", "prepare", "train", "evaluate", "compare", "runs", "recommen
 ROWS = [(user, item, 10 * user + at) for user in range(12) for at, item in enumerate("abcdef")]
 """Twelve users, each of whom met the same six items."""
 
+EVEN = """
+import torch
+
+from fellray.platform.aggregation import Meta, Method, Plan
+
+
+class Even(Method):
+    def plan(self, meta: Meta) -> Plan:
+        num_clients = len(meta.clients)
+        return Plan(torch.full((num_clients, num_clients), 1 / num_clients, dtype=torch.float64))
+"""
+"""A method of the user's own: everybody receives the mean."""
+
 Configure = Callable[..., RunConfig]
 
 
@@ -221,7 +234,7 @@ def test_files_that_are_no_config(
             ["method.options", "Mine"],
         ),
         ("import nowhere_to_be_found", ["nowhere_to_be_found"]),
-        ("class Mine(", ["line 1"]),
+        ("class Mine(", ["never closed"]),
     ],
 )
 def test_a_method_file_that_cannot_be_used(
@@ -554,7 +567,7 @@ def test_from_a_file_to_a_recommendation(
     monkeypatch: pytest.MonkeyPatch,
     local_ray: None,
 ) -> None:
-    """init, prepare, train, runs, evaluate, recommend."""
+    """init, prepare, train with a method of one's own, runs, evaluate, recommend."""
     source = tiny_data.parent / "source.csv"
     monkeypatch.chdir(tmp_path)
     config = Path("shop.yaml")
@@ -564,6 +577,8 @@ def test_from_a_file_to_a_recommendation(
     text = config.read_text().replace("all-MiniLM-L6-v2  ", f"{tiny_encoder}  ")
     text = text.replace("rounds: 10", "rounds: 2").replace("local_samples: 96", "local_samples: 24")
     text = text.replace("engine: deepspeed", "engine: torch")
+    text = text.replace("{kind: fellrec} ", "{kind: file, path: mine.py, name: Even} ")
+    Path("mine.py").write_text(EVEN)
     config.write_text(text)
 
     prepared = fellray("prepare", config, "data.k_core=1")
@@ -575,6 +590,8 @@ def test_from_a_file_to_a_recommendation(
     for file in ("summary.json", "report.html", "config.json", "environment.json"):
         assert (run / file).stat().st_size, file
     summary = json.loads((run / "summary.json").read_text())
+    assert summary["method"] == "file"
+    assert len(set(summary["final_hashes"].values())) == 1
     assert f"Report: {run}/report.html" in " ".join(trained.out.split())
     assert f"{summary['test']['ndcg@10']:.4f}" in trained.out
 
