@@ -37,7 +37,8 @@ def connect(config: RunConfig, actors: int) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS") or config.cluster.address
     if address == "local":
         if _FIRST and os.environ.get("RAY_AUTH_MODE") == "token":
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+            # once per process: Ray remembers the first token it has seen
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         needed = config.server.cpus + actors * config.clients.cpus
         ray.init(
             address=address,
