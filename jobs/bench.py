@@ -8,6 +8,7 @@ import itertools
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,8 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     torch.set_num_threads(1)  # until a figure says otherwise: more threads than cores wait in turn
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # a load report for every reload
+    warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
     with tempfile.TemporaryDirectory() as folder:
         results = bench(Path(folder))
     show(results)
