@@ -109,7 +109,7 @@ def measure_batching(config: RunConfig, world: World, tokens: int, threads: int)
             "one call per client": lambda: train_step(host, [[one] for one in sent], next(steps)),
             "merged": lambda: train_step(host, [sent], next(steps)),
         },
-        4 * TURNS,
+        2 * TURNS,
     )
     return _figure(
         f"one by one / merged, 16 clients x {tokens} tokens, {threads} thread(s)",
