@@ -20,17 +20,17 @@ from fellray.actors.server import Server
 from fellray.actors.session import connect
 from fellray.actors.world import World, survey
 from fellray.jobs.display import console
+from fellray.jobs.finish import write_report
 from fellray.jobs.measured import STATUS, Imported, SplitClient, Step, WholeClient
 from fellray.jobs.timings import BUSY, load_average, spread
 from fellray.jobs.whole import tokens_per_step
 from fellray.platform import config as configs
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
-from fellray.platform.journal import Journal
 from fellray.platform.rounds import Rounds
+from fellray.platform.run import COSTS, Run
 from fellray.platform.shards import Dataset
 from fellray.platform.split import PARTS, plan_cut
-from fellray.platform.storage import Storage
 
 TURNS = 3
 """Fresh actors of every arm."""
@@ -38,12 +38,14 @@ STEPS = 4
 """Local steps of a timed round."""
 MOST_CUTS = 6
 """Of a deeper model, this many cuts are measured, evenly spaced, the ends included."""
+SCRATCH = "costs-scratch"
 WHOLE = "whole"
 """The arm that needs no server."""
 
 
 def measure_costs(config: RunConfig) -> dict[str, Any]:
-    """Memory and time of one client for each cut, and with the whole model; writes `costs.json`.
+    """Memory and time of one client for each cut, and with the whole model; writes `costs.json`
+    into the run's folder, and its report again where there is one.
 
     Returns:
         What was measured under which conditions, and `rows`: one per arm, each measured quantity
@@ -57,21 +59,21 @@ def measure_costs(config: RunConfig) -> dict[str, Any]:
     world = survey(config)
     cuts = choose_cuts(world.backbone.num_blocks, config.model.top)
     arms = {f"k={k}": _vary(config, k) for k in cuts} | {WHOLE: _vary(config, cuts[0])}
-    folder = Storage(config.storage).sub(f"{config.name}-costs")
+    run = Run(config)
     loads = [load_average()]
     steps: dict[str, list[Step]] = {name: [] for name in arms}
     peaks: dict[str, list[int]] = {name: [] for name in arms}
     imported: list[int] = []
     with connect(config, 1):
         held = {name: _hold(name, arm, world) for name, arm in arms.items()}
-        rounds = Rounds(folder.sub("scratch"))
+        rounds = Rounds(run.storage.sub(SCRATCH))
         for name in track(list(arms) * TURNS, description="Client costs", transient=True):
             if name == WHOLE:
                 imported.append(_import_only(arms[name], world))
             step, peak = _measure(arms[name], world, name == WHOLE, rounds)
             steps[name].append(step)
             peaks[name].append(peak)
-        folder.delete("scratch")
+        run.storage.delete(SCRATCH)
     loads.append(load_average())
     rows = [held[name] | describe(steps[name], peaks[name], imported) for name in arms]
     costs = {
@@ -89,8 +91,11 @@ def measure_costs(config: RunConfig) -> dict[str, Any]:
         "imports_bytes": asdict(spread(imported)),
         "rows": [row | {"ratio": compare_row(row, rows[-1])} for row in rows],
     }
-    Journal(folder).write_json("costs.json", costs)
-    console.print(f"Written: {folder}/costs.json")
+    run.journal.write_json(COSTS, costs)
+    console.print(f"Written: {run.storage}/{COSTS}")
+    if run.storage.exists("summary.json"):
+        write_report(run)
+        console.print(f"Shown in: {run.storage}/report.html")
     return costs
 
 

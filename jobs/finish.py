@@ -5,10 +5,9 @@ from typing import Any
 from fellray.actors.plant import Plant
 from fellray.actors.world import World
 from fellray.jobs.display import Display
-from fellray.platform.config import RunConfig
 from fellray.platform.peft_export import export
 from fellray.platform.report import render
-from fellray.platform.run import Run, summarise
+from fellray.platform.run import COSTS, Run, summarise
 
 VALIDATION, TEST = 1, 2
 
@@ -33,13 +32,16 @@ def finish(run: Run, plant: Plant, world: World, display: Display) -> dict[str, 
     display.say("writing the report")
     export(run, best)
     run.journal.write_json("summary.json", summary)
-    config: RunConfig = run.config
+    write_report(run)
+    return summary
+
+
+def write_report(run: Run) -> None:
+    """`report.html` of a finished run, with the client cost where it was measured."""
     page = render(
-        summary,
+        run.read_json("summary.json"),
         run.journal.rows("metrics"),
-        summary["bytes"],
-        config.model_dump(mode="json"),
-        None,
+        run.config.model_dump(mode="json"),
+        run.read_json(COSTS) if run.storage.exists(COSTS) else None,
     )
     run.journal.write_text("report.html", page)
-    return summary

@@ -29,7 +29,6 @@ _ENDS = 100  # clients listed from either end where there are more than twice as
 def render(
     summary: dict[str, Any],
     metrics: list[dict[str, Any]],
-    ledger_totals: dict[str, Any],
     config: dict[str, Any],
     costs: dict[str, Any] | None,
 ) -> str:
@@ -42,9 +41,8 @@ def render(
             `prior`, `untrained` (metric -> test value), `data`, `model`, `environment`, `events`.
             What is missing is left out of the page.
         metrics: rows of metrics.jsonl; of several rows of one round the last counts.
-        ledger_totals: kind -> bytes; where empty, `summary["bytes"]` is shown.
         config: the resolved config.
-        costs: measured costs by name (values, or dicts of values), None where not measured.
+        costs: what `costs.json` holds, None where it was not measured.
     """
     rows = list({row["round"]: row for row in metrics}.values())
     rows.sort(key=lambda row: int(row["round"]))
@@ -54,9 +52,9 @@ def render(
         _tested(summary),
         show_rounds(summary, rows),
         _clients(summary),
-        _traffic(ledger_totals or summary.get("bytes") or {}, summary, rows),
+        _traffic(summary, rows),
         _happened(summary, rows),
-        section("Costs", list_facts(costs)) if costs else "",
+        _client_cost(costs) if costs else "",
         _provenance(summary),
         fold("Resolved config", tag("pre", json.dumps(config, indent=2, default=str))),
     )
@@ -187,9 +185,8 @@ def _clients(summary: Mapping[str, Any]) -> Html:
     )
 
 
-def _traffic(
-    totals: Mapping[str, int], summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
-) -> Html:
+def _traffic(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Html:
+    totals: Mapping[str, int] = summary.get("bytes") or {}
     if not totals:
         return Html()
     # A client that sat a round out, or was refused, has no loss in that round's row.
@@ -212,6 +209,39 @@ def _traffic(
         tag("p", f"What the clients sent and received, by kind, from the ledger.{per}"),
         tabulate(["kind", "size", "bytes", "share", "per client-round"], cells),
     )
+
+
+def _client_cost(costs: Mapping[str, Any]) -> Html:
+    """One row per depth of the cut; in brackets the share of the whole model's."""
+
+    def cell(row: Mapping[str, Any], name: str, scale: float, digits: int) -> str:
+        value = row[name]["median"] if isinstance(row[name], Mapping) else row[name]
+        return f"{value * scale:,.{digits}f} ({row['ratio'][name]:.0%})"
+
+    rows = [
+        [
+            row["arm"],
+            cell(row, "frozen", 1e-6, 1),
+            cell(row, "trained", 1e-3, 1),
+            cell(row, "peak_bytes", 2**-20, 0),
+            cell(row, "model_bytes", 2**-20, 0),
+            cell(row, "step_s", 1e3, 0),
+            cell(row, "own_s", 1e3, 0),
+            format_size(row["bytes"]["median"]),
+        ]
+        for row in costs["rows"]
+    ]
+    head = ["client", "frozen, million", "trained, thousand", "peak memory, MiB", "of it model"]
+    head += ["step, ms", "own work, ms", "sent a step"]
+    words = (
+        "What one client needs when k blocks stay with it, beside training the whole model by "
+        "itself; in brackets the share of the whole. "
+        f"Medians of {costs['turns']} fresh processes, {costs['tokens_per_step']:.0f} tokens a "
+        f"step, {format_count(costs['threads'], 'thread')}. A step waits for the server, own work "
+        f"does not; {costs['imports_bytes']['median'] / 2**20:.0f} MiB of the peak are code."
+    )
+    busy = " The machine was busy: read the shares, not the times." if costs["busy"] else ""
+    return section("What a client needs", tag("p", words + busy), tabulate(head, rows))
 
 
 def _happened(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Html:

@@ -5,9 +5,10 @@ their state, then the records are appended, then the manifest is renamed into pl
 happened. Records of rounds that did not happen are dropped when the run is opened again.
 
 Layout: config.json, environment.json, metrics.jsonl, ledger.jsonl, rounds/NNNNNN/, summary.json,
-report.html, adapters/.
+costs.json, report.html, adapters/.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -36,6 +37,8 @@ from fellray.platform.storage import Storage
 LIBRARIES = ("torch", "transformers", "peft", "ray", "deepspeed", "numpy", "pyarrow")
 HASHED = [*state_names("client", False), *state_names("trunk", False)]
 """What a client's adapter hash is taken of."""
+COSTS = "costs.json"
+"""What one client needs, where it was measured."""
 BALANCED = "ndcg@10"
 """The metric whose spread over clients is reported."""
 
@@ -116,6 +119,14 @@ class Run:
         if not validated:
             return 0
         return int(max(validated, key=lambda row: (quality(row), -row["round"]))["round"])
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """One of the run's JSON files.
+
+        Raises:
+            FellrayError: it is not there or damaged.
+        """
+        return _read_json(self.storage, name)
 
 
 @contextmanager
@@ -241,6 +252,7 @@ def summarise(
         "balance": balance({c: m[BALANCED] for c, m in per_client.items() if BALANCED in m}),
         "bytes": total(ledger),
         "hashes": run.rounds.hashes(best, HASHED),
+        "shared_hash": _hash_shared(run, best),
         "final_hashes": run.rounds.hashes(run.rounds.latest() or 0, HASHED),
         **{name: pool(scores) for name, scores in baselines.items()},
         "untrained": pool(untrained),
@@ -249,6 +261,14 @@ def summarise(
         "environment": environment(),
         "events": [e for row in run.journal.rows("metrics") for e in row["events"]],
     }
+
+
+def _hash_shared(run: Run, round: int) -> str | None:
+    """Of the trunk adapter that belongs to all clients; None where the run has none."""
+    if not run.config.server.shared_adapter:
+        return None
+    values_P = run.rounds.load_shared(round, "shared.values")
+    return hashlib.sha256(values_P.numpy().tobytes()).hexdigest()
 
 
 def pool(scores: Mapping[str, Score]) -> dict[str, float]:

@@ -86,7 +86,7 @@ def a_run(clients=3, rounds=4, names=None):
         "validation": metric_values(0.06),
         "per_client": per_client,
         "balance": balance({name: row["ndcg@10"] for name, row in per_client.items()}),
-        "bytes": {"adapters": 1},
+        "bytes": {"activations": 3 * 2**20, "loss": 96},
         "hashes": dict.fromkeys(names, "ab" * 32),
         "popularity": metric_values(0.03),
         "prior": metric_values(0.04),
@@ -96,8 +96,22 @@ def a_run(clients=3, rounds=4, names=None):
         "environment": {"torch": "2.13"},
         "events": ["round 2 replayed"],
     }
-    totals = {"activations": 3 * 2**20, "loss": 96}
-    return summary, metrics, totals, {"name": "first", "seed": 7}, {"forward": {"seconds": 0.5}}
+    return summary, metrics, {"name": "first", "seed": 7}, costs(["k=0", "k=2", "whole"])
+
+
+def costs(arms):
+    """What `costs.json` holds, as far as the page reads it; of two halves of the whole."""
+    measured = ("peak_bytes", "model_bytes", "step_s", "own_s", "bytes")
+    held = {name: {"median": 2.0**20} for name in measured} | {"frozen": 1e6, "trained": 2000}
+    row = held | {"ratio": dict.fromkeys(held, 0.5)}
+    return {
+        "rows": [row | {"arm": arm} for arm in arms],
+        "turns": 3,
+        "tokens_per_step": 640.0,
+        "threads": 1,
+        "imports_bytes": {"median": 2.0**28},
+        "busy": True,
+    }
 
 
 def check(html):
@@ -125,19 +139,25 @@ def test_a_run_shows_what_it_was_given():
     assert page.row("lowest client") == ["0.0100"]
     assert page.row("4")[:5] == ["3.0000", "3.0000", "3.2000", "0.0340", "0.0100"]
     assert "round 2 replayed" in page.text
-    for word in ("fellrec", "seed 7", "cd" * 32, "2.13", "data/x", "seconds: 0.5", '"seed": 7'):
+    for word in ("fellrec", "seed 7", "cd" * 32, "2.13", "data/x", '"seed": 7'):
         assert word in page.text
     titles = [own for tag, own in page.tags if tag == "svg" and own.get("role") == "img"]
     assert len(titles) == 5
 
 
 def test_bytes_are_shared_over_client_rounds_that_took_place():
-    summary, metrics, totals, config, costs = a_run(clients=3, rounds=2)
+    summary, metrics, *rest = a_run(clients=3, rounds=2)
     del metrics[0]["losses"]["shop-2"]  # 5 client-rounds are left
-    page = check(render(summary, metrics, {"loss": 5 * 2048}, config, costs))
+    assert check(render(summary, metrics, *rest)).row("all")[1] == "3,145,824"
+    summary["bytes"] = {"loss": 5 * 2048}
+    page = check(render(summary, metrics, *rest))
     assert page.row("loss") == ["10.0 KiB", "10,240", "100.0%", "2.0 KiB"]
-    assert check(render(summary, metrics, {}, config, costs)).row("adapters")[1] == "1"
-    assert check(render(summary, metrics, totals, config, costs)).row("all")[1] == "3,145,824"
+
+
+def test_what_a_client_needs_stands_beside_the_whole_model():
+    page = check(render(*a_run()))
+    assert page.row("k=2")[:3] == ["1.0 (50%)", "2.0 (50%)", "1 (50%)"]
+    assert "read the shares" in page.text
 
 
 @pytest.mark.parametrize(
@@ -161,7 +181,7 @@ def test_every_text_is_escaped():
         summary[key] = EVIL
     summary["events"] = [EVIL]
     summary["data"] = {EVIL: EVIL, "path": EVIL}
-    page = check(render(summary, metrics, {EVIL: 1}, {EVIL: EVIL}, {EVIL: EVIL}))
+    page = check(render(summary, metrics, {EVIL: EVIL}, costs([EVIL])))
     assert f"round 1: {EVIL} refused: {EVIL}" in page.text
     cell = {"mean": 0.1, "std": 0.0, "values": [0.1]}
     methods = {EVIL: {"ndcg@10": cell, "balance/min": cell, EVIL: cell}}
@@ -197,22 +217,22 @@ def test_any_number_of_clients_and_rounds(clients, rounds):
     ],
 )
 def test_parts_of_the_summary_may_be_missing(missing):
-    summary, metrics, totals, config, _ = a_run()
+    summary, metrics, config, _ = a_run()
     del summary[missing]
-    check(render(summary, metrics, totals, config, None))
+    check(render(summary, metrics, config, None))
 
 
 def test_optional_columns_may_be_missing():
-    summary, metrics, totals, config, _ = a_run()
+    summary, metrics, config, _ = a_run()
     for name in ("own_weight", "learning_degree", "validation", "worst_ndcg@10"):
         for row in metrics:
             del row[name]
     summary["events"] = []
-    page = check(render(summary, metrics, totals, config, None))
+    page = check(render(summary, metrics, config, None))
     assert "Own weight" not in page.text
     assert "worst client" not in page.text
     assert "No refused client, replay or restart is recorded." in page.text
-    assert "Costs" not in page.text
+    assert "What a client needs" not in page.text
 
 
 def test_a_client_without_users_is_listed_but_not_drawn():
