@@ -50,7 +50,8 @@ class Display:
         self._task = self._progress.add_task(config.name, total=last + 1, completed=done)
         console.print(
             f"[bold]{config.name}[/]: {config.method.kind}, seed {config.seed}, "
-            f"{last} rounds{resumed}; everything goes to {self._folder}"
+            f"{last} rounds{resumed}\neverything goes to {self._folder}\n"
+            "[dim]NDCG@10 and the worst client's are of the validation split[/]"
         )
         return self
 
@@ -70,13 +71,14 @@ class Display:
 
 
 def _parts(row: Mapping[str, Any]) -> list[str]:
-    parts = [f"round {row['round']:>3}"]
+    """Short enough for a terminal of 80 columns."""
+    parts = [f"round {row['round']:>2}"]
     if row.get("loss") is not None:
         parts.append(f"loss {row['loss']:.4f}")
     if "validation" in row:
-        parts.append(f"validation NDCG@10 {row['validation'].get('ndcg@10', 0.0):.4f}")
-        parts.append(f"worst client {row['worst_ndcg@10']:.4f}")
-    parts.append(f"{row['bytes'] / 1e6:.1f} MB")
+        parts.append(f"NDCG@10 {row['validation'].get('ndcg@10', 0.0):.4f}")
+        parts.append(f"worst {row['worst_ndcg@10']:.4f}")
+    parts.append(f"{row['bytes'] / 1e6:.0f} MB")
     if "samples_per_second" in row:
-        parts.append(f"{row['samples_per_second']:.1f} histories/s")
-    return [*parts, f"{row['seconds']:.1f} s"]
+        parts.append(f"{row['samples_per_second']:.0f} hist/s")
+    return [*parts, f"{row['seconds']:.0f} s"]
