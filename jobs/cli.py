@@ -1,6 +1,7 @@
 """The command line: `fellray`. Heavy imports wait until a command runs, so `--help` is quick."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -172,6 +173,8 @@ def show_summary(summary: dict[str, object]) -> None:
 
 def main() -> None:
     """Entry of the `fellray` command: errors a user can mend come without a traceback."""
+    # before torch is loaded: threads that wait for each other on a busy machine must not spin
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except FellrayError as error:

@@ -7,13 +7,14 @@ where a client runs, or in which order clients answered: they are sorted by id b
 Shapes: C clients, P parameters of one client.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
+
+from fellray.platform.threads import one_thread
 
 Source = str
 """What the similarity of two clients is computed from: `update` or `raw`."""
@@ -105,7 +106,7 @@ def describe(
     """
     assert list(clients) == sorted(clients), "rows follow the sorted client ids"
     theta, update = theta_CP.double(), theta_CP.double() - start_CP.double()
-    with _one_thread():
+    with one_thread():
         gram = {"update": update @ update.T, "raw": theta @ theta.T}
     return Meta(
         round=round,
@@ -135,17 +136,6 @@ def reduce(plan: Plan, theta_CP: Tensor) -> Tensor:
         mixed += weights_C[:, None] * row_P
     alone = (mixing == torch.eye(len(mixing), dtype=mixing.dtype)).all(1)
     return torch.where(alone[:, None], theta_CP, mixed.to(theta_CP.dtype))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The driver's thread count is nobody's setting: it must not decide bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def cosine(gram_CC: Tensor) -> Tensor:

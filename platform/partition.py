@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
+from threadpoolctl import threadpool_limits
 from torch.nn import functional as F
 
 from fellray.platform.config import KMeansPartition, PerUser
 from fellray.platform.errors import FellrayError
+from fellray.platform.threads import one_thread
 
 _LEARNING_RATE = 0.01
 _REGULARISATION = 0.01
@@ -52,11 +54,12 @@ def partition(
             "training interactions: some clients would be empty; lower num_clients"
         )
     items, item = np.unique(item_id[training], return_inverse=True)
-    embeddings_UD = user_embeddings(
-        user, item, len(users), len(items), config.dim, config.epochs, seed
-    )
+    with one_thread():
+        embeddings_UD = user_embeddings(
+            user, item, len(users), len(items), config.dim, config.epochs, seed
+        )
     kmeans = KMeans(config.num_clients, n_init=10, random_state=seed)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), threadpool_limits(1):
         # scikit-learn warns that clusters came out empty; below that is an error.
         warnings.simplefilter("ignore", ConvergenceWarning)
         label_U = kmeans.fit_predict(embeddings_UD)
