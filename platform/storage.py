@@ -81,6 +81,12 @@ class Storage:
             data: bytes = file.read()
             return data
 
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Bytes at each (offset, size); fewer where the file ends."""
+        filesystem, full = self._locate(path)
+        with self._explained("read", path), filesystem.open_input_file(full) as file:
+            return [file.read_at(size, offset) for offset, size in ranges]
+
     def write(self, path: str, data: bytes) -> None:
         """Put the whole file there, or leave everything as it was.
 
