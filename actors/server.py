@@ -87,6 +87,10 @@ class Server:
         staged: tuple[Staged, ...] = await self._call(self._host.install, installation)
         return staged
 
+    async def expect(self, round: int, staged: Sequence[Staged]) -> None:
+        """See `TrunkHost.expect`."""
+        await self._call(self._host.expect, round, staged)
+
     async def stage_start(self) -> tuple[Staged, ...]:
         """See `TrunkHost.stage_start`."""
         staged: tuple[Staged, ...] = await self._call(self._host.stage_start)

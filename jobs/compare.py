@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fellray.actors.plant import deal
+from fellray.actors.client import deal
 from fellray.actors.session import connect
 from fellray.actors.world import survey
 from fellray.jobs.display import console

@@ -4,7 +4,8 @@ import json
 import sys
 from typing import Any
 
-from fellray.actors.plant import Plant, deal
+from fellray.actors.client import deal
+from fellray.actors.plant import Plant
 from fellray.actors.session import connect
 from fellray.actors.world import survey
 from fellray.platform.errors import FellrayError

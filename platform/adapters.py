@@ -151,17 +151,17 @@ class Bank:
         self.moment1_SP[slots_s] = moment1
         self.moment2_SP[slots_s] = moment2
 
-    def state(self, moments: bool) -> dict[str, Tensor]:
-        """Copies of all rows: values, and AdamW's moments and step counts if asked."""
+    def state(self, slots_s: Tensor, moments: bool) -> dict[str, Tensor]:
+        """Copies of the slots' rows: values, and AdamW's moments and step counts if asked."""
         tensors = self._tensors() if moments else {"values": self.values_SP}
-        return {name: tensor.clone() for name, tensor in tensors.items()}
+        return {name: tensor[slots_s] for name, tensor in tensors.items()}
 
     def reset(self, slots_s: Tensor, state: Mapping[str, Tensor]) -> None:
-        """Put slots to their rows of a `state`; moments it does not hold start anew."""
+        """Put slots to the rows of a `state`, in their order; what it does not hold starts anew."""
         self.gradient.total_SP[slots_s] = 0.0
         for name, tensor in self._tensors().items():
             tensor[slots_s] = (
-                state[name].to(tensor.device)[slots_s] if name in state else tensor.new_zeros(())
+                state[name].to(tensor.device) if name in state else tensor.new_zeros(())
             )
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -62,6 +62,9 @@ class Plan:
     """Row r: what recipient r takes of each client; rows sum to one. fp64."""
     notes: Mapping[str, Tensor] = field(default_factory=dict)
     """Per client [C], for the record only (a learning degree, say)."""
+    common: bool = False
+    """All rows are equal and meant for everyone: also those who did not take part start their next
+    round from it. Otherwise they keep what they have."""
 
     @property
     def own_weight_C(self) -> Tensor:

@@ -191,7 +191,9 @@ class ClientsConfig(Config):
     """Client actors: how many clients each holds and what it may use of a node."""
 
     per_actor: int = Field(default=1, ge=1)
-    """Clients (slots) in one actor. 1: every client is a process of its own (about 600 MiB)."""
+    """Clients in one actor. 1: every client is a process of its own (about 600 MiB)."""
+    slots: int = Field(default=64, ge=1)
+    """How many of an actor's clients train side by side; the others who take part follow."""
     cpus: float = Field(default=0.5, ge=0)
     """CPUs Ray reserves for one client actor."""
     gpu_denominator: int = Field(default=0, ge=0)

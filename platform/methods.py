@@ -28,7 +28,7 @@ class FedAvg(Method):
     def plan(self, meta: Meta) -> Plan:
         """One constant row."""
         weights = torch.ones_like(meta.samples_C) if self.weighting == "uniform" else meta.samples_C
-        return Plan((weights / weights.sum()).repeat(len(weights), 1))
+        return Plan((weights / weights.sum()).repeat(len(weights), 1), common=True)
 
 
 class Local(Method):

@@ -265,7 +265,7 @@ class Rounds:
         try:
             return self._check(round)
         except Uncommitted as error:
-            raise FellrayError(f"{error}{self._way_out(round)}") from None
+            raise Uncommitted(f"{error}{self._way_out(round)}") from None
 
     def _check(self, round: int, name: str = _MANIFEST) -> Manifest:
         folder = _folder(round)

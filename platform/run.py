@@ -226,6 +226,7 @@ def list_runs(storage: str) -> list[tuple[str, ...]]:
 
 def summarise(
     run: Run,
+    learners: Sequence[str],
     data: Mapping[str, Any],
     model_sha256: str,
     test: Mapping[str, Score],
@@ -251,9 +252,9 @@ def summarise(
         "per_client": per_client,
         "balance": balance({c: m[BALANCED] for c, m in per_client.items() if BALANCED in m}),
         "bytes": total(ledger),
-        "hashes": run.rounds.hashes(best, HASHED),
+        "hashes": run.rounds.hashes(best, HASHED, learners),
         "shared_hash": _hash_shared(run, best),
-        "final_hashes": run.rounds.hashes(run.rounds.latest() or 0, HASHED),
+        "final_hashes": run.rounds.hashes(run.rounds.latest() or 0, HASHED, learners),
         **{name: pool(scores) for name, scores in baselines.items()},
         "untrained": pool(untrained),
         "data": dict(data),

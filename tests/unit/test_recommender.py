@@ -43,9 +43,9 @@ def train(config: RunConfig) -> Trained:
             if t == 0:
                 outcome = Outcome(p.stage_start(), p.validate(0))
             else:
-                reports = p.fit(t)
+                reports = p.fit(t, p.sample(t))
                 plan = config.method.plan(reports.meta)
-                staged = p.install(reports, reduce(plan, reports.theta_CP))
+                staged = p.install(reports, plan, reduce(plan, reports.theta_CP))
                 outcome = Outcome(staged, p.validate(t), reports, plan)
             run.commit(t, outcome, p.close_ledger(), p.take_events())
         test = p.evaluate(config.train.rounds, 2)

@@ -129,7 +129,7 @@ def through_the_cut(s: Setting, step: Step, ledger: Ledger) -> tuple[Tensor, Ten
         s.side.gradient.add(slots_n, pairs)
     gradient = s.side.gradient.total_SP.clone()
     s.side.gradient.total_SP.zero_()
-    return loss_S.detach(), gradient, s.host._bank.moment1_SP.clone()
+    return loss_S.detach(), gradient, s.host._slots.bank.moment1_SP[s.host._find(CLIENTS)]
 
 
 def uncut(s: Setting, step: Step) -> tuple[Tensor, Tensor, Tensor]:
