@@ -125,16 +125,18 @@ class Plant:
         accepted = [c for c in self._learners if c not in refused]
         rows = torch.tensor([learners.index(c) for c in accepted], dtype=torch.int64)
         places = torch.tensor([self._learners.index(c) for c in accepted], dtype=torch.int64)
+        theta = theta[rows]
         meta = describe(
             round,
             accepted,
             [losses[c] for c in accepted],
             [samples[c] for c in accepted],
-            theta[rows],
+            theta,
             self._sent_at(round - 1)[places],
+            self._config.method.compares(),
         )
         return Reports(
-            meta, theta[rows], refused, losses, sum(samples.values()), time.perf_counter() - began
+            meta, theta, refused, losses, sum(samples.values()), time.perf_counter() - began
         )
 
     def install(self, reports: Reports, mixed_CP: Tensor) -> list[Staged]:
