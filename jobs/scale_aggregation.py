@@ -132,7 +132,9 @@ def measure_on_disk(
     for stack in (theta, start):
         _make_cold(stack.path)
     del values
-    extra, (plan, parts) = _watched(lambda: aggregate(method, *narrow))
+    cpu = time.process_time()
+    _, (plan, parts) = _watched(lambda: aggregate(method, *narrow))
+    cpu = time.process_time() - cpu
     all_slabs = -(-num_parameters // SLAB)
     each = (parts["describe"] + parts["reduce"]) / slabs
     return {
@@ -140,7 +142,8 @@ def measure_on_disk(
         "own_weight": plan.own_weight_C.median().item(),
         "slab_seconds": each,
         "whole_hours": (each * all_slabs + parts["plan"]) / 3600,
-        "peak_gib": extra / 2**30,
+        "cpu_hours": (cpu - parts["plan"]) / slabs * all_slabs / 3600,
+        "peak_gib": _held("VmHWM") / 2**30,
         "load": (before, load_average()),
     }
 
@@ -209,8 +212,8 @@ def main() -> None:
         found = measure_on_disk(method, told.clients, told.parameters, told.slabs, Path(folder))
     console.print(found)
     console.print(
-        f"{found['slab_seconds']:.1f} s a slab, the whole {found['whole_hours']:.2f} h, "
-        f"{found['peak_gib']:.2f} GiB at most"
+        f"{found['slab_seconds']:.1f} s a slab, the whole {found['whole_hours']:.2f} h "
+        f"({found['cpu_hours']:.2f} h of CPU), {found['peak_gib']:.2f} GiB at most"
     )
 
 
