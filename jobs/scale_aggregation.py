@@ -8,6 +8,7 @@ Shapes: C clients, P parameters of one client, W columns of the rival's matrices
 """
 
 import argparse
+import ctypes
 import os
 import tempfile
 import time
@@ -150,6 +151,7 @@ def measure_on_disk(
 
 def _watched(work: Callable[[], Any]) -> tuple[int, Any]:
     """The most bytes this process held beyond what it had before, and what the work returned."""
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier turns freed would hide what this one takes
     Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
     before = _held("VmRSS")
     returned = work()
