@@ -123,13 +123,15 @@ class Plant:
         accepted = [c for c in learners if c not in refused]
         if refused:
             theta = theta[[i for i, c in enumerate(learners) if c not in refused]]
+        compared = self._config.method.compares()
         meta = describe(
             round,
             accepted,
             [losses[c] for c in accepted],
             [samples[c] for c in accepted],
             theta,
-            self._sent_at(round - 1, accepted) if accepted else theta,
+            self._sent_at(round - 1, accepted) if "update" in compared and accepted else theta,
+            compared,
         )
         seconds = time.perf_counter() - began
         return Reports(meta, theta, refused, losses, sum(samples.values()), seconds)

@@ -21,7 +21,6 @@ from fellray.platform.encoder import Backbone, build
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import Activation, Gradient, Lease
 from fellray.platform.rounds import Rounds
-from fellray.platform.span import Remote
 
 STATUS = Path("/proc/self/status")
 """Where Linux tells a process what it has used."""
@@ -97,7 +96,7 @@ class SplitClient(Weighed):
         learner: str,
         backbone: Backbone,
         catalogue: Catalogue,
-        remote: Remote,
+        remote: RayRemote,
         rounds: Rounds,
     ):
         self._steps = count_steps(config)

@@ -173,6 +173,7 @@ def test_the_gram_is_of_the_rounds_updates(plain: Play) -> None:
     start = torch.cat([held(played, 1, name) for name in names], dim=1).double()
     update = reports.theta_CP.double() - start
     torch.testing.assert_close(reports.meta.gram["update"], update @ update.T)
+    assert list(reports.meta.gram) == ["update"], "the method compares nothing else"
 
 
 def test_everyone_starts_from_the_same_adapters(plain: Play) -> None:
