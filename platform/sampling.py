@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from fellray.platform.config import SamplingConfig
 from fellray.platform.errors import FellrayError
-from fellray.platform.trace import Trace
+from fellray.platform.traces import Trace
 
 _DRAW, _ORDER = 1, 2
 """Streams of their own: of a round, and of the roster."""

@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fellray.platform.config import SamplingConfig, parse
 from fellray.platform.errors import FellrayError
 from fellray.platform.sampling import Sampler
-from fellray.platform.trace import Trace
+from fellray.platform.traces import Trace
 
 
 def ids(count: int) -> list[str]:
@@ -50,6 +50,7 @@ def check_form(indices: np.ndarray, count: int) -> None:
 # every kind
 
 
+@settings(deadline=None)
 @given(
     kind=st.sampled_from(["uniform", "by_size", "round_robin"]),
     sizes=st.lists(st.integers(1, 10**6), min_size=1, max_size=40),
@@ -191,6 +192,7 @@ def test_by_size_lets_almost_all_pairs_meet() -> None:
     assert abs(np.median(off) - 0.25 * 0.25) < 0.01
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(
         st.floats(0, 1e12, allow_nan=False, allow_subnormal=False), min_size=1, max_size=30
@@ -256,6 +258,7 @@ def test_a_trace_is_respected(tmp_path: Path) -> None:
         drawn.sample(1000)
 
 
+@settings(deadline=None)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 20), st.integers(1, 12)), min_size=1),
     round=st.integers(0, 40),
