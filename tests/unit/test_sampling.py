@@ -284,6 +284,13 @@ def test_a_trace_equals_looking_at_every_row(
     assert len(indices) == min(per_round, len(there))
 
 
+def test_intervals_inside_one_another_count_once(tmp_path: Path) -> None:
+    rows = [("c000001", 0, 10), ("c000001", 1, 2), ("c000001", 5, 6), ("c000000", 3, 4)]
+    trace = Trace(write_trace(tmp_path, [*rows, ("c000001", 10, 12)]), ids(2))
+    assert [trace.available(t).tolist() for t in (1, 5, 9, 11)] == [[0]] * 4
+    assert trace.available(12).tolist() == []
+
+
 def test_a_trace_draws_alike_among_the_available(tmp_path: Path) -> None:
     file = write_trace(tmp_path, [(name, 0, 10**6) for name in ids(20)[::2]])
     seen = count_rounds(sampler(20, kind="trace", trace=file, per_round=3), 20, 1500)
