@@ -50,6 +50,23 @@ def init(
 
 
 @app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; without, the defaults.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check this machine and its environment for what would go wrong; status 1 if broken."""
+    from fellray.jobs.doctor import examine, show_findings
+    from fellray.platform.config import load
+
+    findings = examine(load(config, overrides or []))
+    show_findings(findings)
+    if any(one.status == "broken" for one in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
 def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
     """Read interactions, divide them among clients, and write one shard per client."""
     from fellray.jobs.prepare import prepare as run

@@ -6,6 +6,7 @@ The tree knows the methods only as their own configs (one file per method beside
 
 import difflib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -187,6 +188,47 @@ class TrainConfig(Config):
     holds anyway; or none (then only the loss is sent)."""
 
 
+class SamplingConfig(Config):
+    """Which of the registered clients take part in a round."""
+
+    per_round: int | None = Field(default=None, ge=1)
+    """How many clients' answers a round needs. None: everybody takes part (with a trace, everybody
+    who is available)."""
+    kind: Literal["uniform", "by_size", "round_robin", "trace"] = "uniform"
+    """Everybody alike; in proportion to the size of a client's training data; everybody in turn; or
+    uniformly among those whom a trace calls available."""
+    over_select: float = Field(default=1.0, ge=1, allow_inf_nan=False)
+    """More clients are asked than needed: ceil(per_round * over_select). The first per_round
+    answers within the deadline count, so above 1 a replay may count other answers."""
+    deadline_s: float | None = Field(default=None, gt=0)
+    """Seconds after which an answer no longer counts. None: everybody asked is waited for."""
+    trace: Path | None = None
+    """A Parquet file with the columns client (text), start, end (whole numbers): a client is
+    available in the rounds start <= round < end. A client may have several rows."""
+
+    @property
+    def asked(self) -> int | None:
+        """How many clients a round asks; None: all."""
+        if self.per_round is None:
+            return None
+        # 10 * 1.1 is a little more than 11 in binary fractions
+        return math.ceil(round(self.per_round * self.over_select, 6))
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> Self:
+        if self.kind == "trace" and self.trace is None:
+            raise ValueError("kind trace needs sampling.trace=<Parquet file>")
+        if self.kind != "trace" and self.trace is not None:
+            raise ValueError(f"trace is read by kind trace only, kind is {self.kind}")
+        if self.per_round is None and self.kind in ("by_size", "round_robin"):
+            raise ValueError(f"kind {self.kind} needs sampling.per_round=<number of clients>")
+        if self.per_round is None and self.over_select > 1:
+            raise ValueError(
+                f"over_select {self.over_select:g} needs sampling.per_round=<number of clients>"
+            )
+        return self
+
+
 class ClientsConfig(Config):
     """Client actors: how many clients each holds and what it may use of a node."""
 
@@ -260,6 +302,7 @@ class RunConfig(Config):
     model: ModelConfig = ModelConfig()
     method: Annotated[AnyMethod, _kind("fellrec")] = Field(default=Fellrec())
     train: TrainConfig = TrainConfig()
+    sampling: SamplingConfig = SamplingConfig()
     clients: ClientsConfig = ClientsConfig()
     server: ServerConfig = ServerConfig()
     cluster: ClusterConfig = ClusterConfig()
