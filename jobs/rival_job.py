@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from fellray.actors.client import SIDES
-from fellray.actors.world import World
+from fellray.actors.world import World, survey
 from fellray.platform import config as configs
 from fellray.platform.adapters import Bank, Pair, Site, start, views
 from fellray.platform.config import RunConfig
@@ -53,29 +53,26 @@ def draw_cohorts(
     return cohorts
 
 
-def export_rival_job(
-    config: RunConfig,
-    world: World,
-    cohorts: Sequence[Sequence[str]],
-    folder: Path,
-    cores: int,
-) -> None:
-    """Write the job. Files that are there are replaced.
+def export_rival_job(config: RunConfig, folder: Path, per_round: int, cores: int) -> None:
+    """Write the job of a run whose data is prepared. Files that are there are replaced.
 
     Args:
-        cohorts: who trains in rounds 1, 2, ...
+        per_round: how many clients train in a round, or all where there are fewer.
         cores: how many one-threaded workers train side by side.
 
     Raises:
-        FellrayError: the run has what the plain learner does not: another family than BERT, other
-            activations, clipping, or moments that stay.
+        FellrayError: the run has what the plain learner has not: another family than BERT, another
+            method, clipping, or moments that stay.
     """
+    world = survey(config)
     _refuse(config, world)
     model, train, backbone = config.model, config.train, world.backbone
+    clients = sorted(world.seats)
+    cohorts = draw_cohorts(clients, per_round, train.rounds, config.seed)
     sites = _sites(config, world)
     facts = {
-        "clients": sorted(world.seats),
-        "cohorts": [list(cohort) for cohort in cohorts],
+        "clients": clients,
+        "cohorts": cohorts,
         "local_samples": train.local_samples,
         "batch_size": train.batch_size,
         "learning_rate": train.learning_rate,

@@ -23,11 +23,11 @@ from rich import box
 from rich.table import Table
 from safetensors.numpy import load_file
 
-from fellray.actors.world import World, survey
+from fellray.actors.world import survey
 from fellray.jobs.display import console
 from fellray.jobs.prepare import prepare
 from fellray.jobs.process_tree import Watch
-from fellray.jobs.rival_job import draw_cohorts, export_rival_job, rank
+from fellray.jobs.rival_job import export_rival_job, rank
 from fellray.jobs.timings import BUSY, load_average, spread
 from fellray.jobs.tiny_encoder import make_encoder
 from fellray.platform import config as configs
@@ -51,7 +51,7 @@ def make_job(
     blocks: int,
     width: int,
     overrides: Sequence[str] = (),
-) -> tuple[RunConfig, World]:
+) -> RunConfig:
     """Demo data with a client per user, a small encoder, and the job in `folder`/job.
 
     Args:
@@ -81,11 +81,8 @@ def make_job(
     tokens = config.model.max_tokens
     make_encoder(folder / "encoder", items["title"].to_pylist(), blocks, width, tokens, seed=0)
     prepare(config)
-    world = survey(config)
-    clients = sorted(world.seats)
-    cohorts = draw_cohorts(clients, min(per_round, len(clients)), config.train.rounds, config.seed)
-    export_rival_job(config, world, cohorts, folder / "job", CORES)
-    return config, world
+    export_rival_job(config, folder / "job", per_round, CORES)
+    return config
 
 
 def run_arm(name: str, command: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -164,8 +161,9 @@ def compare_losses(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[s
     return {"round_1": gaps[0], "any_round": max(gaps), "rounds": len(gaps)}
 
 
-def compare(config: RunConfig, world: World, job: Path, arms: Mapping[str, Any]) -> dict[str, Any]:
+def compare(config: RunConfig, job: Path, arms: Mapping[str, Any]) -> dict[str, Any]:
     """All figures, and how far each rival's numbers lie from ours."""
+    world = survey(config)
 
     def ndcg(name: str) -> float:
         theta_P = torch.from_numpy(load_file(job / f"{name}.safetensors")["theta_P"])
@@ -222,15 +220,13 @@ def main() -> None:
     # every process of an arm inherits it
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     torch.set_num_threads(1)
-    config, world = make_job(
-        folder, told.users, told.per_round, told.blocks, told.width, told.overrides
-    )
+    config = make_job(folder, told.users, told.per_round, told.blocks, told.width, told.overrides)
     job = folder / "job"
     arms = {}
     for name, command in commands(job, pythons).items():
         arms[name] = run_arm(name, command, job)
         console.print(f"{name}: done")
-    results = compare(config, world, job, arms)
+    results = compare(config, job, arms)
     show(results)
     Journal(Storage(folder)).write_json("rivals.json", results)
 
