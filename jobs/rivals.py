@@ -3,9 +3,14 @@
     python -m fellray.jobs.rivals FOLDER --flower-python PATH [--pfl-python PATH]
         [--users 50] [--per-round 50] [key=value ...]
 
-A rival is an interpreter of an environment with that framework, torch and safetensors. Every arm
-gets the same clients, rows, start weights and optimizer as files (`rival_job.py`); what it trained
-is ranked by one code for all. Data and model are made in FOLDER, which is kept.
+PATH is the interpreter of an environment of that rival's own:
+
+    python3 -m venv ENV; ENV/bin/pip install 'flwr[simulation]==1.41' torch==2.13.0 safetensors
+    python3 -m venv ENV; ENV/bin/pip install pfl==0.6.0 torch==2.13.0 safetensors
+
+Every arm gets the same clients, rows, start weights and optimizer as files (`rival_job.py`) and two
+cores; what it trained is ranked by one code for all. Data and model are made in FOLDER, which is
+kept.
 """
 
 import argparse
