@@ -16,7 +16,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
@@ -111,7 +110,7 @@ def main(grid: Grid, _: Context) -> None:
     result = strategy.start(grid, ArrayRecord([job.start_P]), num_rounds=len(job.cohorts))
     (theta_P,) = result.arrays.to_numpy_ndarrays()
     save_file({"theta_P": theta_P}, job.folder / "flower.safetensors")
-    found = {"losses": strategy.losses, "round_s": np.diff(strategy.stamps).tolist()}
+    found = {"losses": strategy.losses, "stamps": strategy.stamps}
     (job.folder / "flower.json").write_text(json.dumps(found), "utf-8")
 
 

@@ -8,7 +8,6 @@ for as many first rounds as have that one cohort; a job whose cohorts differ get
 Shapes: P parameters of one client.
 """
 
-import itertools
 import json
 import sys
 import tempfile
@@ -57,8 +56,7 @@ def train_ours(folder: Path) -> None:
         ours_P = torch.cat([held["client.values"][0], held["trunk.values"][0]])
     theta_P = to_rival_order(config, world, ours_P).numpy()
     save_file({"theta_P": theta_P}, folder / "ours.safetensors")
-    seconds = [b - a for a, b in itertools.pairwise(stamps)]
-    (folder / "ours.json").write_text(json.dumps({"losses": losses, "round_s": seconds}), "utf-8")
+    (folder / "ours.json").write_text(json.dumps({"losses": losses, "stamps": stamps}), "utf-8")
 
 
 def main() -> None:

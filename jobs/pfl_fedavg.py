@@ -119,7 +119,7 @@ def simulate(job: Job) -> None:
                 round, client = key.split(" ", 1)
                 losses[int(round) - 1][client] = loss
         save_file({"theta_P": job.learner.theta_P.detach().numpy()}, job.folder / "pfl.safetensors")
-        found = {"losses": losses, "round_s": np.diff(clock.stamps).tolist()}
+        found = {"losses": losses, "stamps": clock.stamps}
         (job.folder / "pfl.json").write_text(json.dumps(found), "utf-8")
 
 

@@ -91,7 +91,10 @@ def make_job(
 
 
 def run_arm(name: str, command: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Run one framework's script on the job and add what its processes weighed.
+    """Run one framework's script on the job and add what its processes weighed and used.
+
+    A script writes each client's loss in each round, and `stamps`: readings of `perf_counter`,
+    which all processes of a machine share, when round 1 began and when each round ended.
 
     Raises:
         FellrayError: the script failed; its output lies beside the job.
@@ -120,7 +123,10 @@ def run_arm(name: str, command: Sequence[str], folder: Path) -> dict[str, Any]:
     if code or not result.exists():
         raise FellrayError(f"{name}: {' '.join(command)} ended with {code}; see {log}")
     found: dict[str, Any] = json.loads(result.read_text("utf-8"))
+    stamps = found["stamps"]
+    later = stamps[1:] if len(stamps) > 2 else stamps
     return found | {
+        "later_cpu_s": watch.cpu_between(later[0], later[-1]) / (len(later) - 1),
         "peak_pss_bytes": watch.peak_bytes,
         "processes": watch.processes,
         "load_average": [before, load_average()],
@@ -140,7 +146,8 @@ def commands(job: Path, pythons: Mapping[str, Path]) -> dict[str, list[str]]:
 
 def summarize(found: Mapping[str, Any], rounds: int, ndcg: float) -> dict[str, Any]:
     """One arm's figures. Round 1 has each worker's start in it and is told apart."""
-    seconds, losses = found["round_s"], found["losses"]
+    losses = found["losses"]
+    seconds = np.diff(found["stamps"]).tolist()
     later = spread(seconds[1:] or seconds)
     return {
         "rounds": len(seconds),
@@ -148,6 +155,7 @@ def summarize(found: Mapping[str, Any], rounds: int, ndcg: float) -> dict[str, A
         "round_s": later.median,
         "round_s_range": [later.low, later.high],
         "updates_per_s": len(losses[-1]) / later.median,
+        "cpu_ms_per_update": 1e3 * found["later_cpu_s"] / len(losses[-1]),
         "peak_pss_mib": found["peak_pss_bytes"] / 2**20,
         "processes": found["processes"],
         "load_average": found["load_average"],
@@ -184,7 +192,7 @@ def compare(config: RunConfig, job: Path, arms: Mapping[str, Any]) -> dict[str, 
 
 def show(results: Mapping[str, Any]) -> None:
     """A table of the arms, then the differences."""
-    columns = ("arm", "round s", "first s", "updates/s", "peak MiB", "loss", "NDCG@10")
+    columns = ("arm", "round s", "first s", "updates/s", "CPU ms each", "MiB", "loss", "NDCG@10")
     table = Table(*columns, box=box.SIMPLE)
     for name, arm in results["arms"].items():
         known = arm["last_loss"] is not None
@@ -193,6 +201,7 @@ def show(results: Mapping[str, Any]) -> None:
             f"{arm['round_s']:.2f}",
             f"{arm['first_round_s']:.2f}",
             f"{arm['updates_per_s']:.1f}",
+            f"{arm['cpu_ms_per_update']:.0f}",
             f"{arm['peak_pss_mib']:.0f}",
             f"{arm['last_loss']:.5f}" if known else "",
             f"{arm['ndcg@10']:.5f}" if known else "",

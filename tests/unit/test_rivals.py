@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from fellray.actors.plant import Plant
 from fellray.actors.world import survey
 from fellray.jobs import rivals
 from fellray.jobs.plain_learner import Job
-from fellray.jobs.process_tree import Watch, list_tree, read_pss
+from fellray.jobs.process_tree import Watch, list_tree, read_cpu, read_pss
 from fellray.jobs.rival_job import draw_cohorts, export_rival_job, rank, to_rival_order
 from fellray.jobs.tiny_encoder import make_encoder
 from fellray.platform.config import RunConfig
@@ -129,7 +130,8 @@ def test_what_a_plain_learner_lacks_is_refused(
 def _found(losses: Sequence[dict[str, float]]) -> dict[str, Any]:
     return {
         "losses": list(losses),
-        "round_s": [9.0, 1.0, 4.0, 2.0][: len(losses)],
+        "stamps": [100.0, 109.0, 110.0, 114.0, 116.0][: len(losses) + 1],
+        "later_cpu_s": 0.5,
         "peak_pss_bytes": 3 * 2**20,
         "processes": 4,
         "load_average": [0.1, 0.2],
@@ -143,6 +145,7 @@ def test_figures_of_an_arm() -> None:
     assert figures["round_s"] == 2.0
     assert figures["round_s_range"] == [1.0, 4.0]
     assert figures["updates_per_s"] == 1.0
+    assert figures["cpu_ms_per_update"] == 250.0
     assert figures["peak_pss_mib"] == 3.0
     assert (figures["last_loss"], figures["ndcg@10"], figures["busy"]) == (1.5, 0.5, False)
     cut_short = rivals.summarize(_found(losses[:1]), 4, 0.5)
@@ -160,7 +163,7 @@ def test_differences_of_losses() -> None:
 def test_a_rival_gets_no_path_to_this_package(tmp_path: Path) -> None:
     script = (
         "import json, os, pathlib; pathlib.Path('flower.json').write_text(json.dumps("
-        "{'python': [n for n in os.environ if n.startswith('PYTHON')]}))"
+        "{'python': [n for n in os.environ if n.startswith('PYTHON')], 'stamps': [0, 1]}))"
     )
     before = Path.cwd()
     os.chdir(tmp_path)
@@ -181,9 +184,12 @@ def test_a_failed_arm_names_its_log(tmp_path: Path) -> None:
 
 
 def test_a_process_tree_is_weighed() -> None:
-    grandchild = (
-        "import time; held = bytearray(b'x' * 2**26); print('up', flush=True); time.sleep(60)"
-    )
+    grandchild = """
+held = bytearray(b"x" * 2**26)
+print("up", flush=True)
+while True:
+    pass
+"""
     child = (
         "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', sys.argv[1]]);p.wait()"
     )
@@ -196,12 +202,22 @@ def test_a_process_tree_is_weighed() -> None:
         assert len(tree) == 2
         assert read_pss(tree[1]) > 2**26
         with Watch(process.pid, every_s=0.01) as watch:
-            while not watch.processes:
-                pass
+            began, used = time.perf_counter(), read_cpu(tree[1])
+            assert used is not None
+            while (
+                now := read_cpu(tree[1]) or 0.0
+            ) < used + 0.3 and time.perf_counter() < began + 60:
+                time.sleep(0.01)
+            ended = time.perf_counter()
+            time.sleep(0.05)
         assert watch.peak_bytes > 2**26
+        assert watch.processes == 2
+        assert watch.cpu_between(began, ended) == pytest.approx(now - used, abs=0.15)
+        assert watch.cpu_between(began, began) == 0
         os.kill(tree[1], 9)
     assert list_tree(process.pid) == [process.pid]
     assert read_pss(process.pid) == 0
+    assert read_cpu(process.pid) is None
 
 
 def test_a_small_encoder_knows_its_words_and_is_the_same_every_time(tmp_path: Path) -> None:
