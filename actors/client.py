@@ -8,6 +8,7 @@ Shapes: S slots, N rows of a step, P parameters of a client's side, I items.
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -96,11 +97,13 @@ class Client:
         self._fitted = self._installed = -1
         self._staged: tuple[Staged, ...] = ()
 
-    def fit(self, round: int, clients: Sequence[str]) -> Update:
+    def fit(self, round: int, clients: Sequence[str], deadline_s: float | None = None) -> Update:
         """Local split training of `clients`, who have their seats here, from the committed state.
 
-        As many as `clients.slots` says train side by side; the next ones follow.
+        As many as `clients.slots` says train side by side; the next ones follow. Whoever is not
+        done by the deadline is left out.
         """
+        began = time.monotonic()
         self._ledger.void()
         self._trained = {}
         self._fitted = round
@@ -108,15 +111,21 @@ class Client:
         theta: list[Tensor] = [torch.empty(0, self._slots.bank.values_SP.shape[1])]
         losses: list[float] = []
         samples: list[int] = []
+        seconds: list[float] = []
         lives = set()
         for learners in deal(clients, self._config.clients.slots):
             lease, own, counted, state = self._train(round, learners)
+            done = time.monotonic() - began
+            if deadline_s is not None and done > deadline_s:
+                break
+            seconds += [done] * len(learners)
             lives.add(lease.server)
             losses += own
             samples += counted
             theta.append(state["values"])
             for row, learner in enumerate(learners):
                 self._trained[learner] = {name: t[row] for name, t in state.items()}
+        clients = tuple(clients[: len(losses)])
         whole = torch.cat(theta)
         refused = {
             learner: reason
@@ -129,10 +138,11 @@ class Client:
             self._ledger.enter(learner, "loss", np.array(loss))
         return Update(
             tuple(sorted(lives)),
-            tuple(clients),
+            clients,
             sent.numpy(),
             tuple(losses),
             tuple(samples),
+            tuple(seconds),
             refused,
         )
 

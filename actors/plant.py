@@ -7,7 +7,8 @@ Shapes: C learners, P sent parameters of one learner.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,9 +26,10 @@ from fellray.platform.errors import FellrayError
 from fellray.platform.faults import Stop, decide
 from fellray.platform.host import InProcess
 from fellray.platform.manifest import Staged
-from fellray.platform.messages import Installation, LedgerRow, StaleLease
+from fellray.platform.messages import Installation, LedgerRow, StaleLease, Update
 from fellray.platform.metrics import Score
 from fellray.platform.rounds import EVERYONE, Rounds
+from fellray.platform.sampling import Sampler
 from fellray.platform.span import Remote
 from fellray.platform.split import plan_cut
 
@@ -48,6 +50,10 @@ class Plant:
         hosts = deal(self._learners, config.clients.per_actor)
         self._num_hosts = len(hosts)
         self._host = {c: i for i, host in enumerate(hosts) for c in host}
+        sizes = np.array([world.sizes[c] for c in self._learners])
+        self._sampler = Sampler(config.sampling, config.seed, self._learners, sizes)
+        self.learners = _choose(self._learners, config.evaluation.clients)
+        """Those who are evaluated, sorted."""
         self._pending: tuple[int, tuple[Staged, ...]] = (-1, ())
         sites = plan_cut(world.backbone, config.model).sites
         self._client_columns = (
@@ -105,7 +111,13 @@ class Plant:
             StaleLease: the server was lost after some had finished: see `replayed`.
         """
         began = time.perf_counter()
-        updates = self._clients.map("fit", self._each(round), self._seated(clients))
+        rule = self._config.sampling
+        answers = self._clients.map(
+            "fit", self._each(round), self._seated(clients), self._each(rule.deadline_s)
+        )
+        updates, late = _on_time(answers, clients, rule.per_round)
+        if late:
+            self._events.append(f"round {round}: {len(late)} of {len(clients)} were late")
         learners = [c for update in updates for c in update.clients]
         lives = {life for update in updates for life in update.lives}
         (finite,) = self._servers.map("are_finite", [lives], [learners])
@@ -134,7 +146,7 @@ class Plant:
             compared,
         )
         seconds = time.perf_counter() - began
-        return Reports(meta, theta, refused, losses, sum(samples.values()), seconds)
+        return Reports(meta, theta, refused, losses, sum(samples.values()), seconds, late)
 
     def install(self, reports: Reports, plan: Plan, mixed_CP: Tensor) -> list[Staged]:
         """Give every accepted learner its row of the mixture, the others their round's start.
@@ -164,13 +176,8 @@ class Plant:
         )
 
     def sample(self, round: int) -> tuple[str, ...]:
-        """Who takes part in a round."""
-        return self._learners
-
-    @property
-    def learners(self) -> tuple[str, ...]:
-        """Those who are evaluated, sorted."""
-        return self._learners
+        """Who is asked in a round."""
+        return tuple(self._learners[i] for i in self._sampler.sample(round))
 
     def evaluate(self, round: int, split: int, max_users: int | None = None) -> dict[str, Score]:
         """Each client's scores at a round's state (split 1 validation, 2 test)."""
@@ -273,6 +280,37 @@ class Plant:
 
     def _each(self, value: Any) -> list[Any]:
         return [value] * self._num_hosts
+
+
+def _on_time(
+    updates: Sequence[Update], asked: Sequence[str], wanted: int | None
+) -> tuple[list[Update], tuple[str, ...]]:
+    """The first answers, as many as wanted, and who of those asked is not among them."""
+    came = sorted((s, c) for u in updates for c, s in zip(u.clients, u.seconds, strict=True))
+    counted = {client for _, client in came[:wanted]}
+    late = tuple(c for c in asked if c not in counted)
+    return ([_without(update, counted) for update in updates] if late else list(updates)), late
+
+
+def _without(update: Update, counted: Collection[str]) -> Update:
+    rows = [i for i, c in enumerate(update.clients) if c in counted]
+    return replace(
+        update,
+        clients=tuple(update.clients[i] for i in rows),
+        theta_SP=update.theta_SP[rows],
+        losses=tuple(update.losses[i] for i in rows),
+        samples=tuple(update.samples[i] for i in rows),
+        seconds=tuple(update.seconds[i] for i in rows),
+        refused={c: why for c, why in update.refused.items() if c in counted},
+    )
+
+
+def _choose(learners: tuple[str, ...], count: int | None) -> tuple[str, ...]:
+    """A sample that depends on the roster alone."""
+    if count is None or count >= len(learners):
+        return learners
+    chosen = np.random.default_rng(0).choice(len(learners), count, replace=False)
+    return tuple(learners[i] for i in sorted(chosen.tolist()))
 
 
 def _client_args(

@@ -2,9 +2,6 @@
 
     python -m fellray.jobs.our_fedavg FOLDER      (writes FOLDER/ours.json and ours.safetensors)
 
-The plant trains everybody it has in every round. So it is given the clients of round 1 and trains
-for as many first rounds as have that one cohort; a job whose cohorts differ gets its round 1.
-
 Shapes: P parameters of one client.
 """
 
@@ -12,14 +9,14 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.numpy import save_file
 
-from fellray.actors.plant import Plant, deal
+from fellray.actors.client import deal
+from fellray.actors.plant import Plant
 from fellray.actors.session import connect
 from fellray.actors.world import survey
 from fellray.jobs.rival_job import CONFIG, to_rival_order
@@ -34,25 +31,23 @@ def train_ours(folder: Path) -> None:
     config = configs.load(folder / CONFIG)
     facts: dict[str, Any] = json.loads((folder / "job.json").read_text("utf-8"))
     cohorts = facts["cohorts"]
-    cohort = cohorts[0]
-    same = next((t for t, other in enumerate(cohorts) if other != cohort), len(cohorts))
     world = survey(config)
-    world = replace(world, seats={client: world.seats[client] for client in cohort})
     losses, stamps = [], []
     with (
         tempfile.TemporaryDirectory() as storage,
-        connect(config, len(deal(cohort, config.clients.per_actor))),
+        connect(config, len(deal(sorted(world.seats), config.clients.per_actor))),
         Plant.on_ray(config, world, rounds := Rounds(Storage(storage))) as plant,
     ):
         rounds.commit(0, plant.stage_start(), {})
         stamps.append(time.perf_counter())
-        for t in range(1, same + 1):
+        for t in range(1, len(cohorts) + 1):
             outcome = plant.replayed(one_round, t, config)
             rounds.commit(t, outcome.staged, {})
             stamps.append(time.perf_counter())
             assert outcome.reports is not None
+            assert outcome.reports.meta.clients == tuple(cohorts[t - 1]), "the job's cohort"
             losses.append(dict(outcome.reports.losses))
-        held = rounds.load(same, cohort[:1], ["client.values", "trunk.values"])
+        held = rounds.load(len(cohorts), cohorts[-1][:1], ["client.values", "trunk.values"])
         ours_P = torch.cat([held["client.values"][0], held["trunk.values"][0]])
     theta_P = to_rival_order(config, world, ours_P).numpy()
     save_file({"theta_P": theta_P}, folder / "ours.safetensors")

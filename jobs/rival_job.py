@@ -31,6 +31,7 @@ from fellray.platform.errors import FellrayError
 from fellray.platform.metrics import Evaluator, Score
 from fellray.platform.reader import Reader
 from fellray.platform.retrieval import Scorer
+from fellray.platform.sampling import Sampler
 from fellray.platform.shards import Dataset
 from fellray.platform.split import PARTS, cut_model, plan_cut
 from fellray.platform.tower import Tower
@@ -41,23 +42,17 @@ _ALONE = torch.zeros(1, dtype=torch.int64)
 """The one slot of a model that everybody shares."""
 
 
-def draw_cohorts(
-    clients: Sequence[str], per_round: int, rounds: int, seed: int
-) -> list[tuple[str, ...]]:
-    """Who trains in rounds 1, 2, ...: `per_round` clients without repeats, sorted by id."""
-    cohorts = []
-    for t in range(1, rounds + 1):
-        draw = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, t])))
-        chosen = np.sort(draw.permutation(len(clients))[:per_round])
-        cohorts.append(tuple(clients[i] for i in chosen))
-    return cohorts
+def draw_cohorts(config: RunConfig, clients: Sequence[str]) -> list[tuple[str, ...]]:
+    """Who trains in rounds 1, 2, ... of the run, sorted by id."""
+    sampler = Sampler(config.sampling, config.seed, clients)
+    rounds = range(1, config.train.rounds + 1)
+    return [tuple(clients[i] for i in sampler.sample(t)) for t in rounds]
 
 
-def export_rival_job(config: RunConfig, folder: Path, per_round: int, cores: int) -> None:
+def export_rival_job(config: RunConfig, folder: Path, cores: int) -> None:
     """Write the job of a run whose data is prepared. Files that are there are replaced.
 
     Args:
-        per_round: how many clients train in a round, or all where there are fewer.
         cores: how many one-threaded workers train side by side.
 
     Raises:
@@ -68,7 +63,7 @@ def export_rival_job(config: RunConfig, folder: Path, per_round: int, cores: int
     _refuse(config, world)
     model, train, backbone = config.model, config.train, world.backbone
     clients = sorted(world.seats)
-    cohorts = draw_cohorts(clients, per_round, train.rounds, config.seed)
+    cohorts = draw_cohorts(config, clients)
     sites = _sites(config, world)
     facts = {
         "clients": clients,

@@ -75,7 +75,8 @@ def make_job(
         "model": {"name": str(folder / "encoder")},
         "method": {"kind": "fedavg"},
         "train": {"rounds": 5, "local_samples": 16, "batch_size": 8},
-        "clients": {"per_actor": -(-per_round // CORES)},
+        "sampling": {"per_round": per_round},
+        "clients": {"per_actor": -(-users // CORES), "slots": per_round},
         "server": {"threads": 1},
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,7 @@ def make_job(
     tokens = config.model.max_tokens
     make_encoder(folder / "encoder", items["title"].to_pylist(), blocks, width, tokens, seed=0)
     prepare(config)
-    export_rival_job(config, folder / "job", per_round, CORES)
+    export_rival_job(config, folder / "job", CORES)
     return config
 
 

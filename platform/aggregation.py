@@ -55,6 +55,8 @@ class Reports:
     samples: int
     seconds: float
     """Wall time of local training."""
+    late: tuple[str, ...] = ()
+    """Asked, but not counted: their answers came after the deadline, or after enough others."""
 
 
 @dataclass(frozen=True)

@@ -283,6 +283,8 @@ class EvaluationConfig(Config):
     """Validate after every this many rounds (and after the last)."""
     select: Literal["ndcg@10", "worst_ndcg@10"] = "ndcg@10"
     """The best round: highest pooled validation NDCG@10, or highest of the worst client."""
+    clients: int | None = Field(default=None, ge=1)
+    """Evaluate (and export) at most this many clients, a seeded sample, the same in every round."""
     max_users: int | None = Field(default=None, ge=1)
     """Validate on at most this many users of each client; the test is always whole."""
 

@@ -83,6 +83,8 @@ class Update:
     """Mean training loss per client."""
     samples: tuple[int, ...]
     """Histories read per client."""
+    seconds: tuple[float, ...]
+    """When each client was done, from the beginning of the call."""
     refused: Mapping[str, str]
     """Clients whose round cannot be used (a NaN or an infinity), and why."""
 

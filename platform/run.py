@@ -186,6 +186,7 @@ def _describe(outcome: Outcome) -> dict[str, Any]:
             "samples": reports.samples,
             "samples_per_second": round_seconds(reports.samples / reports.seconds),
             "refused": dict(reports.refused),
+            "late": list(reports.late),
         }
         for name, values in {"own_weight": plan.own_weight_C, **plan.notes}.items():
             row[name] = dict(zip(reports.meta.clients, values.tolist(), strict=True))

@@ -146,8 +146,8 @@ def test_the_ledger_is_what_the_transport_counted(
     """Promise 6, second half, and promise 3 through Ray: the first actor answers last."""
 
     class Counting(Client):
-        def fit(self, round: int, clients: Sequence[str]) -> Any:
-            update = super().fit(round, clients)
+        def fit(self, round: int, clients: Sequence[str], *more: Any) -> Any:
+            update = super().fit(round, clients, *more)
             time.sleep(0.3 if "c0" in self.learners else 0.0)
             return update
 

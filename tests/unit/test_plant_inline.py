@@ -637,8 +637,8 @@ def test_nothing_private_leaves(
     # the clients' side after every training and after every installation
     sound = plants.Client.fit
 
-    def fit(self: Any, round: int, clients: Sequence[str]) -> Update:
-        update = sound(self, round, clients)
+    def fit(self: Any, round: int, clients: Sequence[str], *more: Any) -> Update:
+        update = sound(self, round, clients, *more)
         blocks.append(self._slots.bank.values_SP.clone())
         return update
 

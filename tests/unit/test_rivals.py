@@ -21,7 +21,7 @@ from fellray.actors.world import survey
 from fellray.jobs import rivals
 from fellray.jobs.plain_learner import Job
 from fellray.jobs.process_tree import Watch, list_tree, read_cpu, read_pss
-from fellray.jobs.rival_job import draw_cohorts, export_rival_job, rank, to_rival_order
+from fellray.jobs.rival_job import export_rival_job, rank, to_rival_order
 from fellray.jobs.tiny_encoder import make_encoder
 from fellray.platform.config import RunConfig
 from fellray.platform.encoder import load_backbone, load_tokenizer, tokenize
@@ -32,21 +32,9 @@ from fellray.platform.storage import Storage
 Play = Callable[..., Any]
 
 
-def test_cohorts_are_drawn_once_each_and_anew_every_round() -> None:
-    clients = [f"u{i:03d}" for i in range(100)]
-    cohorts = draw_cohorts(clients, 10, 20, seed=1)
-    assert cohorts == draw_cohorts(clients, 10, 20, seed=1)
-    assert cohorts[:5] == draw_cohorts(clients, 10, 5, seed=1)
-    assert cohorts != draw_cohorts(clients, 10, 20, seed=2)
-    assert len(set(cohorts)) == 20
-    for cohort in cohorts:
-        assert list(cohort) == sorted(set(cohort))
-        assert len(cohort) == 10
-    assert draw_cohorts(clients, 100, 1, seed=3) == [tuple(clients)]
-
-
 def _export(config: RunConfig, folder: Path, per_round: int) -> Job:
-    export_rival_job(config, folder, per_round, cores=1)
+    sampling = config.sampling.model_copy(update={"per_round": per_round})
+    export_rival_job(config.model_copy(update={"sampling": sampling}), folder, cores=1)
     return Job(str(folder))
 
 
@@ -123,7 +111,7 @@ def test_what_a_plain_learner_lacks_is_refused(
 ) -> None:
     config = tiny_config(**({"method": {"kind": "fedavg"}} | changed))
     with pytest.raises(FellrayError, match=name):
-        export_rival_job(config, tmp_path / "job", 2, cores=1)
+        export_rival_job(config, tmp_path / "job", cores=1)
     assert not (tmp_path / "job").exists()
 
 
