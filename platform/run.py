@@ -219,7 +219,8 @@ def list_runs(storage: str) -> list[tuple[str, ...]]:
             test, worst = summary["test"][BALANCED], summary["balance"]["min"]
             row += [str(summary["best_round"]), f"{test:.4f}", f"{worst:.4f}", "finished"]
         else:
-            row += ["", "", "", "interrupted" if latest is not None else "empty"]
+            ended = "interrupted" if latest is not None else "empty"
+            row += ["", "", "", "running" if folder.is_locked("train") else ended]
         found.append(tuple(row))
     return found
 
