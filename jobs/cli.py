@@ -168,6 +168,8 @@ def runs(
     console.print(table)
     if any(row[-1] == "interrupted" for row in found):
         tell("An interrupted run goes on with the command that began it.")
+    if any(row[-1] == "damaged" for row in found):
+        tell("A damaged run's config.json, summary.json or newest round cannot be read.")
 
 
 @app.command()

@@ -428,13 +428,24 @@ def test_a_damaged_checkpoint_is_not_trained_on(
     assert not (own_copy / "summary.json").exists()
 
 
-@pytest.mark.parametrize("command", ["recommend", "evaluate", "runs"])
+@pytest.mark.parametrize("command", ["recommend", "evaluate"])
 def test_a_damaged_config_of_a_run(command: str, fellray: Fellray, own_copy: Path) -> None:
     file = own_copy / "config.json"
     file.write_bytes(file.read_bytes()[:-100])
     options = ["--client", "c0", "--history", "x"] if command == "recommend" else []
-    folder = own_copy.parent if command == "runs" else own_copy
-    refused(fellray(command, folder, *options), file)
+    refused(fellray(command, own_copy, *options), file)
+
+
+@pytest.mark.parametrize("file", ["config.json", "summary.json"])
+def test_a_damaged_run_does_not_hide_the_others(
+    file: str, fellray: Fellray, own_copy: Path
+) -> None:
+    shutil.copytree(own_copy, own_copy.with_name("whole"))
+    (own_copy / file).write_bytes((own_copy / file).read_bytes()[:-100])
+    answer = fellray("runs", own_copy.parent)
+    assert answer.status == 0, answer
+    assert " damaged " in answer.out
+    assert " finished " in answer.out
 
 
 # runs
