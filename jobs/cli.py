@@ -227,6 +227,8 @@ def show_summary(summary: dict[str, object]) -> None:
         name = str(summary["method"]) if row == "test" else row
         table.add_row(name, *(f"{values[m]:.4f}" for m in metrics))
     console.print(table)
+    if summary["best_round"] == 0:
+        tell("No round beat the untrained model on validation: what is tested is round 0.")
 
 
 def main() -> None:

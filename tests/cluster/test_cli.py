@@ -608,6 +608,7 @@ def test_a_run_that_diverges_says_so(
     assert [sorted(row.get("refused", {})) for row in rows[1:]] == 2 * [[f"c{i}" for i in range(5)]]
     summary = json.loads((storage / "wild/summary.json").read_text())
     assert summary["test"] == summary["untrained"]
+    assert "No round beat the untrained model on validation" in answer.out
     assert len(set(summary["final_hashes"].values())) == 1
 
 
