@@ -206,23 +206,30 @@ def round_seconds(value: float) -> float:
 def list_runs(storage: str) -> list[tuple[str, ...]]:
     """Every run below a storage, in words: name, method, seed, rounds, best, test, worst, state."""
     place = Storage(storage)
-    found = []
-    for name in place.list():
-        folder = place.sub(name)
-        if not folder.exists("config.json"):
-            continue
+    folders = {name: place.sub(name) for name in place.list()}
+    return [
+        (name, *_list_run(folder))
+        for name, folder in folders.items()
+        if folder.exists("config.json")
+    ]
+
+
+def _list_run(folder: Storage) -> list[str]:
+    """One line of the list; a damaged run must not hide the others."""
+    try:
         config = _read_json(folder, "config.json")
         latest = Rounds(folder).latest()
         done, wanted = latest or 0, config["train"]["rounds"]
-        row = [name, config["method"]["kind"], str(config["seed"]), f"{done}/{wanted}"]
+        row = [config["method"]["kind"], str(config["seed"]), f"{done}/{wanted}"]
+        if folder.is_locked("train"):
+            return [*row, "", "", "", "running"]
         if folder.exists("summary.json") and done >= wanted:
             summary = _read_json(folder, "summary.json")
             test, worst = summary["test"][BALANCED], summary["balance"]["min"]
-            row += [str(summary["best_round"]), f"{test:.4f}", f"{worst:.4f}", "finished"]
-        else:
-            row += ["", "", "", "interrupted" if latest is not None else "empty"]
-        found.append(tuple(row))
-    return found
+            return [*row, str(summary["best_round"]), f"{test:.4f}", f"{worst:.4f}", "finished"]
+    except (FellrayError, KeyError, TypeError):
+        return [""] * 6 + ["damaged"]
+    return [*row, "", "", "", "interrupted" if latest is not None else "empty"]
 
 
 def summarise(
