@@ -180,14 +180,14 @@ class Client:
         split: Literal[1, 2],
         max_users: int | None,
         learners: Sequence[str],
-        staged: Sequence[Staged] = (),
+        staged: Sequence[Staged] | None = None,
     ) -> dict[str, Score]:
         """Full ranking of each learner's held-out users (split 1 validation, 2 test).
 
         Args:
             staged: the files of `round`, where it is not committed yet.
         """
-        if staged:
+        if staged is not None:
             self._rounds.expect(round, staged)
         scores: dict[str, Score] = {}
         for few in deal(learners, self._config.clients.slots):
