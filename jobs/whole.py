@@ -68,7 +68,7 @@ class Whole:
         lanes = Lanes(rows.lengths_N, batch.slot_N, self._config.model.pad_multiple, bank.ranks_S)
         gradient = bank.gradient.total_SP
         adapter = Loras(
-            self._sites, lanes.stacks, [spec.r], spec.scaling_of, bank.values_SP, gradient
+            self._sites, lanes.stacks, [spec.r], spec.scaling_of, _ALONE, bank.values_SP, gradient
         )
         packed = packing.Batch(lanes, [adapter])
 

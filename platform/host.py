@@ -220,7 +220,7 @@ class TrunkHost:
 
     def _forward(self, activations: Sequence[Activation]) -> list[np.ndarray]:
         lanes, slots_K, keys = self._lay(activations)
-        batch, _ = self._load(lanes, slots_K, train=False)
+        batch = self._load(lanes, slots_K, train=False)
         h_Md = self._spread(lanes, [activation.h_Ld for activation in activations])
         packed = self._engine.module.packed
         keep = all(a.lease for a in activations) and self._keep.make_room(
@@ -234,16 +234,13 @@ class TrunkHost:
     def _backward(self, sent: Sequence[tuple[Activation, Gradient]]) -> list[np.ndarray]:
         activations = [activation for activation, _ in sent]
         lanes, slots_K, keys = self._lay(activations)
-        batch, gradients = self._load(lanes, slots_K, train=True)
+        batch = self._load(lanes, slots_K, train=True)
         h_Md = self._spread(lanes, [activation.h_Ld for activation in activations])
         saved = self._keep.take(keys, lanes, h_Md)
         if saved is None:
             _, saved = self._engine.module.packed.forward(h_Md, batch, keep=True)
         g_Md = self._spread(lanes, [gradient.g_Ld for _, gradient in sent])
         down_Md = self._engine.backward(g_Md, saved, batch)
-        self._bank.gradient.total_SP.index_add_(0, slots_K, gradients[0])
-        if self._shared:
-            self._shared_gradient.total_SP.index_add_(0, slots_K, gradients[1])
         stepped = slots_K.unique()
         self._bank.step(stepped)
         self._next_step[stepped] += 1
@@ -272,20 +269,21 @@ class TrunkHost:
         order = lanes.order_K.tolist()
         return lanes, slots_K[lanes.order_K.to(self._device)], [keys[lane] for lane in order]
 
-    def _load(self, lanes: Lanes, slots_K: Tensor, train: bool) -> tuple[Batch, list[Tensor]]:
-        """Every set of adapters, and where its gradients go [K, P]."""
-        spec, stacks = self._config.model.lora, lanes.stacks
-        values = [self._bank.values_SP[slots_K]]
-        ranks = [[stack.rank for stack in stacks]]
+    def _load(self, lanes: Lanes, slots_K: Tensor, train: bool) -> Batch:
+        """The lanes with every set of their adapters, and where the gradients go if `train`."""
+        spec, stacks, bank = self._config.model.lora, lanes.stacks, self._bank
+
+        def load(ranks: Sequence[int], values_SP: Tensor, sums: GradientSum) -> Loras:
+            gradient_SP = sums.total_SP if train else None
+            return Loras(
+                self._sites, stacks, ranks, spec.scaling_of, slots_K, values_SP, gradient_SP
+            )
+
+        sets = [load([stack.rank for stack in stacks], bank.values_SP, bank.gradient)]
         if self._shared:
-            values.append(self._engine.module.shared_P.detach().expand(len(slots_K), -1))
-            ranks.append([spec.r] * len(stacks))
-        gradients = [torch.zeros(v.shape, device=v.device) if train else None for v in values]
-        sets = [
-            Loras(self._sites, stacks, own, spec.scaling_of, v, g)
-            for own, v, g in zip(ranks, values, gradients, strict=True)
-        ]
-        return Batch(lanes, sets), [g for g in gradients if g is not None]
+            common_SP = self._engine.module.shared_P.detach().expand(len(self._learners), -1)
+            sets.append(load([spec.r] * len(stacks), common_SP, self._shared_gradient))
+        return Batch(lanes, sets)
 
     def _spread(self, lanes: Lanes, arrays: Sequence[np.ndarray]) -> Tensor:
         return lanes.spread(_join(arrays).to(self._device))

@@ -39,8 +39,9 @@ class Saved:
     """What one block's backward needs, token by token."""
 
     x_Md: Tensor
-    qkv_Md: Tensor
-    """Queries, keys and values side by side [M, 3d]."""
+    q_Md: Tensor
+    k_Md: Tensor
+    v_Md: Tensor
     middle_Md: Tensor
     """Before the first normalisation."""
     wide_Mf: Tensor
@@ -63,10 +64,10 @@ class Projection:
         """The base's [o, i]."""
         return self._base.weight
 
-    def forward(self, x_Mi: Tensor, batch: Batch, out: Tensor | None = None) -> Tensor:
+    def forward(self, x_Mi: Tensor, batch: Batch) -> Tensor:
         """base(x) and the adapters' part [M, o]."""
         assert self._base.bias is not None
-        y = torch.addmm(self._base.bias, x_Mi, self.weight.T, out=out)
+        y = torch.addmm(self._base.bias, x_Mi, self.weight.T)
         add_product(y, x_Mi, batch.pieces(self._site))
         return y
 
@@ -104,23 +105,21 @@ class PackedBlock:
 
     def forward(self, x_Md: Tensor, batch: Batch) -> tuple[Tensor, Saved]:
         """Hidden states after the block [M, d]."""
-        d = x_Md.shape[1]
-        qkv = x_Md.new_empty(len(x_Md), 3 * d)
-        for at, one in enumerate(self._qkv):
-            one.forward(x_Md, batch, out=qkv[:, at * d : (at + 1) * d])
-        padded = batch.lanes.pad(qkv)
-        mixed = batch.lanes.unpad(
-            torch.cat([self._attend(heap, heap.cut(padded)) for heap in batch.lanes.heaps])
-        )
+        q, k, v = (projection.forward(x_Md, batch) for projection in self._qkv)
+        padded = [batch.lanes.pad(part) for part in (q, k, v)]
+        mixed_Xd = torch.empty_like(padded[0])
+        for heap in batch.lanes.heaps:
+            parts = [self._split(heap, part) for part in padded]
+            self._split(heap, mixed_Xd).copy_(_attend(heap, *parts))
+        mixed = batch.lanes.unpad(mixed_Xd)
         middle = self._out.forward(mixed, batch).add_(x_Md)
         h = _normalise(self._norm1, middle)
         wide = self._up.forward(h, batch)
         end = self._down.forward(self._activate(wide), batch).add_(h)
-        return _normalise(self._norm2, end), Saved(x_Md, qkv, middle, wide, end)
+        return _normalise(self._norm2, end), Saved(x_Md, q, k, v, middle, wide, end)
 
     def backward(self, dy_Md: Tensor, saved: Saved, batch: Batch) -> Tensor:
         """The gradient at the block's input [M, d]; adapters' gradients go to their rows."""
-        d = dy_Md.shape[1]
         dend = _denormalise(self._norm2, saved.end_Md, dy_Md)
         with torch.enable_grad():
             wide = saved.wide_Mf.detach().requires_grad_()
@@ -130,22 +129,10 @@ class PackedBlock:
         h = _normalise(self._norm1, saved.middle_Md)
         dh = self._up.backward(dwide, h, batch, onto_Mi=dend)
         dmiddle = _denormalise(self._norm1, saved.middle_Md, dh)
-        padded = batch.lanes.pad(saved.qkv_Md)
-        with torch.enable_grad():
-            leaves = [heap.cut(padded).requires_grad_() for heap in batch.lanes.heaps]
-            parts = [
-                self._attend(heap, leaf)
-                for heap, leaf in zip(batch.lanes.heaps, leaves, strict=True)
-            ]
-        mixed = batch.lanes.unpad(torch.cat([part.detach() for part in parts]))
-        dmixed = batch.lanes.pad(self._out.backward(dmiddle, mixed, batch))
-        wanted = [heap.cut(dmixed).flatten(0, 1) for heap in batch.lanes.heaps]
-        found = torch.autograd.grad(parts, leaves, wanted)
-        dqkv = batch.lanes.unpad(torch.cat([part.flatten(0, 1) for part in found]))
-        for at, one in enumerate(self._qkv):
-            dmiddle = one.backward(
-                dqkv[:, at * d : (at + 1) * d], saved.x_Md, batch, onto_Mi=dmiddle
-            )
+        for projection, gradient in zip(
+            self._qkv, self._unattend(dmiddle, saved, batch), strict=True
+        ):
+            dmiddle = projection.backward(gradient, saved.x_Md, batch, onto_Mi=dmiddle)
         return dmiddle
 
     def bytes_per_token(self) -> int:
@@ -154,12 +141,30 @@ class PackedBlock:
         wide, d = weight.shape
         return (6 * d + wide) * weight.itemsize
 
-    def _attend(self, heap: Heap, qkv_nTd: Tensor) -> Tensor:
-        """Attention within each row [n * T, d]."""
+    def _unattend(self, dmiddle_Md: Tensor, saved: Saved, batch: Batch) -> list[Tensor]:
+        """The gradients at queries, keys and values [M, d] each."""
+        lanes = batch.lanes
+        padded = [lanes.pad(part) for part in (saved.q_Md, saved.k_Md, saved.v_Md)]
+        mixed_Xd = torch.empty_like(padded[0])
+        graphs = []
+        for heap in lanes.heaps:
+            leaves = [self._split(heap, part).detach().requires_grad_() for part in padded]
+            with torch.enable_grad():
+                mixed = _attend(heap, *leaves)
+            self._split(heap, mixed_Xd).copy_(mixed.detach())
+            graphs.append((mixed, leaves))
+        dmixed_Xd = lanes.pad(self._out.backward(dmiddle_Md, lanes.unpad(mixed_Xd), batch))
+        found = [torch.empty_like(part) for part in padded]
+        for heap, (mixed, leaves) in zip(lanes.heaps, graphs, strict=True):
+            gradients = torch.autograd.grad(mixed, leaves, self._split(heap, dmixed_Xd))
+            for part, gradient in zip(found, gradients, strict=True):
+                self._split(heap, part).copy_(gradient)
+        return [lanes.unpad(part) for part in found]
+
+    def _split(self, heap: Heap, x_Xd: Tensor) -> Tensor:
+        """A heap's rows by head [n, heads, T, d / heads], a view."""
         n, length = heap.mask_nT.shape
-        q, k, v = qkv_nTd.view(n, length, 3, self._heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=heap.mask_nT[:, None, None])
-        return mixed.transpose(1, 2).reshape(n * length, -1)
+        return heap.cut(x_Xd).view(n, length, self._heads, -1).transpose(1, 2)
 
 
 class PackedBlocks:
@@ -188,6 +193,11 @@ class PackedBlocks:
         for block, saved in zip(reversed(self._blocks), reversed(kept), strict=True):
             g_Md = block.backward(g_Md, saved, batch)
         return g_Md
+
+
+def _attend(heap: Heap, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention within each row."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=heap.mask_nT[:, None, None])
 
 
 def _normalise(norm: nn.LayerNorm, x_Md: Tensor) -> Tensor:

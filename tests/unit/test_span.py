@@ -144,8 +144,7 @@ def uncut(s: Setting, step: Step) -> tuple[Tensor, Tensor, Tensor]:
     lanes = Lanes(step.rows.lengths_N, lane_N, 16, torch.full_like(present, spec.r))
     own = present[lanes.order_K]
     ranks = [spec.r] * len(lanes.stacks)
-    gradient = torch.zeros(len(own), s.trunk_SP.shape[1])
-    loras = Loras(trunk, lanes.stacks, ranks, spec.scaling_of, s.trunk_SP[own], gradient)
+    loras = Loras(trunk, lanes.stacks, ranks, spec.scaling_of, own, s.trunk_SP, sums[1].total_SP)
     batch, packed = Batch(lanes, [loras]), PackedBlocks(s.parts.trunk)
 
     class Inner(torch.autograd.Function):
@@ -164,7 +163,6 @@ def uncut(s: Setting, step: Step) -> tuple[Tensor, Tensor, Tensor]:
     loss_S.sum().backward()
     for slots, pairs in used:
         sums[0].add(slots, pairs)
-    sums[1].total_SP[own] = gradient
     return loss_S.detach(), sums[0].total_SP, sums[1].total_SP
 
 
