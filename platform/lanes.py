@@ -110,8 +110,11 @@ class Lanes:
         empty_M = torch.ones(self.num_tokens, dtype=torch.bool)
         empty_M[place_L] = False
         empty_X = torch.cat([~heap.mask_nT.cpu().flatten() for heap in self.heaps])
+        to_X = torch.cat(index)
+        self._same = torch.equal(to_X, torch.arange(self.num_tokens))
+        """Rows as long as their padding, one in each lane: nothing is to be moved."""
         self._place_L = place_L.to(device)
-        self._to_X = (torch.cat(index).to(device), empty_X.nonzero().squeeze(1).to(device))
+        self._to_X = (to_X.to(device), empty_X.nonzero().squeeze(1).to(device))
         self._to_M = (source_M.to(device), empty_M.nonzero().squeeze(1).to(device))
 
     def spans(self) -> list[tuple[int, int]]:
@@ -136,12 +139,13 @@ class Lanes:
         return flat_Md.index_select(0, self._place_L)
 
     def pad(self, flat_Md: Tensor) -> Tensor:
-        """Rows padded one by one [X, d], zeros at padding; `Heap.cut` finds them."""
-        return _take(flat_Md, *self._to_X)
+        """Rows padded one by one [X, d], zeros at padding; `Heap.cut` finds them. What is given
+        may be what is answered."""
+        return flat_Md if self._same else _take(flat_Md, *self._to_X)
 
     def unpad(self, padded_Xd: Tensor) -> Tensor:
         """The inverse of `pad` [M, d], zeros at the lanes' padding."""
-        return _take(padded_Xd, *self._to_M)
+        return padded_Xd if self._same else _take(padded_Xd, *self._to_M)
 
 
 def _take(x: Tensor, index: Tensor, empty: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ class Projection:
         assert isinstance(base, nn.Linear)
         self._base = base
         self._site = site
+        self.adapted = site is not None
 
     @property
     def weight(self) -> Tensor:
@@ -121,11 +122,8 @@ class PackedBlock:
     def backward(self, dy_Md: Tensor, saved: Saved, batch: Batch) -> Tensor:
         """The gradient at the block's input [M, d]; adapters' gradients go to their rows."""
         dend = _denormalise(self._norm2, saved.end_Md, dy_Md)
-        with torch.enable_grad():
-            wide = saved.wide_Mf.detach().requires_grad_()
-            active = self._activate(wide)
-        dactive = self._down.backward(dend, active.detach(), batch)
-        (dwide,) = torch.autograd.grad(active, wide, dactive)
+        active = self._activate(saved.wide_Mf) if self._down.adapted else None
+        dwide = self._inactivate(saved.wide_Mf, self._down.backward(dend, active, batch))
         h = _normalise(self._norm1, saved.middle_Md)
         dh = self._up.backward(dwide, h, batch, onto_Mi=dend)
         dmiddle = _denormalise(self._norm1, saved.middle_Md, dh)
@@ -140,6 +138,15 @@ class PackedBlock:
         weight = self._up.weight
         wide, d = weight.shape
         return (6 * d + wide) * weight.itemsize
+
+    def _inactivate(self, wide_Mf: Tensor, dactive_Mf: Tensor) -> Tensor:
+        if getattr(self._activate, "act", None) is F.gelu:  # without going forward once more
+            exact: Tensor = torch.ops.aten.gelu_backward(dactive_Mf, wide_Mf)
+            return exact
+        with torch.enable_grad():
+            leaf = wide_Mf.detach().requires_grad_()
+            (dwide,) = torch.autograd.grad(self._activate(leaf), leaf, dactive_Mf)
+        return dwide
 
     def _unattend(self, dmiddle_Md: Tensor, saved: Saved, batch: Batch) -> list[Tensor]:
         """The gradients at queries, keys and values [M, d] each."""
