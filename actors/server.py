@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fellray.platform.adapters import start
+from fellray.platform.allocator import keep_freed_memory
 from fellray.platform.batcher import Batcher
 from fellray.platform.config import RunConfig
 from fellray.platform.device import own_device
@@ -29,6 +30,7 @@ def make_host(
 ) -> TrunkHost:
     """The trunk with the engine that the config names."""
     torch.set_num_threads(config.server.threads)
+    keep_freed_memory()
     parts = cut_model(backbone, config.model)
     device = own_device()
     sites = parts.cut.sites["trunk"]

@@ -22,6 +22,8 @@ from fellray.jobs.checks import Finding
 from fellray.platform.config import KMeansPartition, LoraSpec, ModelConfig, RunConfig
 from fellray.platform.encoder import Backbone
 from fellray.platform.errors import FellrayError
+from fellray.platform.lanes import Lanes
+from fellray.platform.packed import Batch
 from fellray.platform.shards import Dataset
 from fellray.platform.split import cut_model
 from fellray.platform.trunk import Trunk
@@ -152,9 +154,11 @@ def start_engine() -> None:
     parts = cut_model(Backbone("doctor", "", tiny.to_dict(), arrays), config.model)
     width = sum(site.num_parameters(1) for site in parts.cut.sites["trunk"])
     engine = DeepSpeedEngine(Trunk(parts.trunk, torch.zeros(width)), config)
-    h = torch.ones(1, 16, 16, requires_grad=True)
-    engine.backward(engine.forward(h, torch.ones(1, 16, dtype=torch.bool)), torch.ones(1, 16, 16))
+    lanes = Lanes(torch.tensor([16]), torch.tensor([0]), 16, torch.tensor([1]))
+    batch, ones = Batch(lanes, []), torch.ones(16, 16)
+    _, saved = engine.module.packed.forward(ones, batch, keep=True)
+    down = engine.backward(ones, saved, batch)
     engine.step_shared(torch.ones(width))
     values = engine.shared_state()["values"]
-    if h.grad is None or not bool((values < 0).all()):
+    if down.shape != ones.shape or not bool((values < 0).all()):
         raise FellrayError("DeepSpeed took a step, but the weights are not what they must be")

@@ -122,7 +122,11 @@ class LoraSpec(Config):
     @property
     def scaling(self) -> float:
         """What the adapter's output is multiplied by."""
-        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+        return self.scaling_of(self.r)
+
+    def scaling_of(self, rank: int) -> float:
+        """The same for an adapter of another rank."""
+        return self.lora_alpha / (rank**0.5 if self.use_rslora else rank)
 
 
 class ModelConfig(Config):
@@ -257,6 +261,9 @@ class ServerConfig(Config):
     """Learning rate of the shared trunk adapter, stepped once per round."""
     max_tokens: int = Field(default=16384, ge=16)
     """Most tokens in one merged batch; rows of one client and step always stay together."""
+    keep_graphs_mib: int = Field(default=512, ge=0)
+    """Memory for what forward passes leave for their backward; beyond it the oldest are dropped and
+    made again, with the same bits. 0: every forward is computed twice, nothing is kept."""
     cpus: float = Field(default=1, ge=0)
     """CPUs Ray reserves for the server."""
     gpus: float = Field(default=0, ge=0)

@@ -1,11 +1,11 @@
 """The trunk's host: frozen blocks, every client's personal adapters, batches of whoever waits.
 
-It sees activations and gradients, never tokens or labels. Forward keeps nothing; backward is given
-the inputs again (recompute), so a lost client or a lost server loses no more than a step. Bits do
-not depend on who shares a batch: rows are padded by their own rule, and a client's rows of one step
-travel together and are summed in their order. It knows nothing of Ray or DeepSpeed.
+It sees activations and gradients, never tokens or labels. Backward is given the inputs again: what
+forward could not keep is computed once more, so a lost client or a lost server loses no more than a
+step. Bits do not depend on who shares a batch: a client's rows of one step travel together, are
+padded by a rule on them alone and summed in their order. It knows nothing of Ray or DeepSpeed.
 
-Shapes: N rows, L real tokens, n rows of one padded length T, d width, C clients, P parameters.
+Shapes: N rows, L real tokens, K lanes, M tokens in lanes, d width, C clients, P parameters.
 """
 
 import uuid
@@ -19,16 +19,18 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from fellray.platform import adapters
-from fellray.platform.adapters import Bank, GradientSum, Pair, Site, start
+from fellray.platform.adapters import Bank, GradientSum, Site, start
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.faults import committed
+from fellray.platform.keep import Keep
+from fellray.platform.kernel import Loras
+from fellray.platform.lanes import Lanes
 from fellray.platform.ledger import payload_bytes
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import Activation, Gradient, Installation, Lease, StaleLease
+from fellray.platform.packed import Batch
 from fellray.platform.rounds import Rounds
-from fellray.platform.rows import Rows
 from fellray.platform.slots import Slots
 from fellray.platform.trunk import Engine
 
@@ -42,6 +44,10 @@ class _Turn:
     round: int
     lease: int
     next_step: int = 0
+
+
+_Key = tuple[str, Lease | None, int]
+"""Client, lease, step: under what a forward pass is kept."""
 
 
 class TrunkHost:
@@ -75,6 +81,7 @@ class TrunkHost:
         self._shared = config.server.shared_adapter
         self._shared_gradient = GradientSum(sites, lora.r, 0, device)
         self._shared_round = -1
+        self._keep = Keep(config.server.keep_graphs_mib * 2**20)
         self._turns: dict[str, _Turn] = {}
         self._leases = 0
         self._installed = -1
@@ -245,61 +252,78 @@ class TrunkHost:
             raise StaleLease(f"step {activation.step} of round {activation.round} is not due")
 
     def _forward(self, activations: Sequence[Activation]) -> list[np.ndarray]:
-        rows, slots_N, h_Ld = self._merge(activations)
-        outputs = []
-        with torch.no_grad():
-            for group in rows.groups:
-                flat, _ = self._gather(slots_N[group.rows_n], train=False)
-                outputs.append(self._engine.forward(rows.pad(h_Ld, group), group.mask_nT, *flat))
-        return _part(rows.pack(outputs), activations)
+        lanes, slots_K, keys = self._lay(activations)
+        batch = self._load(lanes, slots_K, train=False)
+        h_Md = self._spread(lanes, [activation.h_Ld for activation in activations])
+        packed = self._engine.module.packed
+        keep = all(a.lease for a in activations) and self._keep.make_room(
+            packed.measure(lanes.num_tokens)
+        )
+        y_Md, saved = packed.forward(h_Md, batch, keep)
+        if keep:
+            self._keep.put(keys, lanes, saved)
+        return _part(lanes.collect(y_Md), activations)
 
     def _backward(self, sent: Sequence[tuple[Activation, Gradient]]) -> list[np.ndarray]:
         activations = [activation for activation, _ in sent]
-        rows, slots_N, h_Ld = self._merge(activations)
-        g_Ld = _join([gradient.g_Ld for _, gradient in sent]).to(self._device)
-        down = []
-        with torch.enable_grad():
-            for group in rows.groups:
-                slots_n = slots_N[group.rows_n]
-                flat, sets = self._gather(slots_n, train=True)
-                h = rows.pad(h_Ld, group).requires_grad_()
-                y = self._engine.forward(h, group.mask_nT, *flat)
-                self._engine.backward(y, rows.pad(g_Ld, group))
-                self._slots.bank.gradient.add(slots_n, sets[0])
-                if self._shared:
-                    self._shared_gradient.add(slots_n, sets[1])
-                assert h.grad is not None
-                down.append(h.grad)
-        stepped = slots_N.unique()
+        lanes, slots_K, keys = self._lay(activations)
+        batch = self._load(lanes, slots_K, train=True)
+        h_Md = self._spread(lanes, [activation.h_Ld for activation in activations])
+        saved = self._keep.take(keys, lanes, h_Md)
+        if saved is None:
+            _, saved = self._engine.module.packed.forward(h_Md, batch, keep=True)
+        g_Md = self._spread(lanes, [gradient.g_Ld for _, gradient in sent])
+        down_Md = self._engine.backward(g_Md, saved, batch)
+        stepped = slots_K.unique()
         self._slots.bank.step(stepped)
-        for activation in activations:
-            present = np.unique(activation.row_client_N).tolist()
-            for client in (activation.clients[place] for place in present):
-                self._turns[client].next_step += 1
-        return _part(rows.pack(down), activations)
+        for client, _, _ in keys:
+            self._turns[client].next_step += 1
+        return _part(lanes.collect(down_Md), activations)
 
-    def _merge(self, activations: Sequence[Activation]) -> tuple[Rows, Tensor, Tensor]:
+    def _lay(self, activations: Sequence[Activation]) -> tuple[Lanes, Tensor, list[_Key]]:
+        """Lanes, and whose each of them is: its slot, and under what its pass is kept."""
         lengths = np.concatenate([a.lengths_N for a in activations]).astype(np.int64)
-        rows = Rows(torch.from_numpy(lengths), self._config.model.pad_multiple, self._device)
         # together, so that none of them makes room for another
         held = sorted({c for a in activations if a.lease is None for c in a.clients})
         self._slots.hold(activations[0].round, held)
-        slots = [self._find(a.clients)[torch.from_numpy(a.row_client_N)] for a in activations]
-        return rows, torch.cat(slots), _join([a.h_Ld for a in activations]).to(self._device)
+        owners = [a.row_client_N.astype(np.int64) for a in activations]
+        used = [np.unique(owner, return_inverse=True) for owner in owners]
+        starts = np.cumsum([0, *(len(clients) for clients, _ in used)])
+        lane_N = np.concatenate([own + at for (_, own), at in zip(used, starts, strict=False)])
+        keys = [
+            (a.clients[client], a.lease, a.step)
+            for a, (clients, _) in zip(activations, used, strict=True)
+            for client in clients.tolist()
+        ]
+        slots_K = self._find([client for client, _, _ in keys])
+        lanes = Lanes(
+            torch.from_numpy(lengths),
+            torch.from_numpy(lane_N),
+            self._config.model.pad_multiple,
+            self._slots.bank.ranks_S[slots_K].cpu(),
+            self._device,
+        )
+        order = lanes.order_K.tolist()
+        return lanes, slots_K[lanes.order_K.to(self._device)], [keys[lane] for lane in order]
 
-    def _gather(self, slots_n: Tensor, train: bool) -> tuple[list[Tensor], list[list[Pair]]]:
-        sets = [self._slots.bank.gather(slots_n, train)]
+    def _load(self, lanes: Lanes, slots_K: Tensor, train: bool) -> Batch:
+        """The lanes with every set of their adapters, and where the gradients go if `train`."""
+        spec, stacks, bank = self._config.model.lora, lanes.stacks, self._slots.bank
+
+        def load(ranks: Sequence[int], values_SP: Tensor, sums: GradientSum) -> Loras:
+            gradient_SP = sums.total_SP if train else None
+            return Loras(
+                self._sites, stacks, ranks, spec.scaling_of, slots_K, values_SP, gradient_SP
+            )
+
+        sets = [load([stack.rank for stack in stacks], bank.values_SP, bank.gradient)]
         if self._shared:
-            shared = self._engine.module.shared_P.detach()[None]
-            rows = [
-                (
-                    a.expand(len(slots_n), -1, -1).clone().requires_grad_(train),
-                    b.expand(len(slots_n), -1, -1).clone().requires_grad_(train),
-                )
-                for a, b in adapters.views(shared, self._sites, self._config.model.lora.r)
-            ]
-            sets.append(rows)
-        return [tensor for pairs in sets for pair in pairs for tensor in pair], sets
+            common_SP = self._engine.module.shared_P.detach().expand(len(bank.values_SP), -1)
+            sets.append(load([spec.r] * len(stacks), common_SP, self._shared_gradient))
+        return Batch(lanes, sets)
+
+    def _spread(self, lanes: Lanes, arrays: Sequence[np.ndarray]) -> Tensor:
+        return lanes.spread(_join(arrays).to(self._device))
 
     def _find(self, clients: Sequence[str]) -> Tensor:
         return self._slots.find(clients).to(self._device)
