@@ -8,8 +8,9 @@ Shapes: S slots, N rows of a step, P parameters of a client's side, I items.
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -18,11 +19,10 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fellray.actors.world import Catalogue
-from fellray.platform.adapters import Bank, start, state_names
+from fellray.platform.adapters import Bank, start
 from fellray.platform.config import RunConfig
 from fellray.platform.device import own_device
 from fellray.platform.encoder import Backbone
-from fellray.platform.faults import require_committed
 from fellray.platform.ledger import Ledger
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import Activation, Installation, Lease, LedgerRow, StaleLease, Update
@@ -31,6 +31,7 @@ from fellray.platform.reader import Batch, Reader
 from fellray.platform.retrieval import Scorer, mean_losses
 from fellray.platform.rounds import Rounds
 from fellray.platform.shards import Dataset
+from fellray.platform.slots import Slots
 from fellray.platform.span import Remote, RemoteSpan
 from fellray.platform.split import cut_model
 from fellray.platform.tower import Tower
@@ -38,8 +39,21 @@ from fellray.platform.tower import Tower
 SIDES = ("bottom", "top")
 
 
+@dataclass(frozen=True)
+class Desk:
+    """The data of learners who train side by side."""
+
+    reader: Reader
+    scorer: Scorer
+
+
+def deal(learners: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    """Neighbours by id, so many at a time."""
+    return [tuple(learners[at : at + size]) for at in range(0, len(learners), size)]
+
+
 class Client:
-    """The learners of one actor."""
+    """The clients of one actor. Those who take part in a round have slots; the others, files."""
 
     def __init__(
         self,
@@ -57,60 +71,80 @@ class Client:
         self._holder = f"clients-{index:05d}"
         self._rounds = rounds
         self._catalogue = catalogue
-        data = Dataset(config.data.path)
-        shards = {learner: [data.shard(c) for c in own] for learner, own in sorted(seats.items())}
-        self.learners = tuple(shards)
+        self._data = Dataset(config.data.path)
+        self._seats = dict(sorted(seats.items()))
+        self.learners = tuple(self._seats)
+        """Who has a seat here, sorted."""
         device = own_device()
-        self._all = torch.arange(len(self.learners), device=device)
-        self._reader = Reader(config, catalogue.tokens, shards, device)
+        self._device = device
+        self._vectors = from_dlpack(catalogue.vectors_Id).to(device)
+        self._desks: tuple[tuple[str, ...], Desk] | None = None
         parts = cut_model(backbone, config.model)
         bottom, top = parts.bottom.to(device), parts.top.to(device)
         sites = [site for side in SIDES for site in parts.cut.sites[side]]
-        self._bank = Bank(sites, config.model.lora, config.train, len(self.learners), device)
-        self._tower = Tower(bottom, top, catalogue.tokens.pad, self._bank)
-        self._scorer = Scorer(
-            catalogue.vectors_Id,
-            self._reader.shards,
-            config.model.temperature,
-            config.model.prior,
-            device,
+        lora = config.model.lora
+        self._slots = Slots(
+            lambda slots: Bank(sites, lora, config.train, slots, device),
+            "client",
+            config.train.moments == "keep",
+            rounds,
         )
+        self._ends = (bottom, top, catalogue.tokens.pad)
         self._ledger = Ledger()
         self._span = RemoteSpan(remote, self._ledger)
-        self._keeps_moments = config.train.moments == "keep"
-        self._seeded = start(sites, config.model.lora, config.seed)
-        self._round = -1
-        self._fitted = -1
-        self._start: dict[str, Tensor] = {}
+        self._seeded = start(sites, lora, config.seed)
+        self._trained: dict[str, dict[str, Tensor]] = {}
+        self._fitted = self._installed = -1
         self._staged: tuple[Staged, ...] = ()
 
-    def fit(self, round: int) -> Update:
-        """Local split training: round `round` of every learner here, from the committed state."""
-        self._put_at(round - 1)
-        self._bank.reset(self._all, self._start)
+    def fit(self, round: int, clients: Sequence[str], deadline_s: float | None = None) -> Update:
+        """Local split training of `clients`, who have their seats here, from the committed state.
+
+        As many as `clients.slots` says train side by side; the next ones follow. Whoever is not
+        done by the deadline is left out.
+        """
+        began = time.monotonic()
         self._ledger.void()
-        lease = self._span.remote.begin(self._config.name, round, self.learners)
-        weighted, rows = torch.zeros(2, len(self.learners), dtype=torch.float64)
-        for step, (batch, target_N) in enumerate(self._reader.steps(round)):
-            count_S = torch.bincount(batch.slot_N.cpu(), minlength=len(self.learners))
-            weighted += (
-                self._step(batch, target_N, self._header(batch, round, step, lease)) * count_S
-            )
-            rows += count_S
-        losses = (weighted / rows).tolist()
+        self._trained = {}
         self._fitted = round
-        theta = self._bank.values_SP.clone().cpu()
+        share = self._config.train.share == "all"
+        theta: list[Tensor] = [torch.empty(0, self._slots.bank.values_SP.shape[1])]
+        losses: list[float] = []
+        samples: list[int] = []
+        seconds: list[float] = []
+        lives = set()
+        for learners in deal(clients, self._config.clients.slots):
+            lease, own, counted, state = self._train(round, learners)
+            done = time.monotonic() - began
+            if deadline_s is not None and done > deadline_s:
+                break
+            seconds += [done] * len(learners)
+            lives.add(lease.server)
+            losses += own
+            samples += counted
+            theta.append(state["values"])
+            for row, learner in enumerate(learners):
+                self._trained[learner] = {name: t[row] for name, t in state.items()}
+        clients = tuple(clients[: len(losses)])
+        whole = torch.cat(theta)
         refused = {
             learner: reason
-            for learner, loss, values in zip(self.learners, losses, theta, strict=True)
+            for learner, loss, values in zip(clients, losses, whole, strict=True)
             if (reason := _refuse(loss, values))
         }
-        sent = theta if self._config.train.share == "all" else theta[:, :0]
-        for learner, values, loss in zip(self.learners, sent, losses, strict=True):
+        sent = whole if share else whole[:, :0]
+        for learner, values, loss in zip(clients, sent, losses, strict=True):
             self._ledger.enter(learner, "adapter_up", values.numpy())
             self._ledger.enter(learner, "loss", np.array(loss))
-        samples = tuple(int(n) for n in rows.tolist())
-        return Update(lease, self.learners, sent.numpy(), tuple(losses), samples, refused)
+        return Update(
+            tuple(sorted(lives)),
+            clients,
+            sent.numpy(),
+            tuple(losses),
+            tuple(samples),
+            tuple(seconds),
+            refused,
+        )
 
     def install(self, installation: Installation) -> tuple[Staged, ...]:
         """Make the mixture the state of the round and stage it; asked twice, answers the same.
@@ -118,41 +152,81 @@ class Client:
         Raises:
             StaleLease: this actor lost what it trained (it was restarted since): replay the round.
         """
-        if installation.round == self._round:
+        round, clients = installation.round, installation.clients
+        if round == self._installed:
             return self._staged
-        if installation.round != self._fitted:
+        if round != self._fitted or not self._trained.keys() >= set(clients):
             raise StaleLease(f"{self._holder} was restarted after training")
-        row_of = {client: i for i, client in enumerate(installation.clients)}
-        if self._config.train.share == "all":
-            rows = torch.tensor([row_of[learner] for learner in self.learners])
-            theta = torch.tensor(installation.theta_SP)[rows]
-            self._bank.values_SP.copy_(theta)
-            for learner, values in zip(self.learners, theta, strict=True):
-                self._ledger.enter(learner, "adapter_down", values.numpy())
-        refused = [i for i, c in enumerate(self.learners) if c in installation.refused]
-        self._bank.reset(self._all[refused], self._start)
-        return self._stage(installation.round)
+        mixed = self._config.train.share == "all"
+        if mixed:
+            theta = torch.from_numpy(installation.theta_SP)
+            for client, values in zip(clients, theta, strict=True):
+                self._trained[client]["values"] = values
+                self._ledger.enter(client, "adapter_down", values.numpy())
+        accepted = [c for c in clients if c not in installation.refused]
+        self._staged = self._slots.stage_rows(
+            round,
+            self._holder,
+            {client: self._trained[client] for client in accepted},
+            not (mixed and installation.common),
+        )
+        self._trained = {}
+        self._installed = round
+        return self._staged
 
-    def evaluate(self, round: int, split: Literal[1, 2], max_users: int | None) -> dict[str, Score]:
-        """Full ranking of each client's held-out users (split 1 validation, 2 test)."""
-        self._put_at(round)
+    def evaluate(
+        self,
+        round: int,
+        split: Literal[1, 2],
+        max_users: int | None,
+        learners: Sequence[str],
+        staged: Sequence[Staged] | None = None,
+    ) -> dict[str, Score]:
+        """Full ranking of each learner's held-out users (split 1 validation, 2 test).
 
-        def score(batch: Batch, step: int) -> Tensor:
-            header = self._header(batch, round, step, None)
-            vectors, _ = self._tower.encode(
-                batch.rows, batch.ids_L, batch.slot_N, lambda h: self._cross(h, header), False
-            )
-            return self._scorer.score(vectors, batch.shard_N)
+        Args:
+            staged: the files of `round`, where it is not committed yet.
+        """
+        if staged is not None:
+            self._rounds.expect(round, staged)
+        scores: dict[str, Score] = {}
+        for few in deal(learners, self._config.clients.slots):
+            desk = self._sit(few)
+            slots = self._slots.hold(round, few).to(self._device)
 
-        return self._rank(score, split, max_users)
+            def score(batch: Batch, step: int, desk: Desk = desk, slots: Tensor = slots) -> Tensor:
+                header = self._header(desk, batch, round, step, None)
+                vectors, _ = self._tower().encode(
+                    batch.rows,
+                    batch.ids_L,
+                    slots[batch.slot_N],
+                    lambda h: self._cross(h, header),
+                    False,
+                )
+                return desk.scorer.score(vectors, batch.shard_N)
 
-    def evaluate_baselines(self, split: Literal[1, 2]) -> dict[str, dict[str, Score]]:
+            scores |= self._rank(desk, score, split, max_users)
+        return scores
+
+    def evaluate_baselines(
+        self, split: Literal[1, 2], learners: Sequence[str]
+    ) -> dict[str, dict[str, Score]]:
         """Rows that need no model: global popularity, and the client's own counts alone."""
-        popularity = from_dlpack(self._catalogue.popularity_I).float().to(self._all.device)
-        return {
-            "popularity": self._rank(lambda b, _: popularity.expand(len(b.shard_N), -1), split),
-            "prior": self._rank(lambda b, _: self._scorer.prior_KI[b.shard_N], split),
-        }
+        popularity = from_dlpack(self._catalogue.popularity_I).float().to(self._device)
+        found: dict[str, dict[str, Score]] = {"popularity": {}, "prior": {}}
+        for few in deal(learners, self._config.clients.slots):
+            desk = self._sit(few)
+            rows = {
+                "popularity": popularity.expand(len(desk.reader.shards), -1),
+                "prior": desk.scorer.prior_KI,
+            }
+            for name, scores_KI in rows.items():
+
+                def score(batch: Batch, _: int, scores_KI: Tensor = scores_KI) -> Tensor:
+                    return scores_KI[batch.shard_N]
+
+                found[name] |= self._rank(desk, score, split)
+        return found
 
     def close_ledger(self) -> list[LedgerRow]:
         """What was exchanged since the last call."""
@@ -160,36 +234,64 @@ class Client:
 
     def forget(self) -> None:
         """Drop what is in memory: the next call starts from the last committed round."""
-        self._round = self._fitted = -1
+        self._slots.clear()
+        self._trained = {}
+        self._fitted = self._installed = -1
 
     def stage_start(self) -> tuple[Staged, ...]:
         """Stage round 0: the one seeded start that every client shares."""
-        self._bank.reset(self._all, {"values": self._seeded.repeat(len(self.learners), 1)})
-        return self._stage(0)
+        return self._slots.stage_start(self._seeded)
 
-    def _step(self, batch: Batch, target_N: Tensor, header: Activation) -> Tensor:
-        vectors, used = self._tower.encode(
-            batch.rows, batch.ids_L, batch.slot_N, lambda h: self._span(h, header), True
+    def _train(
+        self, round: int, learners: tuple[str, ...]
+    ) -> tuple[Lease, list[float], list[int], dict[str, Tensor]]:
+        """One round of a few learners side by side: losses, samples and what they came to."""
+        desk = self._sit(learners)
+        slots = self._slots.hold(round - 1, learners).to(self._device)
+        self._slots.train(learners)
+        lease = self._span.remote.begin(self._config.name, round, learners)
+        weighted, rows = torch.zeros(2, len(learners), dtype=torch.float64)
+        for step, (batch, target_N) in enumerate(desk.reader.steps(round)):
+            count_S = torch.bincount(batch.slot_N.cpu(), minlength=len(learners))
+            header = self._header(desk, batch, round, step, lease)
+            weighted += self._step(desk, batch, slots[batch.slot_N], target_N, header) * count_S
+            rows += count_S
+        state = self._slots.bank.state(slots, self._config.train.moments == "keep")
+        losses: list[float] = (weighted / rows).tolist()
+        state = {name: tensor.cpu() for name, tensor in state.items()}
+        return lease, losses, [int(n) for n in rows.tolist()], state
+
+    def _step(
+        self, desk: Desk, batch: Batch, slot_N: Tensor, target_N: Tensor, header: Activation
+    ) -> Tensor:
+        bank = self._slots.bank
+        vectors, used = self._tower().encode(
+            batch.rows, batch.ids_L, slot_N, lambda h: self._span(h, header), True
         )
-        scores = self._scorer.score(vectors, batch.shard_N)
-        loss_S = mean_losses(scores, target_N, batch.slot_N, len(self.learners))
+        scores = desk.scorer.score(vectors, batch.shard_N)
+        loss_S = mean_losses(scores, target_N, batch.slot_N, len(desk.reader.learners))
         loss_S.sum().backward()
         for slots_n, pairs in used:
-            self._bank.gradient.add(slots_n, pairs)
-        self._bank.step(batch.slot_N.unique())
+            bank.gradient.add(slots_n, pairs)
+        bank.step(slot_N.unique())
         return loss_S.detach().cpu().double()
+
+    def _tower(self) -> Tower:
+        return Tower(*self._ends, self._slots.bank)
 
     def _cross(self, h_Ld: Tensor, header: Activation) -> Tensor:
         output = self._span.send_forward(replace(header, h_Ld=h_Ld.cpu().numpy()))
         return from_dlpack(output).to(h_Ld.device)
 
-    def _header(self, batch: Batch, round: int, step: int, lease: Lease | None) -> Activation:
+    def _header(
+        self, desk: Desk, batch: Batch, round: int, step: int, lease: Lease | None
+    ) -> Activation:
         return Activation(
             run=self._config.name,
             round=round,
             step=step,
             lease=lease,
-            clients=self.learners,
+            clients=desk.reader.learners,
             row_client_N=batch.slot_N.cpu().numpy().astype(np.int32),
             lengths_N=batch.rows.lengths_N.numpy().astype(np.int32),
             h_Ld=np.empty((0, 0), np.float32),
@@ -197,36 +299,29 @@ class Client:
 
     def _rank(
         self,
+        desk: Desk,
         score: Callable[[Batch, int], Tensor],
         split: Literal[1, 2],
         max_users: int | None = None,
     ) -> dict[str, Score]:
-        items = len(self._catalogue.vectors_Id)
-        evaluators = {shard.client: Evaluator(items) for shard in self._reader.shards}
+        evaluators = {shard.client: Evaluator(len(self._vectors)) for shard in desk.reader.shards}
         with torch.no_grad():
-            for step, (batch, seen, truth) in enumerate(self._reader.held_out(split, max_users)):
-                owner = self._reader.shards[int(batch.shard_N[0])].client
+            for step, (batch, seen, truth) in enumerate(desk.reader.held_out(split, max_users)):
+                owner = desk.reader.shards[int(batch.shard_N[0])].client
                 evaluators[owner].add(score(batch, step), seen, truth)
         return {client: evaluator.score() for client, evaluator in evaluators.items()}
 
-    def _stage(self, round: int) -> tuple[Staged, ...]:
-        self._stand_at(round)
-        tensors = {f"client.{name}": t for name, t in self._start.items()}
-        self._staged = (self._rounds.stage(round, self._holder, self.learners, tensors),)
-        return self._staged
-
-    def _put_at(self, round: int) -> None:
-        if round == self._round:
-            return
-        require_committed(self._rounds, round)
-        names = state_names("client", self._keeps_moments)
-        loaded = self._rounds.load(round, self.learners, names)
-        self._bank.reset(self._all, {n.removeprefix("client."): t for n, t in loaded.items()})
-        self._stand_at(round)
-
-    def _stand_at(self, round: int) -> None:
-        self._round = round
-        self._start = self._bank.state(self._keeps_moments)
+    def _sit(self, learners: tuple[str, ...]) -> Desk:
+        """The data of a few learners, read when they take part."""
+        if self._desks is None or self._desks[0] != learners:
+            shards = {c: [self._data.shard(own) for own in self._seats[c]] for c in learners}
+            reader = Reader(self._config, self._catalogue.tokens, shards, self._device)
+            model = self._config.model
+            scorer = Scorer(
+                self._vectors, reader.shards, model.temperature, model.prior, self._device
+            )
+            self._desks = (learners, Desk(reader, scorer))
+        return self._desks[1]
 
 
 def _refuse(loss: float, values_P: Tensor) -> str | None:

@@ -7,7 +7,7 @@ by all clients, once per round.
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, distributed
 from torch._C._distributed_c10d import HashStore  # public, but not exported for checkers
 
 from fellray.platform.config import RunConfig
+from fellray.platform.packed import Batch, Saved
 from fellray.platform.trunk import Trunk, adam_state, load_adam_state
 
 
@@ -54,18 +55,18 @@ class DeepSpeedEngine:
         self._optimizer: torch.optim.Optimizer = zero.optimizer
         self._master: Tensor = zero.single_partition_of_fp32_groups[0]
 
-    def forward(self, h_nTd: Tensor, mask_nT: Tensor, *flat: Tensor) -> Tensor:
-        """See `platform.trunk.Engine`."""
-        y: Tensor = self._engine(h_nTd, mask_nT, *flat)
-        return y
-
-    def backward(self, y_nTd: Tensor, g_nTd: Tensor) -> None:
+    def backward(self, g_Md: Tensor, saved: Sequence[Saved], batch: Batch) -> Tensor:
         """See `platform.trunk.Engine`; a surrogate scalar carries the clients' gradient.
 
         ZeRO fails where no parameter of its own is in the graph, so the shared adapter takes part
-        with a gradient of zero.
+        with a gradient of zero. Forward and backward are strictly in turn, however many passes are
+        kept: DeepSpeed meets a pass only when its gradient is there.
         """
-        self._engine.backward((y_nTd * g_nTd).sum() + 0.0 * self.module.shared_P.sum())
+        h_Md = saved[0].x_Md.detach().requires_grad_()
+        y_Md = self._engine(h_Md, batch, saved)
+        self._engine.backward((y_Md * g_Md).sum() + 0.0 * self.module.shared_P.sum())
+        assert h_Md.grad is not None
+        return h_Md.grad
 
     def step_shared(self, gradient_P: Tensor) -> None:
         """See `platform.trunk.Engine`."""

@@ -7,36 +7,33 @@ Shapes: C learners, P sent parameters of one learner.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fellray.actors.client import Client
+from fellray.actors.client import Client, deal
 from fellray.actors.pool import Demand, InlinePool, Pool, RayPool, Shared, check_places
 from fellray.actors.remote import RayRemote
 from fellray.actors.server import Server, make_host
 from fellray.actors.world import World
-from fellray.platform.aggregation import Reports, describe
+from fellray.platform.aggregation import Plan, Reports, describe
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.faults import Stop, decide
 from fellray.platform.host import InProcess
 from fellray.platform.manifest import Staged
-from fellray.platform.messages import Installation, LedgerRow, StaleLease
+from fellray.platform.messages import Installation, LedgerRow, StaleLease, Update
 from fellray.platform.metrics import Score
-from fellray.platform.rounds import Rounds
+from fellray.platform.rounds import EVERYONE, Rounds
+from fellray.platform.sampling import Sampler
 from fellray.platform.span import Remote
 from fellray.platform.split import plan_cut
 
 Answer = TypeVar("Answer")
-
-
-def deal(learners: Sequence[str], per_actor: int) -> list[tuple[str, ...]]:
-    """Which learners share an actor: neighbours by id."""
-    return [tuple(learners[at : at + per_actor]) for at in range(0, len(learners), per_actor)]
 
 
 class Plant:
@@ -50,8 +47,14 @@ class Plant:
         self._rounds = rounds
         self._servers = servers
         self._clients = clients
-        self._hosts = deal(self._learners, config.clients.per_actor)
-        self._known: tuple[int, Tensor] | None = None
+        hosts = deal(self._learners, config.clients.per_actor)
+        self._num_hosts = len(hosts)
+        self._host = {c: i for i, host in enumerate(hosts) for c in host}
+        sizes = np.array([world.sizes[c] for c in self._learners])
+        self._sampler = Sampler(config.sampling, config.seed, self._learners, sizes)
+        self.learners = _choose(self._learners, config.evaluation.clients)
+        """Those who are evaluated, sorted."""
+        self._pending: tuple[int, tuple[Staged, ...]] = (-1, ())
         sites = plan_cut(world.backbone, config.model).sites
         self._client_columns = (
             sum(s.num_parameters(config.model.lora.r) for s in sites["bottom"] + sites["top"])
@@ -97,19 +100,26 @@ class Plant:
         return plant
 
     def stage_start(self) -> list[Staged]:
-        """Round 0 at every holder: the start that all clients share."""
-        return self._staged(self._clients.map("stage_start"), self._servers.map("stage_start"))
+        """Round 0: the start that all clients share, written once."""
+        client_files = self._clients.map("stage_start")[:1]
+        return self._expect(0, [*client_files, *self._servers.map("stage_start")])
 
-    def fit(self, round: int) -> Reports:
-        """Local split training of every learner.
+    def fit(self, round: int, clients: Sequence[str]) -> Reports:
+        """Local split training of those who take part, and what they report.
 
         Raises:
             StaleLease: the server was lost after some had finished: see `replayed`.
         """
         began = time.perf_counter()
-        updates = self._clients.map("fit", self._each(round))
+        rule = self._config.sampling
+        answers = self._clients.map(
+            "fit", self._each(round), self._seated(clients), self._each(rule.deadline_s)
+        )
+        updates, late = _on_time(answers, clients, rule.per_round)
+        if late:
+            self._events.append(f"round {round}: {len(late)} of {len(clients)} were late")
         learners = [c for update in updates for c in update.clients]
-        lives = {update.lease.server for update in updates}
+        lives = {life for update in updates for life in update.lives}
         (finite,) = self._servers.map("are_finite", [lives], [learners])
         parts = [np.concatenate([update.theta_SP for update in updates])]
         if self._config.train.share != "none":
@@ -122,53 +132,66 @@ class Plant:
         self._events += [f"round {round}: {c} refused: {why}" for c, why in sorted(refused.items())]
         losses = {c: loss for u in updates for c, loss in zip(u.clients, u.losses, strict=True)}
         samples = {c: n for u in updates for c, n in zip(u.clients, u.samples, strict=True)}
-        accepted = [c for c in self._learners if c not in refused]
-        rows = torch.tensor([learners.index(c) for c in accepted], dtype=torch.int64)
-        places = torch.tensor([self._learners.index(c) for c in accepted], dtype=torch.int64)
+        accepted = [c for c in learners if c not in refused]
+        if refused:
+            theta = theta[[i for i, c in enumerate(learners) if c not in refused]]
+        compared = self._config.method.compares()
         meta = describe(
             round,
             accepted,
             [losses[c] for c in accepted],
             [samples[c] for c in accepted],
-            theta[rows],
-            self._sent_at(round - 1)[places],
+            theta,
+            self._sent_at(round - 1, accepted) if "update" in compared and accepted else theta,
+            compared,
         )
-        return Reports(
-            meta, theta[rows], refused, losses, sum(samples.values()), time.perf_counter() - began
-        )
+        seconds = time.perf_counter() - began
+        return Reports(meta, theta, refused, losses, sum(samples.values()), seconds, late)
 
-    def install(self, reports: Reports, mixed_CP: Tensor) -> list[Staged]:
+    def install(self, reports: Reports, plan: Plan, mixed_CP: Tensor) -> list[Staged]:
         """Give every accepted learner its row of the mixture, the others their round's start.
 
         Raises:
             StaleLease: a holder lost what it trained: see `replayed`.
         """
-        round = reports.meta.round
-        sent = self._sent_at(round - 1).clone()
-        places = [self._learners.index(c) for c in reports.meta.clients]
-        sent[torch.tensor(places, dtype=torch.int64)] = mixed_CP
+        round, accepted = reports.meta.round, reports.meta.clients
         width = self._client_columns
-        refused = tuple(sorted(reports.refused))
-        row = {c: i for i, c in enumerate(self._learners)}
-        installations = [
-            Installation(
-                round,
-                host,
-                sent[[row[c] for c in host], :width].numpy(),
-                tuple(c for c in host if c in refused),
-            )
-            for host in self._hosts
-        ]
-        client_files = self._clients.map("install", installations)
-        trunk = Installation(round, self._learners, sent[:, width:].numpy(), refused)
-        server_files = self._servers.map("install", [trunk])
-        self._known = (round, sent)
-        return self._staged(client_files, server_files)
+        common = plan.common and len(accepted) > 0
+        refused = set(reports.refused)
+        # who is refused has no row; any will do, nobody reads it
+        row = {c: i for i, c in enumerate(accepted)} | dict.fromkeys(refused, 0)
+        took_part = tuple(sorted(row))
+        sent = mixed_CP if len(accepted) else mixed_CP.new_zeros(1, mixed_CP.shape[1])
+
+        def installation(clients: Sequence[str], columns: slice) -> Installation:
+            theta = sent[[row[c] for c in clients], columns].numpy()
+            here = tuple(c for c in clients if c in refused)
+            return Installation(round, tuple(clients), theta, here, common)
+
+        own = [installation(cs, slice(width)) for cs in self._seated(took_part)]
+        client_files = self._clients.map("install", own)
+        server_files = self._servers.map("install", [installation(took_part, slice(width, None))])
+        return self._expect(
+            round, [*client_files, *server_files, self._stage_common(round, common, sent[0])]
+        )
+
+    def sample(self, round: int) -> tuple[str, ...]:
+        """Who is asked in a round."""
+        return tuple(self._learners[i] for i in self._sampler.sample(round))
 
     def evaluate(self, round: int, split: int, max_users: int | None = None) -> dict[str, Score]:
         """Each client's scores at a round's state (split 1 validation, 2 test)."""
+        at, files = self._pending
+        staged = files if at == round else None
+        if staged is not None:
+            self._servers.map("expect", [round], [staged])
         answers = self._clients.map(
-            "evaluate", self._each(round), self._each(split), self._each(max_users)
+            "evaluate",
+            self._each(round),
+            self._each(split),
+            self._each(max_users),
+            self._seated(self.learners),
+            self._each(staged),
         )
         return {client: score for answer in answers for client, score in sorted(answer.items())}
 
@@ -181,7 +204,8 @@ class Plant:
 
     def evaluate_baselines(self, split: int) -> dict[str, dict[str, Score]]:
         """The rows that need no model: name -> client -> scores."""
-        answers = self._clients.map("evaluate_baselines", self._each(split))
+        seated = self._seated(self.learners)
+        answers = self._clients.map("evaluate_baselines", self._each(split), seated)
         names = answers[0]
         return {n: {c: s for a in answers for c, s in sorted(a[n].items())} for n in names}
 
@@ -211,7 +235,7 @@ class Plant:
             time.sleep(decision.pause_s)
             self._clients.map("forget")
             self._servers.map("forget")
-            self._known = None
+            self._pending = (-1, ())
             tries += 1
 
     def close(self) -> None:
@@ -225,22 +249,68 @@ class Plant:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _sent_at(self, round: int) -> Tensor:
-        """Everybody's sent weights at a committed or just installed round [C, P]."""
-        if self._known is None or self._known[0] != round:
-            names = {"all": ["client.values", "trunk.values"], "trunk_only": ["trunk.values"]}
-            wanted = names.get(self._config.train.share, [])
-            loaded = self._rounds.load(round, self._learners, wanted) if wanted else {}
-            empty = torch.empty(len(self._learners), 0)
-            self._known = (round, torch.cat([empty, *(loaded[n] for n in wanted)], dim=1))
-        return self._known[1]
+    def _sent_at(self, round: int, clients: Sequence[str]) -> Tensor:
+        """The clients' sent weights at a committed round [C, P]."""
+        kinds = {"all": ["client.values", "trunk.values"], "trunk_only": ["trunk.values"]}
+        wanted = kinds.get(self._config.train.share, [])
+        loaded = self._rounds.load(round, clients, wanted) if wanted and clients else {}
+        return torch.cat([torch.empty(len(clients), 0), *loaded.values()], dim=1)
+
+    def _stage_common(self, round: int, common: bool, theta_P: Tensor) -> tuple[Staged, ...]:
+        """Everyone's page, where the mixture is one for all."""
+        if not common or not len(theta_P):
+            return ()
+        width = self._client_columns
+        tensors = {"trunk.values": theta_P[None, width:]}
+        if width:
+            tensors["client.values"] = theta_P[None, :width]
+        return (self._rounds.stage(round, "everyone", (EVERYONE,), tensors),)
+
+    def _expect(self, round: int, answers: Sequence[tuple[Staged, ...]]) -> list[Staged]:
+        staged = tuple(one for files in answers for one in files)
+        self._pending = (round, staged)
+        return list(staged)
+
+    def _seated(self, clients: Sequence[str]) -> list[tuple[str, ...]]:
+        """Who of them sits in which actor."""
+        seated: list[list[str]] = [[] for _ in range(self._num_hosts)]
+        for client in clients:
+            seated[self._host[client]].append(client)
+        return [tuple(here) for here in seated]
 
     def _each(self, value: Any) -> list[Any]:
-        return [value] * len(self._hosts)
+        return [value] * self._num_hosts
 
-    @staticmethod
-    def _staged(*answers: Sequence[tuple[Staged, ...]]) -> list[Staged]:
-        return [staged for answer in answers for files in answer for staged in files]
+
+def _on_time(
+    updates: Sequence[Update], asked: Sequence[str], wanted: int | None
+) -> tuple[list[Update], tuple[str, ...]]:
+    """The first answers, as many as wanted, and who of those asked is not among them."""
+    came = sorted((s, c) for u in updates for c, s in zip(u.clients, u.seconds, strict=True))
+    counted = {client for _, client in came[:wanted]}
+    late = tuple(c for c in asked if c not in counted)
+    return ([_without(update, counted) for update in updates] if late else list(updates)), late
+
+
+def _without(update: Update, counted: Collection[str]) -> Update:
+    rows = [i for i, c in enumerate(update.clients) if c in counted]
+    return replace(
+        update,
+        clients=tuple(update.clients[i] for i in rows),
+        theta_SP=update.theta_SP[rows],
+        losses=tuple(update.losses[i] for i in rows),
+        samples=tuple(update.samples[i] for i in rows),
+        seconds=tuple(update.seconds[i] for i in rows),
+        refused={c: why for c, why in update.refused.items() if c in counted},
+    )
+
+
+def _choose(learners: tuple[str, ...], count: int | None) -> tuple[str, ...]:
+    """A sample that depends on the roster alone."""
+    if count is None or count >= len(learners):
+        return learners
+    chosen = np.random.default_rng(0).choice(len(learners), count, replace=False)
+    return tuple(learners[i] for i in sorted(chosen.tolist()))
 
 
 def _client_args(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fellray.platform.adapters import start
+from fellray.platform.allocator import keep_freed_memory
 from fellray.platform.batcher import Batcher
 from fellray.platform.config import RunConfig
 from fellray.platform.device import own_device
@@ -29,6 +30,7 @@ def make_host(
 ) -> TrunkHost:
     """The trunk with the engine that the config names."""
     torch.set_num_threads(config.server.threads)
+    keep_freed_memory()
     parts = cut_model(backbone, config.model)
     device = own_device()
     sites = parts.cut.sites["trunk"]
@@ -86,6 +88,10 @@ class Server:
         """See `TrunkHost.install`."""
         staged: tuple[Staged, ...] = await self._call(self._host.install, installation)
         return staged
+
+    async def expect(self, round: int, staged: Sequence[Staged]) -> None:
+        """See `TrunkHost.expect`."""
+        await self._call(self._host.expect, round, staged)
 
     async def stage_start(self) -> tuple[Staged, ...]:
         """See `TrunkHost.stage_start`."""

@@ -36,6 +36,8 @@ class World:
     """Identity of the prepared data."""
     counts: dict[str, int]
     """Users, items, interactions and splits of the prepared data."""
+    sizes: dict[str, int]
+    """Learner -> interactions in its training split."""
 
     def key(self, config: RunConfig) -> str:
         """Tells what is frozen and public here from that of another run."""
@@ -74,4 +76,6 @@ def survey(config: RunConfig) -> World:
     catalogue = Catalogue(tokens, data.vectors.numpy(), data.popularity)
     method: Method = config.method
     seats = method.seat(data.clients)
-    return World(seats, backbone, catalogue, data.sha256, data.manifest["counts"])
+    entries = data.manifest["clients"]
+    sizes = {learner: sum(entries[c]["train"] for c in own) for learner, own in seats.items()}
+    return World(seats, backbone, catalogue, data.sha256, data.manifest["counts"], sizes)

@@ -3,7 +3,10 @@
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -21,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 console = Console(highlight=False)
+SHOWN_CLIENTS = 20
 
 ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="A YAML file; `fellray init` writes a first one.")
@@ -28,7 +32,7 @@ ConfigFile = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...", help="Change the config: train.rounds=3 method.kind=fedavg"
+        metavar="KEY=VALUE", help="Change the config: train.rounds=3 method.kind=fedavg"
     ),
 ]
 
@@ -43,10 +47,35 @@ def init(
     items: Annotated[Path | None, typer.Option(help="A file of items with titles.")] = None,
 ) -> None:
     """Write a first config, with every common setting explained."""
-    from fellray.jobs.init import write_config
+    from fellray.jobs.init import UNKNOWN, write_config
 
-    write_config(path, source, items)
-    console.print(f"{path} written. Next: fellray prepare {path}, then fellray train {path}")
+    columns = write_config(path, source, items)
+    tell(f"{path} written.")
+    for ours, theirs in columns.items():
+        tell(f"  {ours:<11}{theirs}")
+    if missing := [ours for ours, theirs in columns.items() if theirs == UNKNOWN]:
+        tell(f"No column looks like {' or '.join(missing)}:")
+        tell(f'write its name for each "{UNKNOWN}" in {path}, under data.columns.')
+    if columns and "timestamp" not in columns:
+        tell("No column looks like a timestamp: the order of the file's rows will count.")
+    tell(f"Next: {command('prepare', path, None)}")
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; without, the defaults.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check this machine and its environment for what would go wrong; status 1 if broken."""
+    from fellray.jobs.doctor import examine, show_findings
+    from fellray.platform.config import load
+
+    findings = examine(load(config, overrides or []))
+    show_findings(findings)
+    if any(one.status == "broken" for one in findings):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -56,16 +85,22 @@ def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
     from fellray.platform.config import load
 
     loaded = load(config, overrides or [])
-    manifest = run(loaded)
+    with interruptible("nothing was written"):
+        manifest = run(loaded)
     counts = manifest["counts"]
     table = Table("client", "users", "train", "valid", "test", title=str(loaded.data.path))
-    for name, entry in list(manifest["clients"].items())[:20]:
+    for name, entry in list(manifest["clients"].items())[:SHOWN_CLIENTS]:
         table.add_row(name, *(str(entry[k]) for k in ("users", "train", "valid", "test")))
     console.print(table)
-    console.print(
+    if len(manifest["clients"]) > SHOWN_CLIENTS:
+        tell(f"the first {SHOWN_CLIENTS} of {len(manifest['clients'])} clients")
+    tell(
         f"{counts['users']} users, {counts['items']} items, {counts['interactions']} interactions, "
-        f"{len(manifest['clients'])} clients. Next: fellray train {config}"
+        f"{len(manifest['clients'])} clients"
     )
+    if loaded.data.k_core > 1:
+        tell(f"left: users and items with {loaded.data.k_core} interactions or more (data.k_core)")
+    tell(f"Next: {command('train', config, overrides)}")
 
 
 @app.command()
@@ -75,10 +110,13 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     from fellray.platform.config import load
 
     loaded = load(config, overrides or [])
-    summary = run(loaded)
+    with interruptible("the same command goes on after the last round that was printed"):
+        summary = run(loaded)
     show_summary(summary)
     folder = f"{loaded.storage}/{loaded.name}"
-    console.print(f"Report: {folder}/report.html. Next: fellray recommend {folder} --help")
+    client = next(iter(summary["per_client"]))
+    tell(f"Report: {folder}/report.html")
+    tell(f'Next: fellray recommend {quote(folder)} --client {client} --history "a title; another"')
 
 
 @app.command()
@@ -105,7 +143,7 @@ def compare(
     client_cost: Annotated[
         bool,
         typer.Option(
-            "--client-cost", help="Instead: what a client needs, by k, against the whole."
+            "--client-cost", help="Instead: memory and time of one client, by the depth of its cut."
         ),
     ] = False,
 ) -> None:
@@ -123,7 +161,9 @@ def compare(
 
     if bad := [seed for seed in seeds.split(",") if not seed.strip().isdecimal()]:
         raise FellrayError(f"--seeds {seeds}: {bad[0]!r} is no seed; write numbers: --seeds 0,1,2")
-    show_comparison(run(loaded, methods.split(","), [int(seed) for seed in seeds.split(",")]))
+    with interruptible("the same command goes on after the last round that was printed"):
+        table = run(loaded, methods.split(","), [int(seed) for seed in seeds.split(",")])
+    show_comparison(table)
 
 
 @app.command()
@@ -133,12 +173,21 @@ def runs(
     """List the runs on a storage."""
     from fellray.platform.run import list_runs
 
-    table = Table(
-        "run", "method", "seed", "rounds", "best", "test NDCG@10", "worst client", "state"
-    )
-    for row in list_runs(storage):
+    found = list_runs(storage)
+    if not found:
+        tell(f"{storage} holds no runs: `fellray train` makes them, in the config's `storage`")
+        return
+    table = Table()
+    table.add_column("run", overflow="fold")
+    for column in ("method", "seed", "rounds", "best", "test NDCG@10", "worst client", "state"):
+        table.add_column(column.replace(" ", "\n"), no_wrap=True)
+    for row in found:
         table.add_row(*row)
     console.print(table)
+    if any(row[-1] == "interrupted" for row in found):
+        tell("An interrupted run goes on with the command that began it.")
+    if any(row[-1] == "damaged" for row in found):
+        tell("A damaged run's config.json, summary.json or newest round cannot be read.")
 
 
 @app.command()
@@ -152,11 +201,38 @@ def recommend(
     """Recommend items for a history of titles, with one client's model."""
     from fellray.serve.recommender import Recommender
 
-    titles = [title.strip() for title in history.split(";") if title.strip()]
+    if not history.strip(" ;"):
+        raise FellrayError('--history is empty; write titles, oldest first: "title; title"')
+    recommender = Recommender.open(run, round)
+    titles = recommender.split_history(history)
+    ranking = recommender.recommend(client, titles, k)
+    for title in titles:
+        if not recommender.knows(title):
+            tell(f"not in the catalogue, so the model has only its words: {title}")
     table = Table("rank", "item", "title", "score")
-    for one in Recommender.open(run, round).recommend(client, titles, k):
+    for one in ranking:
         table.add_row(str(one.rank), str(one.item_id), one.title, f"{one.score:.4f}")
     console.print(table)
+
+
+@contextmanager
+def interruptible(then: str) -> Iterator[None]:
+    """Ctrl-C ends the command with status 130 and a word on what comes of it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"fellray: interrupted; {then}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def command(name: str, config: Path, overrides: list[str] | None) -> str:
+    """A command on the same config, to be copied into a shell."""
+    return " ".join(["fellray", name, *map(quote, [str(config), *(overrides or [])])])
+
+
+def tell(line: str) -> None:
+    """A line as it is: not wrapped, so that a command in it can be copied, and no markup in it."""
+    console.print(line, markup=False, soft_wrap=True)
 
 
 def show_summary(summary: dict[str, object]) -> None:
@@ -169,6 +245,8 @@ def show_summary(summary: dict[str, object]) -> None:
         name = str(summary["method"]) if row == "test" else row
         table.add_row(name, *(f"{values[m]:.4f}" for m in metrics))
     console.print(table)
+    if summary["best_round"] == 0:
+        tell("No round beat the untrained model on validation: what is tested is round 0.")
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fellray.actors.plant import deal
+from fellray.actors.client import deal
 from fellray.actors.session import connect
 from fellray.actors.world import survey
 from fellray.jobs.display import console
@@ -21,7 +21,14 @@ from fellray.platform.run import Run
 from fellray.platform.storage import Storage
 from fellray.platform.words import BASELINES
 
-SHOWN = ("recall@10", "ndcg@10", "ndcg@20", "balance/min", "balance/cv")
+SHOWN = {
+    "recall@10": "recall@10",
+    "ndcg@10": "ndcg@10",
+    "ndcg@20": "ndcg@20",
+    "balance/min": "worst client's\nndcg@10",
+    "balance/cv": "its CV over\nclients",
+}
+"""Metrics on the terminal, and what they are called there."""
 
 
 def compare(config: RunConfig, methods: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
@@ -52,7 +59,7 @@ def compare(config: RunConfig, methods: Sequence[str], seeds: Sequence[int]) -> 
 
 def show_comparison(table: dict[str, Any]) -> None:
     """The table on the terminal: mean and, with several seeds, standard deviation."""
-    shown = Table("test", *SHOWN)
+    shown = Table("test", *SHOWN.values())
     for name, metrics in table.items():
         cells = []
         for metric in SHOWN:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from fellray.actors.client import SIDES
 from fellray.actors.pool import Demand, RayPool, Shared
+from fellray.actors.remote import RayRemote
 from fellray.actors.server import Server
 from fellray.actors.session import connect
 from fellray.actors.world import World, survey
@@ -66,8 +67,10 @@ def measure_costs(config: RunConfig) -> dict[str, Any]:
     imported: list[int] = []
     with connect(config, 1):
         held = {name: _hold(name, arm, world) for name, arm in arms.items()}
-        rounds = Rounds(run.storage.sub(SCRATCH))
-        for name in track(list(arms) * TURNS, description="Client costs", transient=True):
+        for turn, name in enumerate(
+            track(list(arms) * TURNS, description="Client costs", transient=True)
+        ):
+            rounds = Rounds(run.storage.sub(f"{SCRATCH}/{turn}"))
             if name == WHOLE:
                 imported.append(_import_only(arms[name], world))
             step, peak = _measure(arms[name], world, name == WHOLE, rounds)
@@ -217,10 +220,12 @@ def _measure(config: RunConfig, world: World, whole: bool, rounds: Rounds) -> tu
             trunk = Shared(f"trunk {key}", world.trunk_side(config))
             far = Demand("server", 1, config.server.cpus, 0.0)
             pools.append(RayPool(Server, [(config, (learner,), trunk, rounds)], far, _ignore))
-            pools[0].map("stage_start")
             sides = Shared(f"client {key}", world.client_side(config))
-            near = (config, learner, sides, catalogue, pools[0].handles[0], rounds)
+            remote = RayRemote(pools[0].handles[0])
+            near = (config, learner, sides, catalogue, remote, rounds)
             pools.append(RayPool(SplitClient, [near], _demand(config), _ignore))
+            staged = [one for pool in pools for files in pool.map("stage_start") for one in files]
+            rounds.commit(0, staged, {})
         client = pools[-1]
         client.map("step")  # first touches
         (step,) = client.map("step")

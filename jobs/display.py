@@ -51,7 +51,7 @@ class Display:
         console.print(
             f"[bold]{config.name}[/]: {config.method.kind}, seed {config.seed}, "
             f"{last} rounds{resumed}\neverything goes to {self._folder}\n"
-            "[dim]NDCG@10 and the worst client's are of the validation split[/]"
+            "[dim]round 0 is the untrained start; NDCG@10 and the worst client's: validation[/]"
         )
         return self
 

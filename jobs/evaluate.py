@@ -4,7 +4,8 @@ import json
 import sys
 from typing import Any
 
-from fellray.actors.plant import Plant, deal
+from fellray.actors.client import deal
+from fellray.actors.plant import Plant
 from fellray.actors.session import connect
 from fellray.actors.world import survey
 from fellray.platform.errors import FellrayError
@@ -24,7 +25,12 @@ def evaluate(path: str, round: int | None = None, split: str = "test") -> dict[s
         raise FellrayError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
     run = read_run(path)
     chosen = run.best_round() if round is None else round
-    run.rounds.facts(chosen)  # refuses a round that is not there
+    if chosen not in (kept := run.rounds.committed()):
+        raise FellrayError(
+            f"{run.storage}: holds no round {chosen}; it has "
+            f"{', '.join(map(str, kept)) or 'none: train it first'} (keep_last says how many stay)"
+        )
+    run.rounds.facts(chosen)  # refuses a damaged one
     config, world = run.config, survey(run.config)
     with (
         connect(config, len(deal(list(world.seats), config.clients.per_actor))),

@@ -60,22 +60,19 @@ def measure_split(config: RunConfig, world: World, threads: int) -> Figure:
     trunk = Shared(f"trunk {world.key(config)}", world.trunk_side(config))
     far = Demand("server", 1, 1.0, 0.0)
     server = RayPool(Server, [(config, (learner,), trunk, rounds)], far, console.print)
-    server.map("stage_start")
     host = make_host(config, (learner,), world.trunk_side(config), rounds)
-    host.stage_start()
 
     def client(remote: Remote) -> Client:
         side = world.client_side(config)
-        made = Client(config, 0, {learner: (learner,)}, side, world.catalogue, remote, rounds)
-        made.stage_start()
-        return made
+        return Client(config, 0, {learner: (learner,)}, side, world.catalogue, remote, rounds)
 
     ray, here = client(RayRemote(server.handles[0])), client(InProcess(host))
-    whole = Whole(config, learner, world.backbone, world.catalogue)
-    losses = (*ray.fit(1).losses, *here.fit(1).losses, whole.fit(1))
+    rounds.commit(0, [*server.map("stage_start")[0], *ray.stage_start()], {})
+    whole, own = Whole(config, learner, world.backbone, world.catalogue), (learner,)
+    losses = (*ray.fit(1, own).losses, *here.fit(1, own).losses, whole.fit(1))
     arms = {
-        "split through Ray": lambda: ray.fit(1),
-        "split in one process": lambda: here.fit(1),
+        "split through Ray": lambda: ray.fit(1, own),
+        "split in one process": lambda: here.fit(1, own),
         "whole": lambda: whole.fit(1),
     }
     taken = interleave(arms, TURNS)
@@ -202,8 +199,9 @@ def count_bytes(config: RunConfig, world: World) -> dict[str, Any]:
     rounds = _rounds(config, "bytes")
     plant = Plant.inline(config, world, rounds)
     rounds.commit(0, plant.stage_start(), {})
-    reports = plant.fit(1)
-    plant.install(reports, reduce(config.method.plan(reports.meta), reports.theta_CP))
+    reports = plant.fit(1, plant.sample(1))
+    plan = config.method.plan(reports.meta)
+    plant.install(reports, plan, reduce(plan, reports.theta_CP))
     kinds = total(plant.close_ledger())
     cut = plan_cut(world.backbone, config.model)
     adapters = sum(s.num_parameters(config.model.lora.r) for p in PARTS for s in cut.sites[p])

@@ -18,6 +18,7 @@ def finish(run: Run, plant: Plant, world: World, display: Display) -> dict[str, 
     display.say(f"testing round {best}")
     summary = summarise(
         run,
+        learners=plant.learners,
         data={
             "path": str(run.config.data.path),
             "sha256": world.data_sha256,
@@ -30,7 +31,7 @@ def finish(run: Run, plant: Plant, world: World, display: Display) -> dict[str, 
         baselines=plant.evaluate_baselines(TEST),
     )
     display.say("writing the report")
-    export(run, best)
+    export(run, best, plant.learners)
     run.journal.write_json("summary.json", summary)
     write_report(run)
     return summary

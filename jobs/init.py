@@ -2,19 +2,28 @@
 
 import difflib
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from fellray.platform.errors import FellrayError
 
 MEANINGS = {
-    "user_id": ("user_id", "user", "userid", "uid", "customer", "reviewerid", "member"),
-    "item_id": ("item_id", "item", "itemid", "iid", "movieid", "product", "asin", "sku", "book_id"),
-    "title": ("title", "name", "item_name", "product_name"),
-    "timestamp": ("timestamp", "time", "ts", "date", "unixreviewtime"),
+    "user_id": ("user", "customer", "client", "member", "reviewer", "buyer", "account", "uid"),
+    "item_id": (
+        *("item", "product", "article", "movie", "film", "book", "track", "iid"),
+        *("asin", "sku", "isbn", "ean", "gtin"),
+    ),
+    "title": ("title", "name"),
+    "timestamp": ("timestamp", "time", "date", "datetime", "ts", "at", "unixreviewtime"),
     "rating": ("rating", "score", "stars", "overall"),
-    "categories": ("categories", "genres", "category", "genre"),
+    "categories": ("categories", "category", "genres", "genre"),
 }
-NEEDED = ("user_id", "item_id")
+"""What columns are usually called: a thing's id by the thing, anything else by its last word."""
+IDS = ("user_id", "item_id")
+NEEDED = (*IDS, "title")
+UNKNOWN = "?"
+"""Stands in a config for the column that its reader must name."""
 
 TEMPLATE = """\
 # A fellray run. Every setting has a default; `fellray train --help` shows how to override one.
@@ -52,48 +61,83 @@ server:
 """
 
 
-def write_config(path: Path, source: str, items: Path | None) -> None:
+def write_config(path: Path, source: str, items: Path | None) -> dict[str, str]:
     """Write a config for the demo, a data folder, or a CSV or Parquet file.
 
+    Returns:
+        fellray's names -> the file's columns, `UNKNOWN` for a needed one that was not recognised;
+        empty where the source is no single file.
+
     Raises:
-        FellrayError: the file exists already, or the source's columns cannot be read or mapped.
+        FellrayError: the file exists already or cannot be written, or the source cannot be read.
     """
     if path.exists():
         raise FellrayError(f"{path}: exists already; choose another name or remove it")
     mapping = ""
+    columns: dict[str, str] = {}
     file = Path(source)
     if source != "demo" and not file.exists():
         raise FellrayError(f"--source {source}: there is no such file or folder")
     if file.is_file():
-        found = match_columns(read_columns(file))
+        columns = match_columns(read_columns(file))
         if items is not None:
             of_items = match_columns(read_columns(items))
-            found |= {k: v for k, v in of_items.items() if k in ("title", "categories")}
+            columns |= {k: v for k, v in of_items.items() if k in ("title", "categories")}
             mapping += f"  items: {json.dumps(str(items))}\n"
-        if missing := [name for name in NEEDED if name not in found]:
-            raise FellrayError(
-                f"{file}: no column looks like {' or '.join(missing)} among "
-                f"{', '.join(read_columns(file))}; rename it, or write data.columns yourself"
-            )
-        pairs = ", ".join(f"{k}: {json.dumps(v)}" for k, v in found.items())
+        columns = dict.fromkeys(NEEDED, UNKNOWN) | columns
+        pairs = ", ".join(f"{k}: {_quote(v)}" for k, v in columns.items())
         mapping += f"  columns: {{{pairs}}}\n"
-    name = file.stem if source != "demo" else "demo"
-    text = TEMPLATE.format(name=name or "run", source=json.dumps(source), mapping=mapping)
-    path.write_text(text, encoding="utf-8")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._") if source != "demo" else "demo"
+    text = TEMPLATE.format(name=name or "run", source=_quote(source), mapping=mapping)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise FellrayError(f"{path}: cannot be written ({error.strerror})") from None
+    return columns
 
 
 def match_columns(columns: list[str]) -> dict[str, str]:
     """fellray's names -> the file's columns, by their usual names; each column once."""
-    plain = {column.lower().replace(" ", "_"): column for column in columns}
     found: dict[str, str] = {}
-    for ours, usual in MEANINGS.items():
-        exact = [plain[name] for name in usual if name in plain]
-        near = [plain[n] for name in usual for n in difflib.get_close_matches(name, plain, 1, 0.85)]
-        for column in exact + near:
-            if column not in found.values():
+    for match in (_match_whole, _match_last_word, _match_nearly):
+        for ours, usual in MEANINGS.items():
+            free = [column for column in columns if column not in found.values()]
+            if ours not in found and (column := match(ours, usual, free)):
                 found[ours] = column
-                break
-    return found
+    return {ours: found[ours] for ours in MEANINGS if ours in found}
+
+
+def _match_whole(ours: str, usual: Sequence[str], columns: Sequence[str]) -> str | None:
+    plain = {"".join(_words(column, ours)): column for column in reversed(columns)}
+    return next((plain[name] for name in usual if name in plain), None)
+
+
+def _match_last_word(ours: str, usual: Sequence[str], columns: Sequence[str]) -> str | None:
+    for column in columns:
+        words = _words(column, ours)
+        of_a_person = ours == "title" and words[:1] and words[0] in MEANINGS["user_id"]
+        if words and words[-1] in usual and not of_a_person:
+            return column
+    return None
+
+
+def _match_nearly(ours: str, usual: Sequence[str], columns: Sequence[str]) -> str | None:
+    plain = {"".join(_words(column, ours)): column for column in reversed(columns)}
+    near = (plain[n] for name in usual for n in difflib.get_close_matches(name, plain, 1, 0.85))
+    return next(near, None)
+
+
+def _words(column: str, ours: str) -> list[str]:
+    """`bookTitle` -> book, title; an id's column without its `id`."""
+    words = re.findall(r"[^\W_]+", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", column).lower())
+    if ours not in IDS or not words:
+        return words
+    return [*words[:-1], *filter(None, [words[-1].removesuffix("id")])]
+
+
+def _quote(text: str) -> str:
+    """As YAML between quotes, letters of every language as they are."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def read_columns(file: Path) -> list[str]:
@@ -106,10 +150,15 @@ def read_columns(file: Path) -> list[str]:
     import pyarrow.csv
     import pyarrow.parquet as pq
 
+    from fellray.platform.sources import find_delimiter
+
     try:
-        if file.suffix == ".parquet":
+        if file.suffix in (".parquet", ".pq"):
             return list(pq.read_schema(file).names)
-        with pyarrow.csv.open_csv(file) as reader:
+        options = pyarrow.csv.ParseOptions(delimiter=find_delimiter(file), newlines_in_values=True)
+        with pyarrow.csv.open_csv(file, parse_options=options) as reader:
             return list(reader.schema.names)
+    except FileNotFoundError:
+        raise FellrayError(f"{file}: there is no such file") from None
     except (OSError, pa.ArrowInvalid) as error:
         raise FellrayError(f"{file}: is neither Parquet nor CSV with a header ({error})") from None

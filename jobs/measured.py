@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from fellray.actors.world import Catalogue
 from fellray.jobs.whole import Whole
 from fellray.platform.config import RunConfig
 from fellray.platform.encoder import Backbone, build
+from fellray.platform.manifest import Staged
 from fellray.platform.messages import Activation, Gradient, Lease
 from fellray.platform.rounds import Rounds
 
@@ -96,20 +96,24 @@ class SplitClient(Weighed):
         learner: str,
         backbone: Backbone,
         catalogue: Catalogue,
-        server: Any,
+        remote: RayRemote,
         rounds: Rounds,
     ):
         self._steps = count_steps(config)
-        self._timed = Timed(RayRemote(server))
+        self._timed = Timed(remote)
         seats = {learner: (learner,)}
         self._client = Client(config, 0, seats, backbone, catalogue, self._timed, rounds)
-        self._client.stage_start()
+        self._learner = learner
+
+    def stage_start(self) -> tuple[Staged, ...]:
+        """See `Client.stage_start`."""
+        return self._client.stage_start()
 
     def step(self) -> Step:
         """Train round 1 from the start, again and again the same; the average step of it."""
         waited, carried = self._timed.waiting, self._timed.bytes
         began = time.perf_counter()
-        self._client.fit(1)
+        self._client.fit(1, (self._learner,))
         parts = (
             time.perf_counter() - began,
             self._timed.waiting - waited,

@@ -58,8 +58,12 @@ class Released:
         torch.set_num_threads(self._threads)
         losses = [self._train(c, learner, round) for c, learner in enumerate(self._learners)]
         samples = [self._config.train.local_samples] * len(losses)
-        meta = describe(round, self._learners, losses, samples, self._theta_CP, self._theta_CP)
-        self._theta_CP = reduce(Fellrec(as_published=True).plan(meta), self._theta_CP)
+        method = Fellrec(as_published=True)
+        theta_CP = self._theta_CP
+        meta = describe(
+            round, self._learners, losses, samples, theta_CP, theta_CP, method.compares()
+        )
+        self._theta_CP = reduce(method.plan(meta), theta_CP)
         return losses
 
     def _train(self, c: int, learner: str, round: int) -> float:

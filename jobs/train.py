@@ -3,7 +3,8 @@
 import sys
 from typing import Any
 
-from fellray.actors.plant import Plant, deal
+from fellray.actors.client import deal
+from fellray.actors.plant import Plant
 from fellray.actors.session import connect
 from fellray.actors.world import survey
 from fellray.jobs.display import Display
@@ -18,10 +19,10 @@ def one_round(plant: Plant, t: int, config: RunConfig) -> Outcome:
     """A pure function of the committed state of round t - 1."""
     if t == 0:
         return Outcome(plant.stage_start(), plant.validate(0))
-    reports = plant.fit(t)  # local split training
+    reports = plant.fit(t, plant.sample(t))  # local split training
     plan = config.method.plan(reports.meta)  # who listens to whom
     mixed = reduce(plan, reports.theta_CP)  # everybody's own mixture
-    return Outcome(plant.install(reports, mixed), plant.validate(t), reports, plan)
+    return Outcome(plant.install(reports, plan, mixed), plant.validate(t), reports, plan)
 
 
 def train(config: RunConfig) -> dict[str, Any]:

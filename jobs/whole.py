@@ -6,14 +6,20 @@ kept from forward to backward, no messages and no ledger. Equal to them bit for 
 Shapes: N rows of a step, L real tokens of all rows together, d width.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fellray.actors.client import SIDES
 from fellray.actors.world import Catalogue
-from fellray.platform.adapters import Bank, Pair, start
+from fellray.platform import packed as packing
+from fellray.platform.adapters import Bank, start
 from fellray.platform.config import RunConfig
 from fellray.platform.encoder import Backbone
+from fellray.platform.kernel import Loras
+from fellray.platform.lanes import Lanes
+from fellray.platform.packed import PackedBlocks
 from fellray.platform.reader import Batch, Reader
 from fellray.platform.retrieval import Scorer, mean_losses
 from fellray.platform.shards import Dataset
@@ -38,7 +44,8 @@ class Whole:
         self._outer, self._inner = (
             Bank(part, config.model.lora, config.train, 1) for part in (sites, inner)
         )
-        self._trunk = parts.trunk
+        self._trunk = PackedBlocks(parts.trunk)
+        self._sites = inner
         self._tower = Tower(parts.bottom, parts.top, catalogue.tokens.pad, self._outer)
         shard = Dataset(config.data.path).shard(learner)
         self._reader = Reader(config, catalogue.tokens, {learner: [shard]})
@@ -56,27 +63,44 @@ class Whole:
         return weighted / rows
 
     def _step(self, batch: Batch, target_N: Tensor) -> float:
-        rows = batch.rows
-        inner: list[tuple[Tensor, list[Pair]]] = []
+        rows, spec = batch.rows, self._config.model.lora
+        bank = self._inner
+        lanes = Lanes(rows.lengths_N, batch.slot_N, self._config.model.pad_multiple, bank.ranks_S)
+        gradient = bank.gradient.total_SP
+        adapter = Loras(
+            self._sites, lanes.stacks, [spec.r], spec.scaling_of, _ALONE, bank.values_SP, gradient
+        )
+        packed = packing.Batch(lanes, [adapter])
 
         def cross(h_Ld: Tensor) -> Tensor:
-            outputs = []
-            for group in rows.groups:
-                slots_n = batch.slot_N[group.rows_n]
-                pairs = self._inner.gather(slots_n, True)
-                inner.append((slots_n, pairs))
-                outputs.append(self._trunk(rows.pad(h_Ld, group), group.mask_nT, [pairs]))
-            return rows.pack(outputs)
+            y: Tensor = _Inner.apply(h_Ld, self._trunk, packed)  # type: ignore[no-untyped-call]
+            return y
 
         vectors_Nd, outer = self._tower.encode(rows, batch.ids_L, batch.slot_N, cross, True)
         scores_NI = self._scorer.score(vectors_Nd, batch.shard_N)
         loss = mean_losses(scores_NI, target_N, batch.slot_N, 1).sum()
         loss.backward()
-        for bank, used in ((self._outer, outer), (self._inner, inner)):
-            for slots_n, pairs in used:
-                bank.gradient.add(slots_n, pairs)
+        for slots_n, pairs in outer:
+            self._outer.gradient.add(slots_n, pairs)
+        for bank in (self._outer, self._inner):
             bank.step(_ALONE)
         return float(loss.detach().double())
+
+
+class _Inner(torch.autograd.Function):
+    """The middle blocks in the client's own graph."""
+
+    @staticmethod
+    def forward(ctx: Any, h_Ld: Tensor, trunk: PackedBlocks, packed: packing.Batch) -> Tensor:
+        ctx.trunk, ctx.packed = trunk, packed
+        y_Md, ctx.saved = trunk.forward(packed.lanes.spread(h_Ld), packed, keep=True)
+        return packed.lanes.collect(y_Md)
+
+    @staticmethod
+    def backward(ctx: Any, g_Ld: Tensor) -> tuple[Tensor, None, None]:
+        lanes = ctx.packed.lanes
+        down_Md = ctx.trunk.backward(lanes.spread(g_Ld), ctx.saved, ctx.packed)
+        return lanes.collect(down_Md), None, None
 
 
 def tokens_per_step(config: RunConfig, learner: str, catalogue: Catalogue) -> float:

@@ -16,6 +16,10 @@ from torch import Tensor, nn
 
 from fellray.platform.config import LoraSpec, TrainConfig
 
+CACHED = 2**17
+"""Numbers of a step that are worked on at a time: AdamW passes over them often, so they are to stay
+in a core's cache."""
+
 Pair = tuple[Tensor, Tensor]
 """A [N, r, d_in] and B [N, d_out, r] of one projection: row i carries its own client's."""
 
@@ -110,14 +114,23 @@ class Bank:
         train: TrainConfig,
         num_slots: int,
         device: torch.device | None = None,
+        ranks_S: Tensor | None = None,
     ):
+        """Args: ranks_S: each slot's own rank, where not all have `spec.r`. A slot's row begins
+        with the numbers that its rank needs; the rest, up to the largest rank, stays zero."""
         self._train = train
-        self.gradient = GradientSum(sites, spec.r, num_slots, device)
+        equal = torch.full((num_slots,), spec.r, device=device)
+        self.ranks_S = equal if ranks_S is None else ranks_S.to(device)
+        largest = spec.r if ranks_S is None else int(ranks_S.max())
+        self._size_of = {
+            r: sum(site.num_parameters(r) for site in sites) for r in self.ranks_S.unique().tolist()
+        }
+        self.gradient = GradientSum(sites, largest, num_slots, device)
         self.values_SP = torch.zeros_like(self.gradient.total_SP)
         self.moment1_SP = torch.zeros_like(self.values_SP)
         self.moment2_SP = torch.zeros_like(self.values_SP)
         self.steps_S = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self._values = views(self.values_SP, sites, spec.r)
+        self._values = views(self.values_SP, sites, largest)
 
     def gather(self, slots_N: Tensor, train: bool) -> list[Pair]:
         """Each row's own adapters, one pair per site; leaves that collect gradients if `train`."""
@@ -131,12 +144,18 @@ class Bank:
 
         Bit-equal to `torch.optim.AdamW(foreach=False)` on each slot alone.
         """
+        at_once = max(1, CACHED // max(1, self.values_SP.shape[1]))
+        for slots in slots_s.split(at_once):
+            self._step(slots)
+
+    def _step(self, slots_s: Tensor) -> None:
         c = self._train
         gradient = self.gradient.total_SP[slots_s]
         self.gradient.total_SP[slots_s] = 0.0
         if c.clip is not None:
-            norm = torch.stack([row.norm() for row in gradient])
-            gradient = gradient * (c.clip / (norm + 1e-6)).clamp(max=1.0)[:, None]
+            sizes = [self._size_of[rank] for rank in self.ranks_S[slots_s].tolist()]
+            norms = [row[:size].norm() for row, size in zip(gradient, sizes, strict=True)]
+            gradient = gradient * (c.clip / (torch.stack(norms) + 1e-6)).clamp(max=1.0)[:, None]
         self.steps_S[slots_s] += 1
         steps = self.steps_S[slots_s].tolist()
         values = self.values_SP[slots_s] * (1 - c.learning_rate * c.weight_decay)
@@ -151,17 +170,17 @@ class Bank:
         self.moment1_SP[slots_s] = moment1
         self.moment2_SP[slots_s] = moment2
 
-    def state(self, moments: bool) -> dict[str, Tensor]:
-        """Copies of all rows: values, and AdamW's moments and step counts if asked."""
+    def state(self, slots_s: Tensor, moments: bool) -> dict[str, Tensor]:
+        """Copies of the slots' rows: values, and AdamW's moments and step counts if asked."""
         tensors = self._tensors() if moments else {"values": self.values_SP}
-        return {name: tensor.clone() for name, tensor in tensors.items()}
+        return {name: tensor[slots_s] for name, tensor in tensors.items()}
 
     def reset(self, slots_s: Tensor, state: Mapping[str, Tensor]) -> None:
-        """Put slots to their rows of a `state`; moments it does not hold start anew."""
+        """Put slots to the rows of a `state`, in their order; what it does not hold starts anew."""
         self.gradient.total_SP[slots_s] = 0.0
         for name, tensor in self._tensors().items():
             tensor[slots_s] = (
-                state[name].to(tensor.device)[slots_s] if name in state else tensor.new_zeros(())
+                state[name].to(tensor.device) if name in state else tensor.new_zeros(())
             )
 
     def _tensors(self) -> dict[str, Tensor]:

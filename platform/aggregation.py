@@ -3,21 +3,23 @@
 A round ends, for each sent block, with ``theta[r] <- sum_c M[r, c] * theta[c]``, rows of M summing
 to one. A method is its `plan`: a pure function of what is known about the round. Nothing here knows
 where a client runs, or in which order clients answered: they are sorted by id before they get here.
+How products of large stacks are taken is `slabs`' business.
 
 Shapes: C clients, P parameters of one client.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from fellray.platform.threads import one_thread
+from fellray.platform.slabs import Stack, gram, mix
 
-Source = str
-"""What the similarity of two clients is computed from: `update` or `raw`."""
+Source = Literal["update", "raw"]
+"""What the similarity of two clients is computed from."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Meta:
     samples_C: Tensor
     """Training histories read in the round, fp64."""
     gram: Mapping[Source, Tensor]
-    """Inner products [C, C], fp64: of the updates (`update`), of the sent weights (`raw`)."""
+    """Inner products [C, C], fp64: of the updates (`update`), of the sent weights (`raw`); those
+    that the method compares."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Reports:
     samples: int
     seconds: float
     """Wall time of local training."""
+    late: tuple[str, ...] = ()
+    """Asked, but not counted: their answers came after the deadline, or after enough others."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,9 @@ class Plan:
     """Row r: what recipient r takes of each client; rows sum to one. fp64."""
     notes: Mapping[str, Tensor] = field(default_factory=dict)
     """Per client [C], for the record only (a learning degree, say)."""
+    common: bool = False
+    """All rows are equal and meant for everyone: also those who did not take part start their next
+    round from it. Otherwise they keep what they have."""
 
     @property
     def own_weight_C(self) -> Tensor:
@@ -81,6 +89,10 @@ class Method(BaseModel):
         """
         return {client: (client,) for client in clients}
 
+    def compares(self) -> Collection[Source]:
+        """The inner products that `plan` looks at; each costs about half of what mixing costs."""
+        return ("update", "raw")
+
     def plan(self, meta: Meta) -> Plan:
         """The mixing matrix of this round."""
         raise NotImplementedError
@@ -91,8 +103,9 @@ def describe(
     clients: Sequence[str],
     losses: Sequence[float],
     samples: Sequence[int],
-    theta_CP: Tensor,
-    start_CP: Tensor,
+    theta_CP: Stack,
+    start_CP: Stack,
+    sources: Collection[Source] = ("update", "raw"),
 ) -> Meta:
     """What a plan may look at, from one snapshot of everybody's sent weights.
 
@@ -103,44 +116,65 @@ def describe(
         samples: how many histories each client read.
         theta_CP: sent weights after local training.
         start_CP: the same weights at the start of the round.
+        sources: what inner products are taken of: what the method compares.
     """
     assert list(clients) == sorted(clients), "rows follow the sorted client ids"
-    theta, update = theta_CP.double(), theta_CP.double() - start_CP.double()
-    with one_thread():
-        gram = {"update": update @ update.T, "raw": theta @ theta.T}
     return Meta(
         round=round,
         clients=tuple(clients),
         losses_C=torch.tensor(losses, dtype=torch.float64),
         samples_C=torch.tensor(samples, dtype=torch.float64),
-        gram=gram,
+        gram={s: gram(theta_CP, start_CP if s == "update" else None) for s in sources},
     )
 
 
 def reduce(plan: Plan, theta_CP: Tensor) -> Tensor:
-    """``M @ theta`` [C, P] in theta's dtype, summed in fp64 from one snapshot.
+    """``M @ theta`` [C, P] in theta's dtype, from one snapshot that is left as it is.
 
-    A row that listens to nobody else returns its own weights bit for bit.
+    Equal rows of the matrix give equal bits, and a row that listens to nobody else returns its own
+    weights bit for bit. Sums are taken in fp64 for up to `slabs.EXACT` clients, in fp32 for more.
 
     Raises:
         ValueError: a row of the matrix does not sum to one.
     """
-    mixing = plan.mixing_CC
-    if not torch.allclose(mixing.sum(1), torch.ones(len(mixing), dtype=mixing.dtype), atol=1e-9):
-        raise ValueError(f"rows of the mixing matrix sum to {mixing.sum(1).tolist()}, not to one")
-    theta = theta_CP.to(mixing.dtype)
-    mixed = torch.zeros_like(theta)
-    # Client by client, not as a matrix product, whose order of summation depends on a row's place
-    # and on the number of threads.
-    for weights_C, row_P in zip(mixing.T, theta, strict=True):
-        mixed += weights_C[:, None] * row_P
-    alone = (mixing == torch.eye(len(mixing), dtype=mixing.dtype)).all(1)
-    return torch.where(alone[:, None], theta_CP, mixed.to(theta_CP.dtype))
+    check_rows(plan)
+    mixed_CP = torch.empty(theta_CP.shape, dtype=theta_CP.dtype)
+    mix(plan.mixing_CC, theta_CP, mixed_CP)
+    return mixed_CP
+
+
+def reduce_(plan: Plan, theta_CP: Stack) -> None:
+    """`reduce`, the same bits, into the snapshot's own place: a few slabs of memory more.
+
+    When it is interrupted the stack is part snapshot, part mixture, and has to be made again.
+
+    Raises:
+        ValueError: a row of the matrix does not sum to one; nothing was written.
+    """
+    check_rows(plan)
+    mix(plan.mixing_CC, theta_CP, theta_CP)
+
+
+def check_rows(plan: Plan) -> None:
+    """See that the weights of every recipient sum to one, in fp64 and before they are rounded.
+
+    Raises:
+        ValueError: a row does not.
+    """
+    sum_C = plan.mixing_CC.double().sum(1)
+    off_C = ~((sum_C - 1).abs() <= 1e-6)
+    if off_C.any():
+        first = int(off_C.nonzero()[0])
+        raise ValueError(
+            f"row {first} of the mixing matrix sums to {sum_C[first].item()}, not to one; "
+            f"{int(off_C.sum())} of {len(sum_C)} rows are off"
+        )
 
 
 def cosine(gram_CC: Tensor) -> Tensor:
     """Cosine similarities [C, C] from inner products; 0 with a zero vector, 1 on the diagonal."""
     norm_C = gram_CC.diagonal().clamp(min=0).sqrt()
     scale = torch.where(norm_C > 0, 1 / norm_C, torch.zeros_like(norm_C))
-    similarity = (gram_CC * scale[:, None] * scale[None, :]).clamp(-1, 1)
-    return similarity.fill_diagonal_(1.0)
+    similarity = gram_CC * scale[:, None]
+    similarity *= scale[None, :]
+    return similarity.clamp_(-1, 1).fill_diagonal_(1.0)

@@ -24,6 +24,10 @@ def to_ids(name: str, columns: list[tuple[str, pa.ChunkedArray]]) -> list[np.nda
     plain = []
     for file, column in columns:
         values = _decode(column)
+        if _is(values, "string") or _is(values, "large_string"):
+            # an empty cell of a CSV file is an empty text
+            blank = pc.equal(pc.utf8_trim_whitespace(values), "")
+            values = pc.if_else(blank, pa.scalar(None, values.type), values)
         _refuse_nulls(file, name, values)
         if not len(values):
             raise FellrayError(f"{file}: has no rows")
@@ -98,8 +102,11 @@ def to_text(file: str, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _refuse_nulls(file: str, name: str, column: pa.ChunkedArray) -> None:
     if column.null_count:
+        places = np.flatnonzero(column.is_null().to_numpy()) + 1
+        first = ", ".join(map(str, places[:3]))
         raise FellrayError(
-            f"{file}: {name} is null in {column.null_count} of {len(column)} rows; remove them"
+            f"{file}: {name} is null or empty in {len(places):,} of {len(column):,} rows, in row "
+            f"{first}{' ...' if len(places) > 3 else ''} after the header; remove or fill them"
         )
 
 

@@ -6,6 +6,7 @@ The tree knows the methods only as their own configs (one file per method beside
 
 import difflib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -121,7 +122,11 @@ class LoraSpec(Config):
     @property
     def scaling(self) -> float:
         """What the adapter's output is multiplied by."""
-        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+        return self.scaling_of(self.r)
+
+    def scaling_of(self, rank: int) -> float:
+        """The same for an adapter of another rank."""
+        return self.lora_alpha / (rank**0.5 if self.use_rslora else rank)
 
 
 class ModelConfig(Config):
@@ -187,11 +192,54 @@ class TrainConfig(Config):
     holds anyway; or none (then only the loss is sent)."""
 
 
+class SamplingConfig(Config):
+    """Which of the registered clients take part in a round."""
+
+    per_round: int | None = Field(default=None, ge=1)
+    """How many clients' answers a round needs. None: everybody takes part (with a trace, everybody
+    who is available)."""
+    kind: Literal["uniform", "by_size", "round_robin", "trace"] = "uniform"
+    """Everybody alike; in proportion to the size of a client's training data; everybody in turn; or
+    uniformly among those whom a trace calls available."""
+    over_select: float = Field(default=1.0, ge=1, allow_inf_nan=False)
+    """More clients are asked than needed: ceil(per_round * over_select). The first per_round
+    answers within the deadline count, so above 1 a replay may count other answers."""
+    deadline_s: float | None = Field(default=None, gt=0)
+    """Seconds after which an answer no longer counts. None: everybody asked is waited for."""
+    trace: Path | None = None
+    """A Parquet file with the columns client (text), start, end (whole numbers): a client is
+    available in the rounds start <= round < end. A client may have several rows."""
+
+    @property
+    def asked(self) -> int | None:
+        """How many clients a round asks; None: all."""
+        if self.per_round is None:
+            return None
+        # 10 * 1.1 is a little more than 11 in binary fractions
+        return math.ceil(round(self.per_round * self.over_select, 6))
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> Self:
+        if self.kind == "trace" and self.trace is None:
+            raise ValueError("kind trace needs sampling.trace=<Parquet file>")
+        if self.kind != "trace" and self.trace is not None:
+            raise ValueError(f"trace is read by kind trace only, kind is {self.kind}")
+        if self.per_round is None and self.kind in ("by_size", "round_robin"):
+            raise ValueError(f"kind {self.kind} needs sampling.per_round=<number of clients>")
+        if self.per_round is None and self.over_select > 1:
+            raise ValueError(
+                f"over_select {self.over_select:g} needs sampling.per_round=<number of clients>"
+            )
+        return self
+
+
 class ClientsConfig(Config):
     """Client actors: how many clients each holds and what it may use of a node."""
 
     per_actor: int = Field(default=1, ge=1)
-    """Clients (slots) in one actor. 1: every client is a process of its own (about 600 MiB)."""
+    """Clients in one actor. 1: every client is a process of its own (about 600 MiB)."""
+    slots: int = Field(default=64, ge=1)
+    """How many of an actor's clients train side by side; the others who take part follow."""
     cpus: float = Field(default=0.5, ge=0)
     """CPUs Ray reserves for one client actor."""
     gpu_denominator: int = Field(default=0, ge=0)
@@ -213,6 +261,9 @@ class ServerConfig(Config):
     """Learning rate of the shared trunk adapter, stepped once per round."""
     max_tokens: int = Field(default=16384, ge=16)
     """Most tokens in one merged batch; rows of one client and step always stay together."""
+    keep_graphs_mib: int = Field(default=512, ge=0)
+    """Memory for what forward passes leave for their backward; beyond it the oldest are dropped and
+    made again, with the same bits. 0: every forward is computed twice, nothing is kept."""
     cpus: float = Field(default=1, ge=0)
     """CPUs Ray reserves for the server."""
     gpus: float = Field(default=0, ge=0)
@@ -239,6 +290,8 @@ class EvaluationConfig(Config):
     """Validate after every this many rounds (and after the last)."""
     select: Literal["ndcg@10", "worst_ndcg@10"] = "ndcg@10"
     """The best round: highest pooled validation NDCG@10, or highest of the worst client."""
+    clients: int | None = Field(default=None, ge=1)
+    """Evaluate (and export) at most this many clients, a seeded sample, the same in every round."""
     max_users: int | None = Field(default=None, ge=1)
     """Validate on at most this many users of each client; the test is always whole."""
 
@@ -258,6 +311,7 @@ class RunConfig(Config):
     model: ModelConfig = ModelConfig()
     method: Annotated[AnyMethod, _kind("fellrec")] = Field(default=Fellrec())
     train: TrainConfig = TrainConfig()
+    sampling: SamplingConfig = SamplingConfig()
     clients: ClientsConfig = ClientsConfig()
     server: ServerConfig = ServerConfig()
     cluster: ClusterConfig = ClusterConfig()

@@ -1,7 +1,10 @@
 """What to do when an actor is lost: a decision as a value. Whoever asked carries it out."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from fellray.platform.manifest import Uncommitted
 from fellray.platform.messages import StaleLease
 from fellray.platform.rounds import Rounds
 
@@ -38,12 +41,17 @@ def decide(tries: int, never_started: bool, reason: str) -> Replay | Stop:
     return Replay(min(0.25 * 2 ** (tries - 1), 4.0))
 
 
-def require_committed(rounds: Rounds, round: int) -> None:
-    """A holder that was restarted can take up committed rounds only.
+@contextmanager
+def committed(rounds: Rounds, round: int) -> Iterator[None]:
+    """Reading a round: a holder that was restarted can take up committed rounds only.
 
     Raises:
         StaleLease: the round was installed, but its holder lost it before it was committed.
     """
-    latest = rounds.latest()
-    if latest is None or round > latest:
-        raise StaleLease(f"round {round} was lost before it was committed")
+    try:
+        yield
+    except Uncommitted:
+        latest = rounds.latest()
+        if latest is None or round > latest:
+            raise StaleLease(f"round {round} was lost before it was committed") from None
+        raise

@@ -1,15 +1,16 @@
 """The trunk's host: frozen blocks, every client's personal adapters, batches of whoever waits.
 
-It sees activations and gradients, never tokens or labels. Forward keeps nothing; backward is given
-the inputs again (recompute), so a lost client or a lost server loses no more than a step. Bits do
-not depend on who shares a batch: rows are padded by their own rule, and a client's rows of one step
-travel together and are summed in their order. It knows nothing of Ray or DeepSpeed.
+It sees activations and gradients, never tokens or labels. Backward is given the inputs again: what
+forward could not keep is computed once more, so a lost client or a lost server loses no more than a
+step. Bits do not depend on who shares a batch: a client's rows of one step travel together, are
+padded by a rule on them alone and summed in their order. It knows nothing of Ray or DeepSpeed.
 
-Shapes: N rows, L real tokens, n rows of one padded length T, d width, C clients, P parameters.
+Shapes: N rows, L real tokens, K lanes, M tokens in lanes, d width, C clients, P parameters.
 """
 
 import uuid
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeVar
 
@@ -18,19 +19,35 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from fellray.platform import adapters
-from fellray.platform.adapters import Bank, GradientSum, Pair, Site, start, state_names
+from fellray.platform.adapters import Bank, GradientSum, Site, start
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
-from fellray.platform.faults import require_committed
+from fellray.platform.faults import committed
+from fellray.platform.keep import Keep
+from fellray.platform.kernel import Loras
+from fellray.platform.lanes import Lanes
 from fellray.platform.ledger import payload_bytes
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import Activation, Gradient, Installation, Lease, StaleLease
+from fellray.platform.packed import Batch
 from fellray.platform.rounds import Rounds
-from fellray.platform.rows import Rows
+from fellray.platform.slots import Slots
 from fellray.platform.trunk import Engine
 
 Item = TypeVar("Item")
+
+
+@dataclass
+class _Turn:
+    """A client's leave to train a round."""
+
+    round: int
+    lease: int
+    next_step: int = 0
+
+
+_Key = tuple[str, Lease | None, int]
+"""Client, lease, step: under what a forward pass is kept."""
 
 
 class TrunkHost:
@@ -52,19 +69,22 @@ class TrunkHost:
         self._rounds = rounds
         self._engine = engine
         self._life = uuid.uuid4().hex
-        self._learners = tuple(learners)
-        self._slot = {learner: i for i, learner in enumerate(learners)}
+        self._learners = frozenset(learners)
         self._sites = sites
-        lora, keep = config.model.lora, config.train.moments == "keep"
-        self._keeps_moments = keep
-        self._bank = Bank(sites, lora, config.train, len(learners), device)
-        self._shared_gradient = GradientSum(sites, lora.r, len(learners), device)
+        lora = config.model.lora
+        self._slots = Slots(
+            lambda slots: Bank(sites, lora, config.train, slots, device),
+            "trunk",
+            config.train.moments == "keep",
+            rounds,
+        )
         self._shared = config.server.shared_adapter
-        self._lease = torch.zeros(len(learners), dtype=torch.int64, device=device)
-        self._next_step = torch.zeros_like(self._lease)
+        self._shared_gradient = GradientSum(sites, lora.r, 0, device)
+        self._shared_round = -1
+        self._keep = Keep(config.server.keep_graphs_mib * 2**20)
+        self._turns: dict[str, _Turn] = {}
         self._leases = 0
-        self._round = -1
-        self._start: dict[str, Tensor] = {}
+        self._installed = -1
         self._staged: tuple[Staged, ...] = ()
 
     def begin(self, run: str, round: int, clients: Sequence[str]) -> Lease:
@@ -73,13 +93,14 @@ class TrunkHost:
         Whatever an earlier try of this round left behind, a dead actor's half round say, is gone,
         and what still arrives from it is refused.
         """
-        self._put_at(round - 1)
-        slots = self._slots(clients)
-        self._bank.reset(slots, self._start)
-        self._shared_gradient.total_SP[slots] = 0.0
+        self._bring_shared(round - 1)
+        slots = self._slots.hold(round - 1, clients)
+        self._slots.train(clients)
         self._leases += 1
-        self._lease[slots] = self._leases
-        self._next_step[slots] = 0
+        self._turns |= {client: _Turn(round, self._leases) for client in clients}
+        if self._shared:
+            self._fit_shared_gradient()
+            self._shared_gradient.total_SP[slots] = 0.0
         return Lease(self._life, self._leases)
 
     def forward(self, activations: Sequence[Activation]) -> list[np.ndarray | Exception]:
@@ -100,7 +121,8 @@ class TrunkHost:
             StaleLease: as `theta`.
         """
         self._check_lives(lives)
-        finite: list[bool] = self._bank.values_SP[self._slots(clients)].isfinite().all(1).tolist()
+        values = self._slots.bank.values_SP[self._find(clients)]
+        finite: list[bool] = values.isfinite().all(1).tolist()
         return finite
 
     def theta(self, lives: Collection[str], clients: Sequence[str]) -> np.ndarray:
@@ -110,14 +132,19 @@ class TrunkHost:
             StaleLease: somebody trained under another life of this server: that work is lost.
         """
         self._check_lives(lives)
-        return self._bank.values_SP[self._slots(clients)].cpu().numpy()
+        return self._slots.bank.values_SP[self._find(clients)].cpu().numpy()
 
     def stage_start(self) -> tuple[Staged, ...]:
         """Stage round 0: the one seeded start that every client shares."""
-        everyone = self._slots(self._learners)
-        self._bank.reset(everyone, {"values": self._seeded_P.repeat(len(everyone), 1)})
+        self.forget()
         self._engine.load_shared({"values": self._seeded_P})
-        return self._stage(0)
+        self._shared_round = 0
+        self._staged = (
+            *self._slots.stage_start(self._seeded_P),
+            *self._stage_shared(0),
+        )
+        self._installed = 0
+        return self._staged
 
     def install(self, installation: Installation) -> tuple[Staged, ...]:
         """Make the mixture the state of `round` and stage it; asked twice, answers the same.
@@ -127,56 +154,65 @@ class TrunkHost:
         Raises:
             StaleLease: somebody's round was not trained in this life of the server.
         """
-        if installation.round == self._round:
+        round, refused = installation.round, set(installation.refused)
+        if round == self._installed:
             return self._staged
-        if not self._lease[self._slots(installation.clients)].all():
+        turns = [self._turns.get(c) for c in installation.clients]
+        if not all(turn and turn.round == round for turn in turns):
             raise StaleLease("the server was restarted after training")
-        if installation.theta_SP.shape[1]:
-            self._bank.values_SP[self._slots(installation.clients)] = torch.tensor(
-                installation.theta_SP, device=self._device
-            )
-        self._bank.reset(self._slots(installation.refused), self._start)
+        rows = [i for i, c in enumerate(installation.clients) if c not in refused]
+        accepted = [installation.clients[i] for i in rows]
+        mixed = bool(installation.theta_SP.shape[1])
+        if mixed:
+            theta = torch.from_numpy(installation.theta_SP[rows])
+            self._slots.bank.values_SP[self._find(accepted)] = theta.to(self._device)
         if self._shared:
-            self._step_shared(sorted(set(installation.clients) - set(installation.refused)))
-        return self._stage(installation.round)
+            self._step_shared(sorted(accepted))
+            self._shared_round = round
+        own = not (mixed and installation.common)
+        self._staged = (
+            *self._slots.stage(round, "trunk", accepted, own),
+            *self._stage_shared(round),
+        )
+        self._turns.clear()
+        self._installed = round
+        return self._staged
+
+    def expect(self, round: int, staged: Sequence[Staged]) -> None:
+        """See `Rounds.expect`."""
+        self._rounds.expect(round, staged)
 
     def forget(self) -> None:
         """Drop what is in memory: the next call starts from the last committed round."""
-        self._round = -1
+        self._slots.clear()
+        self._turns.clear()
+        self._shared_round = self._installed = -1
 
-    def _stage(self, round: int) -> tuple[Staged, ...]:
-        self._stand_at(round)
-        personal = {f"trunk.{name}": t for name, t in self._start.items()}
-        staged = [self._rounds.stage(round, "trunk", self._learners, personal)]
-        if self._shared:
-            shared = {f"shared.{name}": t for name, t in self._engine.shared_state().items()}
-            staged.append(self._rounds.stage(round, "shared", (), shared))
-        self._staged = tuple(staged)
-        return self._staged
+    def _stage_shared(self, round: int) -> tuple[Staged, ...]:
+        if not self._shared:
+            return ()
+        state = {f"shared.{name}": t for name, t in self._engine.shared_state().items()}
+        return (self._rounds.stage(round, "shared", (), state),)
 
-    def _put_at(self, round: int) -> None:
-        if round == self._round:
-            return
-        require_committed(self._rounds, round)
-        names = state_names("trunk", self._keeps_moments)
-        loaded = self._rounds.load(round, self._learners, names)
-        state = {name.removeprefix("trunk."): tensor for name, tensor in loaded.items()}
-        self._bank.reset(self._slots(self._learners), state)
-        if self._shared:
+    def _bring_shared(self, round: int) -> None:
+        if self._shared and round != self._shared_round:
             kinds = ("values", "moment1", "moment2", "steps")
-            self._engine.load_shared(
-                {kind: self._rounds.load_shared(round, f"shared.{kind}") for kind in kinds}
-            )
-        self._stand_at(round)
+            with committed(self._rounds, round):
+                state = {kind: self._rounds.load_shared(round, f"shared.{kind}") for kind in kinds}
+            self._engine.load_shared(state)
+            self._shared_round = round
 
-    def _stand_at(self, round: int) -> None:
-        self._round = round
-        self._start = self._bank.state(self._keeps_moments)
-        self._lease.zero_()
+    def _fit_shared_gradient(self) -> None:
+        rows = len(self._slots.bank.values_SP)
+        old = self._shared_gradient.total_SP
+        if len(old) < rows:
+            lora = self._config.model.lora
+            self._shared_gradient = GradientSum(self._sites, lora.r, rows, self._device)
+            self._shared_gradient.total_SP[: len(old)] = old
 
     def _step_shared(self, clients: Sequence[str]) -> None:
         """Client ids in order, fp64: neither batches nor arrival change the sum."""
-        rows = self._shared_gradient.total_SP[self._slots(clients)].double()
+        rows = self._shared_gradient.total_SP[self._find(clients)].double()
         if len(rows):
             self._engine.step_shared(rows.sum(0).float() / len(rows))
         self._shared_gradient.total_SP.zero_()
@@ -191,14 +227,15 @@ class TrunkHost:
         if unknown := sorted(set(activation.clients) - set(self._learners)):
             raise FellrayError(f"client {unknown[0]} does not take part in this run")
         _check_shape(activation)
-        slots = self._slots(activation.clients)
-        if activation.lease is None:
-            self._put_at(activation.round)
-            if self._lease[slots].any():
+        turns = [self._turns.get(c) for c in activation.clients]
+        lease = activation.lease
+        if lease is None:
+            if any(turns):
                 raise StaleLease(f"round {activation.round + 1} is being trained")
+            self._bring_shared(activation.round)
             return
-        current = activation.lease.server == self._life and bool(
-            (self._lease[slots] == activation.lease.number).all()
+        current = lease.server == self._life and all(
+            turn is not None and turn.lease == lease.number for turn in turns
         )
         if not current:
             raise StaleLease(f"round {activation.round} was begun again")
@@ -209,66 +246,87 @@ class TrunkHost:
         if gradient.g_Ld.shape != activation.h_Ld.shape:
             shapes = f"{gradient.g_Ld.shape} for hidden states of {activation.h_Ld.shape}"
             raise FellrayError(f"a gradient of shape {shapes} does not add up")
-        slots = self._slots(activation.clients)
         key = (activation.run, activation.round, activation.step)
-        expected = bool((self._next_step[slots] == activation.step).all())
+        expected = all(self._turns[c].next_step == activation.step for c in activation.clients)
         if key != (gradient.run, gradient.round, gradient.step) or not expected:
             raise StaleLease(f"step {activation.step} of round {activation.round} is not due")
 
     def _forward(self, activations: Sequence[Activation]) -> list[np.ndarray]:
-        rows, slots_N, h_Ld = self._merge(activations)
-        outputs = []
-        with torch.no_grad():
-            for group in rows.groups:
-                flat, _ = self._gather(slots_N[group.rows_n], train=False)
-                outputs.append(self._engine.forward(rows.pad(h_Ld, group), group.mask_nT, *flat))
-        return _part(rows.pack(outputs), activations)
+        lanes, slots_K, keys = self._lay(activations)
+        batch = self._load(lanes, slots_K, train=False)
+        h_Md = self._spread(lanes, [activation.h_Ld for activation in activations])
+        packed = self._engine.module.packed
+        keep = all(a.lease for a in activations) and self._keep.make_room(
+            packed.measure(lanes.num_tokens)
+        )
+        y_Md, saved = packed.forward(h_Md, batch, keep)
+        if keep:
+            self._keep.put(keys, lanes, saved)
+        return _part(lanes.collect(y_Md), activations)
 
     def _backward(self, sent: Sequence[tuple[Activation, Gradient]]) -> list[np.ndarray]:
         activations = [activation for activation, _ in sent]
-        rows, slots_N, h_Ld = self._merge(activations)
-        g_Ld = _join([gradient.g_Ld for _, gradient in sent]).to(self._device)
-        down = []
-        with torch.enable_grad():
-            for group in rows.groups:
-                slots_n = slots_N[group.rows_n]
-                flat, sets = self._gather(slots_n, train=True)
-                h = rows.pad(h_Ld, group).requires_grad_()
-                y = self._engine.forward(h, group.mask_nT, *flat)
-                self._engine.backward(y, rows.pad(g_Ld, group))
-                self._bank.gradient.add(slots_n, sets[0])
-                if self._shared:
-                    self._shared_gradient.add(slots_n, sets[1])
-                assert h.grad is not None
-                down.append(h.grad)
-        stepped = slots_N.unique()
-        self._bank.step(stepped)
-        self._next_step[stepped] += 1
-        return _part(rows.pack(down), activations)
+        lanes, slots_K, keys = self._lay(activations)
+        batch = self._load(lanes, slots_K, train=True)
+        h_Md = self._spread(lanes, [activation.h_Ld for activation in activations])
+        saved = self._keep.take(keys, lanes, h_Md)
+        if saved is None:
+            _, saved = self._engine.module.packed.forward(h_Md, batch, keep=True)
+        g_Md = self._spread(lanes, [gradient.g_Ld for _, gradient in sent])
+        down_Md = self._engine.backward(g_Md, saved, batch)
+        stepped = slots_K.unique()
+        self._slots.bank.step(stepped)
+        for client, _, _ in keys:
+            self._turns[client].next_step += 1
+        return _part(lanes.collect(down_Md), activations)
 
-    def _merge(self, activations: Sequence[Activation]) -> tuple[Rows, Tensor, Tensor]:
+    def _lay(self, activations: Sequence[Activation]) -> tuple[Lanes, Tensor, list[_Key]]:
+        """Lanes, and whose each of them is: its slot, and under what its pass is kept."""
         lengths = np.concatenate([a.lengths_N for a in activations]).astype(np.int64)
-        rows = Rows(torch.from_numpy(lengths), self._config.model.pad_multiple, self._device)
-        slots = [self._slots(a.clients)[torch.tensor(a.row_client_N)] for a in activations]
-        return rows, torch.cat(slots), _join([a.h_Ld for a in activations]).to(self._device)
+        # together, so that none of them makes room for another
+        held = sorted({c for a in activations if a.lease is None for c in a.clients})
+        self._slots.hold(activations[0].round, held)
+        owners = [a.row_client_N.astype(np.int64) for a in activations]
+        used = [np.unique(owner, return_inverse=True) for owner in owners]
+        starts = np.cumsum([0, *(len(clients) for clients, _ in used)])
+        lane_N = np.concatenate([own + at for (_, own), at in zip(used, starts, strict=False)])
+        keys = [
+            (a.clients[client], a.lease, a.step)
+            for a, (clients, _) in zip(activations, used, strict=True)
+            for client in clients.tolist()
+        ]
+        slots_K = self._find([client for client, _, _ in keys])
+        lanes = Lanes(
+            torch.from_numpy(lengths),
+            torch.from_numpy(lane_N),
+            self._config.model.pad_multiple,
+            self._slots.bank.ranks_S[slots_K].cpu(),
+            self._device,
+        )
+        order = lanes.order_K.tolist()
+        return lanes, slots_K[lanes.order_K.to(self._device)], [keys[lane] for lane in order]
 
-    def _gather(self, slots_n: Tensor, train: bool) -> tuple[list[Tensor], list[list[Pair]]]:
-        sets = [self._bank.gather(slots_n, train)]
+    def _load(self, lanes: Lanes, slots_K: Tensor, train: bool) -> Batch:
+        """The lanes with every set of their adapters, and where the gradients go if `train`."""
+        spec, stacks, bank = self._config.model.lora, lanes.stacks, self._slots.bank
+
+        def load(ranks: Sequence[int], values_SP: Tensor, sums: GradientSum) -> Loras:
+            gradient_SP = sums.total_SP if train else None
+            return Loras(
+                self._sites, stacks, ranks, spec.scaling_of, slots_K, values_SP, gradient_SP
+            )
+
+        sets = [load([stack.rank for stack in stacks], bank.values_SP, bank.gradient)]
         if self._shared:
-            shared = self._engine.module.shared_P.detach()[None]
-            rows = [
-                (
-                    a.expand(len(slots_n), -1, -1).clone().requires_grad_(train),
-                    b.expand(len(slots_n), -1, -1).clone().requires_grad_(train),
-                )
-                for a, b in adapters.views(shared, self._sites, self._config.model.lora.r)
-            ]
-            sets.append(rows)
-        return [tensor for pairs in sets for pair in pairs for tensor in pair], sets
+            common_SP = self._engine.module.shared_P.detach().expand(len(bank.values_SP), -1)
+            sets.append(load([spec.r] * len(stacks), common_SP, self._shared_gradient))
+        return Batch(lanes, sets)
 
-    def _slots(self, clients: Sequence[str]) -> Tensor:
-        places = [self._slot[c] for c in clients]
-        return torch.tensor(places, dtype=torch.int64, device=self._device)
+    def _spread(self, lanes: Lanes, arrays: Sequence[np.ndarray]) -> Tensor:
+        return lanes.spread(_join(arrays).to(self._device))
+
+    def _find(self, clients: Sequence[str]) -> Tensor:
+        return self._slots.find(clients).to(self._device)
 
     def _each(
         self,

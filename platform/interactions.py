@@ -70,10 +70,11 @@ def read(config: DataConfig) -> Interactions:
         met = np.isin(data.items["item_id"].to_numpy(), data.item_id)
         data = replace(data, items=data.items.filter(pa.array(met)))
     if not len(data.user_id):
+        filters = {name: getattr(config, name) for name in ("min_rating", "max_users", "k_core")}
+        told = [f"data.{name}={value}" for name, value in filters.items() if value is not None]
         raise FellrayError(
-            f"{config.source}: no interaction is left after data.min_rating={config.min_rating}, "
-            f"data.max_users={config.max_users}, data.k_core={config.k_core}; lower them "
-            "(data.k_core=1 keeps all)"
+            f"{config.source}: no interaction is left after {', '.join(told)}; lower them: "
+            "data.k_core drops users and items with fewer interactions (1 keeps all)"
         )
     return data
 

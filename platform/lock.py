@@ -74,6 +74,30 @@ def take_file(full: str, folder: str) -> int:
     return descriptor
 
 
+def is_file_held(full: str) -> bool:
+    """Whether a process of this machine holds the lock; False where that cannot be asked."""
+    try:
+        descriptor = os.open(full, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def is_object_held(folder: Folder, path: str) -> bool:
+    """Whether the lock `path` in a folder has shown a sign of life within `DEAD` seconds."""
+    if not folder.exists(path):
+        return False
+    return bool(time.time() - _parse_holder(folder.read(path)).get("beat", 0.0) < DEAD)
+
+
 def check_file(descriptor: int, full: str) -> None:
     """That the file taken is still the one others would take.
 

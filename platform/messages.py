@@ -73,7 +73,8 @@ class LedgerRow:
 class Update:
     """What an actor returns at the end of a round."""
 
-    lease: Lease
+    lives: tuple[str, ...]
+    """The lives of the server in which its clients were trained."""
     clients: tuple[str, ...]
     theta_SP: np.ndarray
     """fp32: the client-side adapters that the method may mix; no columns where nothing is shared.
@@ -82,6 +83,8 @@ class Update:
     """Mean training loss per client."""
     samples: tuple[int, ...]
     """Histories read per client."""
+    seconds: tuple[float, ...]
+    """When each client was done, from the beginning of the call."""
     refused: Mapping[str, str]
     """Clients whose round cannot be used (a NaN or an infinity), and why."""
 
@@ -96,3 +99,5 @@ class Installation:
     """fp32: rows follow `clients`."""
     refused: tuple[str, ...] = ()
     """These go back to the round's start."""
+    common: bool = False
+    """The mixture is one for everyone and lies in everyone's page."""

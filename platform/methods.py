@@ -6,14 +6,14 @@ repository: `method: {kind: file, path: mine.py, name: Mine, options: {...}}`.
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, PrivateAttr, ValidationError
 
-from fellray.platform.aggregation import Meta, Method, Plan
+from fellray.platform.aggregation import Meta, Method, Plan, Source
 from fellray.platform.errors import FellrayError
 from fellray.platform.fellrec import Fellrec
 
@@ -25,16 +25,24 @@ class FedAvg(Method):
     weighting: Literal["uniform", "samples"] = "uniform"
     """Every client counts the same, or by the histories it read this round."""
 
+    def compares(self) -> Collection[Source]:
+        """Nobody with anybody."""
+        return ()
+
     def plan(self, meta: Meta) -> Plan:
         """One constant row."""
         weights = torch.ones_like(meta.samples_C) if self.weighting == "uniform" else meta.samples_C
-        return Plan((weights / weights.sum()).repeat(len(weights), 1))
+        return Plan((weights / weights.sum()).repeat(len(weights), 1), common=True)
 
 
 class Local(Method):
     """No federation: every client trains alone (the trunk's frozen blocks are still shared)."""
 
     kind: Literal["local"] = "local"
+
+    def compares(self) -> Collection[Source]:
+        """Nobody with anybody."""
+        return ()
 
     def plan(self, meta: Meta) -> Plan:
         """The identity."""
@@ -52,6 +60,10 @@ class Central(Method):
     def seat(self, clients: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """One learner reads every shard."""
         return {"central": tuple(clients)}
+
+    def compares(self) -> Collection[Source]:
+        """Nobody with anybody."""
+        return ()
 
     def plan(self, meta: Meta) -> Plan:
         """The identity."""
@@ -73,6 +85,10 @@ class FromFile(Method):
     def seat(self, clients: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """As the user's class says."""
         return self._method.seat(clients)
+
+    def compares(self) -> Collection[Source]:
+        """As the user's class says."""
+        return self._method.compares()
 
     def plan(self, meta: Meta) -> Plan:
         """As the user's class says."""

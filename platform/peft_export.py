@@ -22,7 +22,7 @@ from fellray.platform.run import Run
 from fellray.platform.split import plan_cut
 
 
-def export(run: Run, round: int) -> list[str]:
+def export(run: Run, round: int, learners: Sequence[str]) -> list[str]:
     """Write `adapters/<learner>/` into the run's folder for every learner of a committed round.
 
     `PeftModel.from_pretrained(AutoModel.from_pretrained(encoder), folder)` then is the learner's
@@ -41,7 +41,6 @@ def export(run: Run, round: int) -> list[str]:
     r = model.lora.r
     sites = plan_cut(load_backbone(model.name), model).sites
     ends, trunk = sites["bottom"] + sites["top"], sites["trunk"]
-    learners = run.rounds.clients(round)
     loaded = run.rounds.load(round, learners, ["client.values", "trunk.values"])
     pairs = _by_path(ends, views(loaded["client.values"], ends, r))
     personal = views(loaded["trunk.values"], trunk, r)

@@ -14,6 +14,7 @@ from fellray.platform.curves import show_rounds
 from fellray.platform.markup import Html, fold, join, list_facts, make_page, section, tabulate, tag
 from fellray.platform.words import (
     BASELINES,
+    CROSSINGS,
     HEADLINE,
     STATISTICS,
     format_count,
@@ -206,7 +207,7 @@ def _traffic(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> H
     per = f" A client-round is one client in one round; there were {turns:,}." if turns else ""
     return section(
         "Bytes moved",
-        tag("p", f"What the clients sent and received, by kind, from the ledger.{per}"),
+        tag("p", f"What the clients sent and received, by kind, from the ledger.{per} {CROSSINGS}"),
         tabulate(["kind", "size", "bytes", "share", "per client-round"], cells),
     )
 

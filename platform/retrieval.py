@@ -26,7 +26,7 @@ class Scorer:
 
     def __init__(
         self,
-        vectors_Id: np.ndarray,
+        vectors_Id: np.ndarray | Tensor,
         shards: Sequence[Shard],
         temperature: float,
         prior: bool,

@@ -1,30 +1,39 @@
 """Committed rounds: what every holder of adapters put down, and the manifest that makes it count.
 
-    rounds/000003/<holder>.safetensors    staged by each holder, in any order
+    rounds/000003/<holder>.safetensors    pages of the clients that changed, in any deal
     rounds/000003/manifest.json           written last, by the driver: now the round happened
+    rounds/000003/pages.json              instead: pruned, but some pages are still somebody's last
 
-A round without a whole manifest, or with a file of another size than the manifest says, did not
-happen. This file must not know what the tensors are for, nor who trains them.
+A round holds the pages of those clients only whose state changed in it: a client's state is its
+last page up to the round asked for, or the page of `EVERYONE` where it has none, so a client that
+never trained costs nothing. A round without a whole manifest, or with a file of another size than
+the manifest says, did not happen. This file must not know what the tensors are for, nor who trains.
 
 Legend: S rows of a stacked tensor, one per client.
 """
 
 import hashlib
-import json
 import math
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-import safetensors.torch
 import torch
 
+from fellray.platform import pages
 from fellray.platform.errors import FellrayError
 from fellray.platform.manifest import Manifest, Staged, Uncommitted, check_claims, decode, encode
+from fellray.platform.pages import DamagedPages, Head
 from fellray.platform.storage import Storage
 
+EVERYONE = ""
+"""Whose page is the state of all clients that have none of their own."""
 _MANIFEST = "manifest.json"
+_PAGES = "pages.json"
+Page = tuple[int, Staged, int]
+"""Round, file and row."""
 _HOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 assert sys.byteorder == "little", "hashes are taken over little-endian bytes"
@@ -36,7 +45,14 @@ class Rounds:
     def __init__(self, storage: Storage) -> None:
         """`storage` is the run's folder."""
         self._storage = storage
-        self._verified: set[tuple[str, str]] = set()
+        self._known: dict[int, Manifest] = {}
+        self._pages: dict[str, dict[str, list[Page]]] = {}
+        """Tensor -> client -> its pages by round."""
+        self._heads: dict[tuple[int, str], Head] = {}
+        self._expected: tuple[int, dict[str, dict[str, Page]]] = (-1, {})
+
+    def __reduce__(self) -> tuple[type["Rounds"], tuple[Storage]]:
+        return Rounds, (self._storage,)
 
     def stage(
         self,
@@ -61,18 +77,10 @@ class Rounds:
         for name, tensor in tensors.items():
             assert not clients or tensor.shape[:1] == (len(clients),), (name, tensor.shape)
         self._refuse_committed(round)
-        # one key only: safetensors writes several in an order that changes from call to call
-        data = safetensors.torch.save(
-            {
-                name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-                for name, tensor in tensors.items()
-            },
-            metadata={"clients": json.dumps(list(clients))},
-        )
+        data, identity = pages.encode(clients, tensors)
         file = f"{holder}.safetensors"
         self._storage.write(f"{_folder(round)}/{file}", data)
-        digest = hashlib.sha256(data).hexdigest()
-        return Staged(file, digest, len(data), tuple(clients), tuple(sorted(tensors)))
+        return Staged(file, identity, len(data), tuple(clients), tuple(sorted(tensors)))
 
     def commit(self, round: int, staged: Sequence[Staged], facts: Mapping[str, Any]) -> None:
         """Make the round happen. `facts` is plain JSON data kept with it.
@@ -115,54 +123,51 @@ class Rounds:
         return self._open(round).facts
 
     def clients(self, round: int) -> list[str]:
-        """Sorted ids of all clients that have rows in a committed round."""
-        return sorted({client for one in self._open(round).files for client in one.clients})
+        """Sorted ids of all clients that have a page of their own up to a committed round."""
+        self._learn(round)
+        own = {
+            client
+            for of_name in self._pages.values()
+            for client, held in of_name.items()
+            if held and held[0][0] <= round
+        }
+        return sorted(own - {EVERYONE})
+
+    def expect(self, round: int, staged: Iterable[Staged]) -> None:
+        """Files that are staged, here or elsewhere, for a round that is not committed yet.
+
+        Until it is, `load` of that round finds them.
+        """
+        found: dict[str, dict[str, Page]] = {}
+        for one in staged:
+            for name in one.tensors:
+                held = found.setdefault(name, {})
+                held |= {client: (round, one, row) for row, client in enumerate(one.clients)}
+        self._expected = (round, found)
+        self._heads = {key: head for key, head in self._heads.items() if key[0] != round}
+
+    def page_rounds(self, round: int, clients: Sequence[str], name: str) -> list[int]:
+        """For each client the round whose page is its state at `round`.
+
+        Raises:
+            FellrayError: as `load`.
+        """
+        return [page[0] for page in self._locate(round, clients, name)]
 
     def load(
         self, round: int, clients: Sequence[str], names: Sequence[str]
     ) -> dict[str, torch.Tensor]:
-        """The rows of `clients`, in that order, gathered from whatever files hold them.
+        """The state of `clients` at a round, in that order, from whatever rounds and files hold it.
 
         Returns:
             name -> [len(clients), ...], on the CPU.
 
         Raises:
-            FellrayError: the round is not committed, a file is damaged, or a client has no such
-                tensor in it.
+            FellrayError: the round is not committed, a page is damaged, or a client has no such
+                tensor.
         """
-        place = {client: at for at, client in enumerate(clients)}
         assert clients, "nothing to load"
-        assert len(place) == len(clients), "a client has one row"
-        gathered: dict[str, torch.Tensor] = {}
-        lacking = {name: torch.ones(len(clients), dtype=torch.bool) for name in names}
-        for one in self._open(round).files:
-            held = [(place[c], row) for row, c in enumerate(one.clients) if c in place]
-            here = [name for name in names if name in one.tensors]
-            if not held or not here:
-                continue
-            tensors = self._read(round, one)
-            to, rows = torch.tensor(held).T
-            for name in here:
-                tensor = tensors[name]
-                target = gathered.setdefault(
-                    name, tensor.new_empty((len(clients), *tensor.shape[1:]))
-                )
-                if (target.dtype, target.shape[1:]) != (tensor.dtype, tensor.shape[1:]):
-                    raise FellrayError(
-                        f"{self._storage}/{_folder(round)}/{one.file}: {name} has another shape or "
-                        f"dtype than in the round's other files{self._way_out(round)}"
-                    )
-                target[to] = tensor[rows]
-                lacking[name][to] = False
-        for name in names:
-            if lacking[name].any():
-                lost = [clients[at] for at in lacking[name].nonzero().flatten().tolist()]
-                raise FellrayError(
-                    f"{self._storage}/{_folder(round)}: has no {name!r} for {len(lost)} of "
-                    f"{len(clients)} clients, first {lost[0]!r}: the run was made with other "
-                    "clients or another model; resume it with its own config"
-                )
-        return gathered
+        return {name: self._gather(round, clients, name) for name in names}
 
     def load_shared(self, round: int, name: str) -> torch.Tensor:
         """A tensor that belongs to nobody.
@@ -172,21 +177,29 @@ class Rounds:
         """
         for one in self._open(round).files:
             if not one.clients and name in one.tensors:
-                return self._read(round, one)[name]
+                try:
+                    return pages.read_shared(self._reader(round, one), self._head(round, one), name)
+                except DamagedPages as error:
+                    raise self._told(round, round, one, error) from None
         raise FellrayError(
             f"{self._storage}/{_folder(round)}: has no shared {name!r}: the run was made with "
             "another model or server; resume it with its own config"
         )
 
-    def hashes(self, round: int, names: Sequence[str]) -> dict[str, str]:
-        """For each client, sorted, the sha256 of its rows' little-endian bytes, in order of names.
+    def hashes(
+        self, round: int, names: Sequence[str], clients: Sequence[str] | None = None
+    ) -> dict[str, str]:
+        """For each client the sha256 of its rows' little-endian bytes, in order of names.
 
         It does not depend on which file holds a client, nor on the round's other clients.
+
+        Args:
+            clients: whose; by default all that have pages of their own, sorted.
 
         Raises:
             FellrayError: as `load`.
         """
-        clients = self.clients(round)
+        clients = self.clients(round) if clients is None else clients
         if not clients:
             return {}
         digests = [hashlib.sha256() for _ in clients]
@@ -199,21 +212,31 @@ class Rounds:
         return {c: digest.hexdigest() for c, digest in zip(clients, digests, strict=True)}
 
     def prune(self, keep_last: int, keep: Collection[int] = ()) -> None:
-        """Delete all but the last `keep_last` committed rounds and those in `keep`.
+        """Give up all but the last `keep_last` committed rounds and those in `keep`.
 
-        What uncommitted rounds before the last committed one left behind goes too.
+        A round that is given up stays as a holder of pages as long as one of them is a client's
+        state in a round that is kept; then it is deleted. What uncommitted rounds before the last
+        committed one left behind goes too.
         """
         assert keep_last >= 1, keep_last
         committed = self.committed()
-        kept = {*committed[-keep_last:], *keep}
+        kept = sorted({*committed[-keep_last:], *(n for n in keep if n in committed)})
+        if not committed:
+            return
+        self._learn(committed[-1])
         for number in self._numbers():
             folder = _folder(number)
             if number in kept:
                 self._storage.sweep(folder)
-            elif committed and number < committed[-1]:
-                # manifest first: a round deleted by half must not count
+            elif number < committed[-1]:
+                if self._is_needed(number, kept):
+                    self._demote(number)
+                    continue
+                # what makes it count goes first: a round deleted by half must not count
                 self._storage.delete(f"{folder}/{_MANIFEST}")
+                self._storage.delete(f"{folder}/{_PAGES}")
                 self._storage.delete(folder)
+                self._leave(number)
 
     def _refuse_committed(self, round: int) -> None:
         path = f"{_folder(round)}/{_MANIFEST}"
@@ -242,16 +265,16 @@ class Rounds:
         try:
             return self._check(round)
         except Uncommitted as error:
-            raise FellrayError(f"{error}{self._way_out(round)}") from None
+            raise Uncommitted(f"{error}{self._way_out(round)}") from None
 
-    def _check(self, round: int) -> Manifest:
+    def _check(self, round: int, name: str = _MANIFEST) -> Manifest:
         folder = _folder(round)
         where = f"{self._storage}/{folder}"
         sizes = self._storage.sizes(folder)
-        if _MANIFEST not in sizes:
-            raise Uncommitted(f"{where}/{_MANIFEST}: is not there: round {round} never happened")
-        data = self._storage.read(f"{folder}/{_MANIFEST}")
-        manifest = decode(data, round, f"{where}/{_MANIFEST}")
+        if name not in sizes:
+            raise Uncommitted(f"{where}/{name}: is not there: round {round} never happened")
+        data = self._storage.read(f"{folder}/{name}")
+        manifest = decode(data, round, f"{where}/{name}")
         for one in manifest.files:
             if sizes.get(one.file) != one.bytes:
                 raise Uncommitted(
@@ -260,18 +283,134 @@ class Rounds:
                 )
         return manifest
 
-    def _read(self, round: int, one: Staged) -> dict[str, torch.Tensor]:
-        path = f"{_folder(round)}/{one.file}"
-        data = self._storage.read(path)
-        if (path, one.sha256) not in self._verified:
-            if hashlib.sha256(data).hexdigest() != one.sha256:
+    def _learn(self, round: int) -> None:
+        """Know where every page up to a committed round lies."""
+        if round in self._known:
+            return
+        own = self._open(round)
+        for number in self._numbers():
+            if number >= round or number in self._known:
+                continue
+            for name in (_MANIFEST, _PAGES):
+                if self._storage.exists(f"{_folder(number)}/{name}"):
+                    try:
+                        self._enter(self._check(number, name))
+                    except Uncommitted as error:
+                        raise FellrayError(f"{error}{self._way_out(number)}") from None
+                    break
+        self._enter(own)
+
+    def _enter(self, manifest: Manifest) -> None:
+        self._known[manifest.round] = manifest
+        for one in manifest.files:
+            for name in one.tensors:
+                of_name = self._pages.setdefault(name, {})
+                for row, client in enumerate(one.clients):
+                    held = of_name.setdefault(client, [])
+                    at = bisect_right(held, manifest.round, key=_round_of)
+                    held.insert(at, (manifest.round, one, row))
+
+    def _leave(self, round: int) -> None:
+        manifest = self._known.pop(round, None)
+        for one in manifest.files if manifest else ():
+            self._heads.pop((round, one.file), None)
+            for name in one.tensors:
+                for row, client in enumerate(one.clients):
+                    self._pages[name][client].remove((round, one, row))
+
+    def _is_needed(self, round: int, kept: Sequence[int]) -> bool:
+        """Whether a page of this round is somebody's state in one of the kept rounds."""
+        if round not in self._known:
+            return False
+        for one in self._known[round].files:
+            for name in one.tensors:
+                for client in one.clients:
+                    held = self._pages[name][client]
+                    at = bisect_right(held, round, key=_round_of)
+                    until = held[at][0] if at < len(held) else math.inf
+                    if any(round <= k < until for k in kept):
+                        return True
+        return False
+
+    def _demote(self, round: int) -> None:
+        folder = _folder(round)
+        if self._storage.exists(f"{folder}/{_MANIFEST}"):
+            data = self._storage.read(f"{folder}/{_MANIFEST}")
+            self._storage.write(f"{folder}/{_PAGES}", data)
+            self._storage.delete(f"{folder}/{_MANIFEST}")
+
+    def _locate(self, round: int, clients: Sequence[str], name: str) -> list[Page]:
+        expected, found = self._expected
+        staged: Mapping[str, Page] = {}
+        before = round
+        if round == expected and not self._storage.exists(f"{_folder(round)}/{_MANIFEST}"):
+            staged, before = found.get(name, {}), round - 1
+        if before >= 0:
+            self._learn(before)
+        held = self._pages.get(name, {})
+
+        def last(client: str) -> Page | None:
+            if client in staged:
+                return staged[client]
+            own = held.get(client, ())
+            at = bisect_right(own, before, key=_round_of)
+            return own[at - 1] if at else None
+
+        everyone = last(EVERYONE)
+        located = [last(client) or everyone for client in clients]
+        if lost := [c for c, page in zip(clients, located, strict=True) if page is None]:
+            raise FellrayError(
+                f"{self._storage}/{_folder(round)}: has no {name!r} for {len(lost)} of "
+                f"{len(clients)} clients, first {lost[0]!r}: the run was made with other "
+                "clients or another model; resume it with its own config"
+            )
+        return [page for page in located if page]
+
+    def _gather(self, round: int, clients: Sequence[str], name: str) -> torch.Tensor:
+        wanted: dict[tuple[int, str], tuple[Staged, list[int], list[int]]] = {}
+        for to, (at, one, row) in enumerate(self._locate(round, clients, name)):
+            _, places, rows = wanted.setdefault((at, one.file), (one, [], []))
+            places.append(to)
+            rows.append(row)
+        whole: torch.Tensor | None = None
+        for (at, _), (one, places, rows) in sorted(wanted.items()):
+            try:
+                read = self._reader(at, one)
+                tensor = pages.read_rows(read, self._head(at, one), rows, name)
+            except DamagedPages as error:
+                raise self._told(round, at, one, error) from None
+            if len(wanted) == 1:
+                return tensor
+            if whole is None:
+                whole = tensor.new_empty((len(clients), *tensor.shape[1:]))
+            if (whole.dtype, whole.shape[1:]) != (tensor.dtype, tensor.shape[1:]):
                 raise FellrayError(
-                    f"{self._storage}/{path}: is damaged: its checksum is not the manifest's"
-                    f"{self._way_out(round)}"
+                    f"{self._storage}/{_folder(at)}/{one.file}: {name} has another shape or "
+                    f"dtype than in the round's other files{self._way_out(round)}"
                 )
-            self._verified.add((path, one.sha256))
-        tensors: dict[str, torch.Tensor] = safetensors.torch.load(data)
-        return tensors
+            whole[torch.tensor(places)] = tensor
+        assert whole is not None
+        return whole
+
+    def _head(self, round: int, one: Staged) -> Head:
+        key = (round, one.file)
+        if key not in self._heads:
+            self._heads[key] = pages.read_head(self._reader(round, one), one.sha256)
+        return self._heads[key]
+
+    def _reader(self, round: int, one: Staged) -> pages.ReadRanges:
+        def read(ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+            if any(offset + size > one.bytes for offset, size in ranges):
+                raise DamagedPages("is damaged: its head names bytes beyond its end")
+            return self._storage.read_ranges(f"{_folder(round)}/{one.file}", ranges)
+
+        return read
+
+    def _told(self, round: int, at: int, one: Staged, error: DamagedPages) -> FellrayError:
+        whose = f" (client {one.clients[error.row]!r})" if error.row is not None else ""
+        return FellrayError(
+            f"{self._storage}/{_folder(at)}/{one.file}: {error}{whose}{self._way_out(round)}"
+        )
 
     def _way_out(self, round: int) -> str:
         others = [str(number) for number in self.committed() if number != round]
@@ -286,3 +425,7 @@ class Rounds:
 def _folder(round: int) -> str:
     assert round >= 0, round
     return f"rounds/{round:06d}"
+
+
+def _round_of(page: Page) -> int:
+    return page[0]

@@ -186,6 +186,7 @@ def _describe(outcome: Outcome) -> dict[str, Any]:
             "samples": reports.samples,
             "samples_per_second": round_seconds(reports.samples / reports.seconds),
             "refused": dict(reports.refused),
+            "late": list(reports.late),
         }
         for name, values in {"own_weight": plan.own_weight_C, **plan.notes}.items():
             row[name] = dict(zip(reports.meta.clients, values.tolist(), strict=True))
@@ -205,27 +206,35 @@ def round_seconds(value: float) -> float:
 def list_runs(storage: str) -> list[tuple[str, ...]]:
     """Every run below a storage, in words: name, method, seed, rounds, best, test, worst, state."""
     place = Storage(storage)
-    found = []
-    for name in place.list():
-        folder = place.sub(name)
-        if not folder.exists("config.json"):
-            continue
+    folders = {name: place.sub(name) for name in place.list()}
+    return [
+        (name, *_list_run(folder))
+        for name, folder in folders.items()
+        if folder.exists("config.json")
+    ]
+
+
+def _list_run(folder: Storage) -> list[str]:
+    """One line of the list; a damaged run must not hide the others."""
+    try:
         config = _read_json(folder, "config.json")
         latest = Rounds(folder).latest()
         done, wanted = latest or 0, config["train"]["rounds"]
-        row = [name, config["method"]["kind"], str(config["seed"]), f"{done}/{wanted}"]
+        row = [config["method"]["kind"], str(config["seed"]), f"{done}/{wanted}"]
+        if folder.is_locked("train"):
+            return [*row, "", "", "", "running"]
         if folder.exists("summary.json") and done >= wanted:
             summary = _read_json(folder, "summary.json")
             test, worst = summary["test"][BALANCED], summary["balance"]["min"]
-            row += [str(summary["best_round"]), f"{test:.4f}", f"{worst:.4f}", "finished"]
-        else:
-            row += ["", "", "", "interrupted" if latest is not None else "empty"]
-        found.append(tuple(row))
-    return found
+            return [*row, str(summary["best_round"]), f"{test:.4f}", f"{worst:.4f}", "finished"]
+    except (FellrayError, KeyError, TypeError):
+        return [""] * 6 + ["damaged"]
+    return [*row, "", "", "", "interrupted" if latest is not None else "empty"]
 
 
 def summarise(
     run: Run,
+    learners: Sequence[str],
     data: Mapping[str, Any],
     model_sha256: str,
     test: Mapping[str, Score],
@@ -251,9 +260,9 @@ def summarise(
         "per_client": per_client,
         "balance": balance({c: m[BALANCED] for c, m in per_client.items() if BALANCED in m}),
         "bytes": total(ledger),
-        "hashes": run.rounds.hashes(best, HASHED),
+        "hashes": run.rounds.hashes(best, HASHED, learners),
         "shared_hash": _hash_shared(run, best),
-        "final_hashes": run.rounds.hashes(run.rounds.latest() or 0, HASHED),
+        "final_hashes": run.rounds.hashes(run.rounds.latest() or 0, HASHED, learners),
         **{name: pool(scores) for name, scores in baselines.items()},
         "untrained": pool(untrained),
         "data": dict(data),

@@ -5,6 +5,7 @@ what the values are worth: columns are found and named here, and checked in `int
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
@@ -69,6 +71,19 @@ def open_source(config: DataConfig) -> Source:
         f"{source}: a folder given as data.source holds interactions.parquet and items.parquet "
         "(fellray's schema) or u.data and u.item (MovieLens ml-100k); neither is there"
     )
+
+
+def find_delimiter(file: Path) -> str:
+    """What separates the columns of a `.csv` or `.tsv` file, by its first line.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    if file.suffix == ".tsv":
+        return "\t"
+    with file.open("rb") as opened:
+        header = re.sub(rb'"[^"]*"', b"", opened.readline(1 << 20))
+    return max((",", ";", "\t", "|"), key=lambda mark: header.count(mark.encode()))
 
 
 def _open_folder(folder: Path) -> Source:
@@ -137,8 +152,7 @@ def _open_file(file: Path, config: DataConfig) -> Source:
         rows = _pick(raw, file, ("user_id", "item_id"), ("timestamp", "rating"), names, hint)
         hint += ", or name a file of items with data.items=<file>"
         items = _pick(raw, file, ("item_id", "title"), ("categories",), names, hint)
-        numbered = items.append_column("row", pa.array(np.arange(items.num_rows)))
-        items = items.take(numbered.group_by("item_id").aggregate([("row", "min")])["row_min"])
+        items = _first_titled(items)
     else:
         of_rows = {k: v for k, v in names.items() if k not in ("title", "categories")}
         rows = _pick(raw, file, ("user_id", "item_id"), ("timestamp", "rating"), of_rows, hint)
@@ -151,6 +165,17 @@ def _open_file(file: Path, config: DataConfig) -> Source:
         items = _pick(raw, config.items, wanted, ("categories",), of_items, hint)
     kind: TimestampKind = "unix_seconds" if "timestamp" in rows.column_names else "order_only"
     return Source(rows, items, kind, str(file), str(config.items or file))
+
+
+def _first_titled(items: pa.Table) -> pa.Table:
+    """Each item's first row that has a title, or its first row where none has."""
+    number = np.arange(items.num_rows)
+    if pa.types.is_string(items["title"].type):
+        blank = pc.equal(pc.utf8_trim_whitespace(items["title"].fill_null("")), "")
+        number = number + items.num_rows * blank.to_numpy()
+    numbered = items.append_column("row", pa.array(number))
+    first = numbered.group_by("item_id").aggregate([("row", "min")])["row_min"].to_numpy()
+    return items.take(pa.array(np.sort(first % max(1, items.num_rows))))
 
 
 def _read_table(
@@ -170,7 +195,6 @@ def _read_table(
                 f"data.source={file}: is neither 'demo', nor a folder, nor a file ending in "
                 ".parquet, .pq, .csv or .tsv" + ("" if file.exists() else "; it does not exist")
             )
-        comma = "\t" if file.suffix == ".tsv" else ","
         # One block, so that a column's type is found from all of it, not from its first megabyte.
         block = min(max(file.stat().st_size + 1, 1 << 20), 1 << 30)
         return pyarrow.csv.read_csv(
@@ -182,7 +206,7 @@ def _read_table(
                 autogenerate_column_names=delimiter is not None and names is None,
             ),
             pyarrow.csv.ParseOptions(
-                delimiter=delimiter or comma,
+                delimiter=delimiter or find_delimiter(file),
                 quote_char='"' if quoted else False,
                 newlines_in_values=quoted,
             ),
@@ -209,11 +233,12 @@ def _pick(
     picked = {}
     for key in (*required, *optional):
         name = names.get(key, key)
-        if table.column_names.count(name) == 1:
+        count = table.column_names.count(name)
+        if count == 1:
             picked[key] = table[name]
         elif key in required or key in names:
             raise FellrayError(
-                f"{file}: needs one column {name!r} ({key}); it has "
-                f"{', '.join(table.column_names)}" + hint.format(key)
+                f"{file}: {count or 'no'} column{'s are' if count else ' is'} called {name!r} "
+                f"({key}), one must be; it has {', '.join(table.column_names)}" + hint.format(key)
             )
     return pa.table(picked)

@@ -20,7 +20,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from fellray.platform.disk import append_to_file, sync_folder, write_file
 from fellray.platform.errors import FellrayError
-from fellray.platform.lock import check_file, hold_object, take_file
+from fellray.platform.lock import check_file, hold_object, is_file_held, is_object_held, take_file
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
@@ -80,6 +80,12 @@ class Storage:
         with self._explained("read", path), filesystem.open_input_file(full) as file:
             data: bytes = file.read()
             return data
+
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Bytes at each (offset, size); fewer where the file ends."""
+        filesystem, full = self._locate(path)
+        with self._explained("read", path), filesystem.open_input_file(full) as file:
+            return [file.read_at(size, offset) for offset, size in ranges]
 
     def write(self, path: str, data: bytes) -> None:
         """Put the whole file there, or leave everything as it was.
@@ -176,6 +182,14 @@ class Storage:
             yield partial(check_file, descriptor, full)
         finally:
             os.close(descriptor)
+
+    def is_locked(self, name: str) -> bool:
+        """Whether somebody holds the lock now; nothing is taken, and nothing is written."""
+        path = f"locks/{name}"
+        filesystem, full = self._locate(path)
+        if isinstance(filesystem, LocalFileSystem):
+            return is_file_held(full)
+        return is_object_held(self, path)
 
     def _locate(self, path: str) -> tuple[FileSystem, str]:
         _check_parts(path)

@@ -3,16 +3,17 @@
 It holds frozen blocks and one adapter shared by all clients; personal adapters come in with every
 call. Nothing here knows clients, messages, Ray or DeepSpeed.
 
-Shapes: n rows of one padded length T, d width, P parameters.
+Shapes: M tokens of all lanes of a batch, d width, P parameters.
 """
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fellray.platform.config import RunConfig
+from fellray.platform.packed import Batch, PackedBlocks, Saved
 from fellray.platform.split import Blocks
 
 
@@ -22,15 +23,26 @@ class Trunk(nn.Module):
     def __init__(self, blocks: Blocks, shared_P: Tensor):
         super().__init__()
         self.blocks = blocks
+        self.packed = PackedBlocks(blocks)
         self.shared_P = nn.Parameter(shared_P.clone())
 
-    def forward(self, h_nTd: Tensor, mask_nT: Tensor, *flat: Tensor) -> Tensor:
-        """Hidden states [n, T, d]; `flat` is sets of A, B, A, B, ... in the order of the sites."""
-        pairs = list(zip(flat[::2], flat[1::2], strict=True))
-        per_set = len(self.blocks.adapted)
-        sets = [pairs[i : i + per_set] for i in range(0, len(pairs), per_set)] if per_set else []
-        y: Tensor = self.blocks(h_nTd, mask_nT, sets)
+    def forward(self, h_Md: Tensor, batch: Batch, saved: Sequence[Saved]) -> Tensor:
+        """A pass that was made before, for autograd: its gradient is right, its value is h."""
+        y: Tensor = _Passed.apply(h_Md, self.packed, batch, saved)  # type: ignore[no-untyped-call]
         return y
+
+
+class _Passed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, h_Md: Tensor, packed: PackedBlocks, batch: Batch, saved: Sequence[Saved]
+    ) -> Tensor:
+        ctx.packed, ctx.batch, ctx.saved = packed, batch, saved
+        return h_Md.view_as(h_Md)
+
+    @staticmethod
+    def backward(ctx: Any, g_Md: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.packed.backward(g_Md, ctx.saved, ctx.batch), None, None, None
 
 
 class Engine(Protocol):
@@ -38,12 +50,9 @@ class Engine(Protocol):
 
     module: Trunk
 
-    def forward(self, h_nTd: Tensor, mask_nT: Tensor, *flat: Tensor) -> Tensor:
-        """The trunk's forward pass."""
-        ...
-
-    def backward(self, y_nTd: Tensor, g_nTd: Tensor) -> None:
-        """Gradients of every leaf of y's graph, given the gradient at y."""
+    def backward(self, g_Md: Tensor, saved: Sequence[Saved], batch: Batch) -> Tensor:
+        """The gradient at the lower cut [M, d], given a forward pass and the gradient at its end;
+        the adapters' gradients go to the batch's rows."""
         ...
 
     def step_shared(self, gradient_P: Tensor) -> None:
@@ -73,14 +82,9 @@ class TorchEngine:
             foreach=False,
         )
 
-    def forward(self, h_nTd: Tensor, mask_nT: Tensor, *flat: Tensor) -> Tensor:
+    def backward(self, g_Md: Tensor, saved: Sequence[Saved], batch: Batch) -> Tensor:
         """See `Engine`."""
-        y: Tensor = self.module(h_nTd, mask_nT, *flat)
-        return y
-
-    def backward(self, y_nTd: Tensor, g_nTd: Tensor) -> None:
-        """See `Engine`."""
-        y_nTd.backward(g_nTd)
+        return self.module.packed.backward(g_Md, saved, batch)
 
     def step_shared(self, gradient_P: Tensor) -> None:
         """See `Engine`."""

@@ -22,6 +22,12 @@ STATISTICS = {
     "jain": "Jain index (1: all equal)",
 }
 """Statistics of one metric over clients, as `metrics.balance` names them, and what each is."""
+CROSSINGS = (
+    "To the trunk go activations, in a step's backward pass once more (repeat) with the gradients "
+    "of its outputs; back come outputs and the gradients of its inputs. Evaluation is counted "
+    "apart. Adapters go up to the driver and, mixed, down again."
+)
+"""What the kinds of bytes that a client sends and receives are."""
 HEADLINE = "ndcg@10"
 """The metric that stands for a run."""
 

@@ -27,6 +27,9 @@ from fellray.platform.shards import Dataset
 from fellray.platform.split import cut_model
 from fellray.platform.tower import Tower
 
+MOST_NAMED = 10
+"""Clients that an error names one by one."""
+
 
 @dataclass(frozen=True)
 class Recommendation:
@@ -101,6 +104,22 @@ class Recommender:
                 f"{', '.join(map(str, committed))}"
             )
         return cls(run, chosen)
+
+    def split_history(self, text: str) -> list[str]:
+        """The titles in `title; title`; a title of the catalogue may hold a semicolon itself."""
+        parts = [part for part in text.split(";") if part.strip()]
+        titles: list[str] = []
+        while parts:
+            lengths = range(len(parts), 1, -1)
+            known = (n for n in lengths if self.knows(";".join(parts[:n])))
+            taken = next(known, 1)
+            titles.append(";".join(parts[:taken]).strip())
+            parts = parts[taken:]
+        return titles
+
+    def knows(self, title: str) -> bool:
+        """Whether the catalogue has the title, up to case and surrounding space."""
+        return _fold(title) in self._items_of
 
     def recommend(
         self, client: str, titles: Sequence[str], k: int = 10, with_prior: bool = True
@@ -219,10 +238,9 @@ class Recommender:
     def _refuse(self, client: str, k: int) -> None:
         if client not in self._shards:
             near = difflib.get_close_matches(client, self.clients, n=1, cutoff=0)[0]
-            raise FellrayError(
-                f"client {client!r}: the run has no such client; it has {len(self.clients)}, the "
-                f"nearest name is {near!r}"
-            )
+            few = len(self.clients) <= MOST_NAMED
+            told = ", ".join(self.clients) if few else f"{len(self.clients)}, the nearest {near!r}"
+            raise FellrayError(f"client {client!r}: the run has no such client; it has {told}")
         num_items = len(self._data.titles)
         if not 1 <= k <= num_items:
             raise FellrayError(f"k={k}: must be from 1 to {num_items}, the number of items")

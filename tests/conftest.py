@@ -33,6 +33,7 @@ from fellray.platform.config import RunConfig
 from fellray.platform.messages import LedgerRow
 from fellray.platform.rounds import Rounds
 from fellray.platform.run import Outcome
+from fellray.platform.shards import Dataset
 from fellray.platform.storage import Storage
 
 WORDS = [f"word{i:02d}" for i in range(60)]
@@ -185,7 +186,12 @@ class Played:
 
     def hashes(self, round: int) -> dict[str, str]:
         """Of each learner's adapters, both sides."""
-        return self.rounds.hashes(round, ["client.values", "trunk.values"])
+        return self.rounds.hashes(round, ["client.values", "trunk.values"], self.learners)
+
+    @property
+    def learners(self) -> list[str]:
+        """Sorted."""
+        return sorted(self.config.method.seat(Dataset(self.config.data.path).clients))
 
     def losses(self, round: int) -> dict[str, float]:
         """Of each learner."""

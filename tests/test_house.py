@@ -25,6 +25,8 @@ ONLY_IN = {
     "ray": ("actors/", "serve/", "jobs/"),
     "deepspeed": ("actors/engine.py",),
     "fastapi": ("serve/",),
+    "flwr": ("jobs/flower_fedavg.py",),
+    "pfl": ("jobs/pfl_fedavg.py",),
 }
 
 
@@ -94,6 +96,14 @@ def test_a_library_has_its_rooms(library: str) -> None:
         and not place(file).startswith(ONLY_IN[library])
     ]
     assert strays == []
+
+
+def test_rivals_stand_alone() -> None:
+    """They run where fellray is not: torch, numpy, safetensors, their own framework, each other."""
+    theirs = {"flwr", "pfl", "numpy", "torch", "safetensors", "plain_learner"}
+    for name in ("flower_fedavg", "pfl_fedavg", "plain_learner"):
+        roots = {found.split(".")[0] for found in imported(ROOT / f"jobs/{name}.py")}
+        assert roots - set(sys.stdlib_module_names) <= theirs, name
 
 
 def test_nothing_is_unpickled() -> None:

@@ -28,7 +28,7 @@ from fellray.platform.storage import Storage
 
 pytestmark = pytest.mark.timeout(600)
 CLUSTER = pytest.mark.cluster
-COMMANDS = ("init", "prepare", "train", "evaluate", "compare", "runs", "recommend")
+COMMANDS = ("init", "doctor", "prepare", "train", "evaluate", "compare", "runs", "recommend")
 ROWS = [(user, item, 10 * user + at) for user in range(12) for at, item in enumerate("abcdef")]
 """Twelve users, each of whom met the same six items."""
 
@@ -297,7 +297,7 @@ def test_an_unknown_item(prepare: Callable[..., Answer], tmp_path: Path) -> None
     [
         (0, 1.5, ["user_id", "double", "whole numbers or text"]),
         (2, "noon", ["timestamp", "string", "unix seconds"]),
-        (0, "", ["user_id", "null"]),
+        (0, "", ["user_id", "null or empty", "row 4 "]),
     ],
 )
 def test_a_wrong_type(
@@ -359,11 +359,21 @@ def test_init_spares_what_is_there(fellray: Fellray, tmp_path: Path) -> None:
     assert (tmp_path / "mine.yaml").read_text() == "name: mine"
 
 
-def test_init_cannot_guess_every_column(fellray: Fellray, tmp_path: Path) -> None:
+def test_init_leaves_a_gap_for_what_it_cannot_guess(
+    fellray: Fellray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     source = csv(tmp_path, ROWS, "who,what,when")
-    answer = fellray("init", tmp_path / "mine.yaml", "--source", source)
-    refused(answer, source, "user_id or item_id", "who, what, when", "data.columns")
-    assert not (tmp_path / "mine.yaml").exists()
+    answer = fellray("init", "my shop.yaml", "--source", source)
+    assert answer.status == 0, answer
+    assert "No column looks like user_id or item_id:" in answer.out
+    assert "No column looks like a timestamp" in answer.out
+    assert answer.out.endswith("Next: fellray prepare 'my shop.yaml'\n")
+    refused(fellray("prepare", "my shop.yaml"), source, "'?' (user_id)", "data.columns.user_id=")
+
+
+def test_init_where_nothing_can_be_written(fellray: Fellray, tmp_path: Path) -> None:
+    refused(fellray("init", tmp_path / "nowhere/mine.yaml"), "nowhere/mine.yaml", "cannot be")
 
 
 # what lies on disk was changed by somebody else
@@ -418,13 +428,24 @@ def test_a_damaged_checkpoint_is_not_trained_on(
     assert not (own_copy / "summary.json").exists()
 
 
-@pytest.mark.parametrize("command", ["recommend", "evaluate", "runs"])
+@pytest.mark.parametrize("command", ["recommend", "evaluate"])
 def test_a_damaged_config_of_a_run(command: str, fellray: Fellray, own_copy: Path) -> None:
     file = own_copy / "config.json"
     file.write_bytes(file.read_bytes()[:-100])
     options = ["--client", "c0", "--history", "x"] if command == "recommend" else []
-    folder = own_copy.parent if command == "runs" else own_copy
-    refused(fellray(command, folder, *options), file)
+    refused(fellray(command, own_copy, *options), file)
+
+
+@pytest.mark.parametrize("file", ["config.json", "summary.json"])
+def test_a_damaged_run_does_not_hide_the_others(
+    file: str, fellray: Fellray, own_copy: Path
+) -> None:
+    shutil.copytree(own_copy, own_copy.with_name("whole"))
+    (own_copy / file).write_bytes((own_copy / file).read_bytes()[:-100])
+    answer = fellray("runs", own_copy.parent)
+    assert answer.status == 0, answer
+    assert " damaged " in answer.out
+    assert " finished " in answer.out
 
 
 # runs
@@ -469,9 +490,15 @@ def test_one_process_at_a_time(fellray: Fellray, own_copy: Path) -> None:
     [
         (["evaluate", "nowhere/run"], ["nowhere/run", "fellray runs"]),
         (["evaluate", "RUN", "--split", "train"], ["split 'train'", "valid, test"]),
-        (["evaluate", "RUN", "--round", "7"], ["000007", "never happened", "0, 1, 2"]),
-        (["recommend", "RUN", "--client", "c9", "--history", "x"], ["client 'c9'", "nearest"]),
-        (["recommend", "RUN", "--client", "c0", "--history", " ; "], ["titles", "at least one"]),
+        (["evaluate", "RUN", "--round", "7"], ["no round 7", "0, 1, 2", "keep_last"]),
+        (
+            ["recommend", "RUN", "--client", "c9", "--history", "x"],
+            ["client 'c9'", "it has c0, c1"],
+        ),
+        (
+            ["recommend", "RUN", "--client", "c0", "--history", " ; "],
+            ["titles", "--history is empty"],
+        ),
         (["recommend", "RUN", "--client", "c0", "--history", "x", "--k", "0"], ["k=0", "1 to"]),
         (["compare", "CONFIG", "--methods", "fedavg,fedfoo"], ["fedfoo", "fellrec"]),
         (["compare", "CONFIG", "--seeds", "0,one"], ["seeds", "one"]),
@@ -485,8 +512,37 @@ def test_questions_without_an_answer(
 
 
 def test_no_runs(fellray: Fellray, tmp_path: Path) -> None:
-    assert fellray("runs", tmp_path / "nowhere").status == 0
+    answer = fellray("runs", tmp_path / "nowhere")
+    assert answer.status == 0
+    assert "nowhere holds no runs" in answer.out
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_run_that_is_held_is_running(fellray: Fellray, own_copy: Path) -> None:
+    (own_copy / "summary.json").unlink()
+    storage = own_copy.parent
+    with Storage(own_copy).lock("train"):
+        held = fellray("runs", storage).out
+    assert "running" in held
+    assert "interrupted" not in held
+    ended = fellray("runs", storage).out
+    assert " interrupted " in ended
+    assert "goes on with the command that began it" in ended
+    assert max(map(len, ended.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "compare"])
+def test_ctrl_c_says_what_comes_of_it(
+    command: str, fellray: Fellray, written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"fellray.jobs.{command}.{command}", stop)
+    answer = fellray(command, written)
+    assert answer.status == 130
+    assert answer.err.startswith("fellray: interrupted; ")
+    assert len(answer.err.splitlines()) == 1
 
 
 @pytest.fixture
@@ -552,6 +608,7 @@ def test_a_run_that_diverges_says_so(
     assert [sorted(row.get("refused", {})) for row in rows[1:]] == 2 * [[f"c{i}" for i in range(5)]]
     summary = json.loads((storage / "wild/summary.json").read_text())
     assert summary["test"] == summary["untrained"]
+    assert "No round beat the untrained model on validation" in answer.out
     assert len(set(summary["final_hashes"].values())) == 1
 
 

@@ -164,4 +164,4 @@ def hashes_in_this_process(config: RunConfig) -> dict[str, str]:
         for t in run.to_go():
             outcome = plant.replayed(one_round, t, config)
             run.commit(t, outcome, plant.close_ledger(), plant.take_events())
-        return run.rounds.hashes(config.train.rounds, HASHED)
+        return run.rounds.hashes(config.train.rounds, HASHED, plant.learners)

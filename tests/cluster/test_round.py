@@ -1,7 +1,7 @@
 """Promises 1 to 3 and 7: one process or many, DeepSpeed or torch, the same run bit by bit."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ def record(config: RunConfig, make: Make) -> Record:
             run.commit(t, outcome, plant.close_ledger(), plant.take_events())
         times = ("seconds", "samples_per_second")
         return Record(
-            [run.rounds.hashes(t, HASHED) for t in run.rounds.committed()],
+            [run.rounds.hashes(t, HASHED, plant.learners) for t in run.rounds.committed()],
             [
                 {n: run.rounds.load_shared(t, f"shared.{n}").tolist() for n in ("values", "steps")}
                 for t in run.rounds.committed()
@@ -146,8 +146,8 @@ def test_the_ledger_is_what_the_transport_counted(
     """Promise 6, second half, and promise 3 through Ray: the first actor answers last."""
 
     class Counting(Client):
-        def fit(self, round: int) -> Any:
-            update = super().fit(round)
+        def fit(self, round: int, clients: Sequence[str], *more: Any) -> Any:
+            update = super().fit(round, clients, *more)
             time.sleep(0.3 if "c0" in self.learners else 0.0)
             return update
 

@@ -220,14 +220,14 @@ def test_step_is_torchs_adamw_of_each_slot_alone(decay: float, threads: int) -> 
             present = present[:0]
         gradient = numbers(5, WIDTH, seed=step) * 10.0 ** float(step % 5 - 3)
         gradient[:, ::7] = 0.0
-        before = ours.state(moments=True)
+        before = ours.state(torch.arange(5), moments=True)
         ours.gradient.total_SP[present] = gradient[present]
         ours.step(present)
         for slot in present.tolist():
             theirs[slot].grad = gradient[slot].clone()
             optimizers[slot].step()
         absent = [s for s in range(5) if s not in present.tolist()]
-        for name, tensor in ours.state(moments=True).items():
+        for name, tensor in ours.state(torch.arange(5), moments=True).items():
             was = before[name][absent]
             assert tensor[absent].numpy().tobytes() == was.numpy().tobytes(), (step, name)
         for slot in range(5):
@@ -285,16 +285,16 @@ def test_a_nan_stays_with_its_slot() -> None:
 
 
 def test_reset_puts_slots_back_and_no_others() -> None:
-    one = bank(3)
-    held = one.state(moments=False)
-    held_all = one.state(moments=True)
+    one, every = bank(3), torch.arange(3)
+    held = one.state(every, moments=False)
+    held_all = one.state(every, moments=True)
     one.gradient.total_SP += 1.0
     one.step(torch.arange(3))
-    moved = one.state(moments=True)
+    moved = one.state(every, moments=True)
     assert not torch.equal(moved["values"], held["values"]), "state is a copy"
     one.gradient.total_SP += 2.0
-    one.reset(torch.tensor([0, 2]), held)
-    now = one.state(moments=True)
+    one.reset(torch.tensor([0, 2]), {n: t[[0, 2]] for n, t in held.items()})
+    now = one.state(every, moments=True)
     for name in now:
         assert torch.equal(now[name][1], moved[name][1])
     assert torch.equal(now["values"][[0, 2]], held["values"][[0, 2]])
@@ -303,9 +303,9 @@ def test_reset_puts_slots_back_and_no_others() -> None:
     assert now["steps"].tolist() == [0, 1, 0]
     assert one.gradient.total_SP.sum(1).tolist() == [0.0, 2.0 * WIDTH, 0.0]
     one.reset(torch.arange(3), moved)
-    assert all(torch.equal(one.state(True)[n], moved[n]) for n in moved), "moments come back"
-    one.reset(torch.tensor([], dtype=torch.int64), held_all)
-    assert all(torch.equal(one.state(True)[n], moved[n]) for n in moved), "nobody is nobody"
+    assert all(torch.equal(one.state(every, True)[n], moved[n]) for n in moved), "moments come back"
+    one.reset(every[:0], {n: t[:0] for n, t in held_all.items()})
+    assert all(torch.equal(one.state(every, True)[n], moved[n]) for n in moved), "nobody is nobody"
 
 
 def test_a_part_without_adapters_is_a_bank_without_columns() -> None:

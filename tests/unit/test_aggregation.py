@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
-from fellray.platform.aggregation import Method, Plan, cosine, describe, reduce
+from fellray.platform.aggregation import Method, Plan, cosine, describe, reduce, reduce_
 from fellray.platform.fellrec import Fellrec
 from fellray.platform.methods import FedAvg
 
@@ -39,6 +39,17 @@ def test_describe_by_hand() -> None:
     assert all(gram.dtype == torch.float64 for gram in meta.gram.values())
 
 
+def test_only_what_is_compared_is_computed() -> None:
+    theta, start = numbers(2, 3), numbers(2, 3, seed=1)
+    both = describe(1, ["a", "b"], [0, 0], [1, 1], theta, start)
+    assert sorted(both.gram) == ["raw", "update"]
+    for source in ("raw", "update"):
+        one = describe(1, ["a", "b"], [0, 0], [1, 1], theta, start, [source])
+        assert list(one.gram) == [source]
+        assert torch.equal(one.gram[source], both.gram[source])
+    assert describe(1, ["a", "b"], [0, 0], [1, 1], theta, start, []).gram == {}
+
+
 def test_describe_wants_sorted_clients() -> None:
     with pytest.raises(AssertionError, match="sorted"):
         describe(1, ["b", "a"], [0, 0], [1, 1], numbers(2, 3), numbers(2, 3))
@@ -59,6 +70,28 @@ def test_reduce_by_hand() -> None:
     assert mixed.tolist() == [[4.0, 2.0], [5.0, 1.0]]
     assert mixed.dtype == torch.float32
     assert theta.tolist() == [[2.0, 4.0], [6.0, 0.0]], "the snapshot is read, not written"
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize("num_clients", [5, 140])
+def test_in_place_it_is_the_same(method: Method, num_clients: int) -> None:
+    """Fp64 and fp32, and nothing is left of the snapshot."""
+    theta, start = numbers(num_clients, 300), numbers(num_clients, 300, seed=1)
+    names = [f"c{i:03d}" for i in range(num_clients)]
+    ones = [1] * num_clients
+    meta = describe(1, names, ones, ones, theta, start, method.compares())
+    plan = method.plan(meta)
+    mixed = reduce(plan, theta)
+    assert not torch.equal(mixed, theta)
+    reduce_(plan, theta)
+    assert torch.equal(theta, mixed)
+
+
+def test_in_place_a_bad_matrix_changes_nothing() -> None:
+    theta = numbers(2, 3)
+    with pytest.raises(ValueError, match=r"row 1 of the mixing matrix sums to 2\.0, not to one"):
+        reduce_(Plan(torch.tensor([[0.5, 0.5], [1.0, 1.0]], dtype=torch.float64)), theta)
+    assert torch.equal(theta, numbers(2, 3))
 
 
 def test_reduce_sums_in_fp64() -> None:

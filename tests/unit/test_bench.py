@@ -123,15 +123,14 @@ def test_the_whole_model_is_the_split_one(tiny_config: Callable[..., RunConfig])
     learner = sorted(world.seats)[0]
     rounds = Rounds(Storage(config.storage))
     host = make_host(config, (learner,), world.trunk_side(config), rounds)
-    host.stage_start()
     side = world.client_side(config)
     seats = {learner: (learner,)}
     client = Client(config, 0, seats, side, world.catalogue, InProcess(host), rounds)
-    client.stage_start()
+    rounds.commit(0, [*host.stage_start(), *client.stage_start()], {})
     whole = Whole(config, learner, world.backbone, world.catalogue)
     losses = whole.fit(1), whole.fit(2), whole.fit(1)
     assert losses[0] == losses[2] != losses[1]
-    assert (losses[0],) == client.fit(1).losses
+    assert (losses[0],) == client.fit(1, (learner,)).losses
     assert tokens_per_step(config, learner, world.catalogue) > config.train.batch_size
 
 

@@ -143,8 +143,8 @@ def test_schema_folder_whose_seq_goes_back_in_time_is_refused(tmp_path: Path) ->
         ),
         ({"title": None}, r"'title'.*data\.columns\.title=.*data\.items="),
         ({"timestamp": ["a"] * 5}, "timestamp is of type string.*unix seconds"),
-        ({"timestamp": [1, 2, 3, None, 5]}, "timestamp is null in 1 of 5"),
-        ({"user_id": [1, None, 2, 2, 2]}, "user_id is null in 1 of 5"),
+        ({"timestamp": [1, 2, 3, None, 5]}, "timestamp is null or empty in 1 of 5"),
+        ({"user_id": [1, None, 2, 2, 2]}, "user_id is null or empty in 1 of 5"),
         ({"item_id": [1.5] * 5}, "item_id is of type double"),
         ({"rating": ["good"] * 5}, "rating is of type string"),
         ({"title": ["A", "A", " ", "A", "A"]}, r"no title for item_id 20 \(1 in all\)"),
@@ -171,7 +171,7 @@ def test_bad_sources_are_refused(tmp_path: Path) -> None:
         read(tmp_path / "cut.parquet")
     with pytest.raises(FellrayError, match=r"data\.columns\.user: fellray knows no such"):
         read(parquet(tmp_path), columns={"user": "who"})
-    with pytest.raises(FellrayError, match=r"needs one column 'when' \(timestamp\)"):
+    with pytest.raises(FellrayError, match=r"no column is called 'when' \(timestamp\)"):
         read(parquet(tmp_path), columns={"timestamp": "when"})
     with pytest.raises(FellrayError, match=r"data\.columns and data\.items belong to"):
         read(tmp_path, columns={"user_id": "who"})
@@ -278,5 +278,38 @@ def test_a_real_set_without_titles_says_so() -> None:
     folder = REAL / "kuaisar-r-sample"
     if not folder.is_dir():
         pytest.skip(f"the real data set {folder.name} is not beside this checkout")
-    with pytest.raises(FellrayError, match=r"items\.parquet: needs one column 'title'"):
+    with pytest.raises(FellrayError, match=r"items\.parquet: no column is called 'title'"):
         read(folder)
+
+
+def test_a_column_that_is_there_twice(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("user_id,item_id,title,title\n1,1,Up,Down\n")
+    with pytest.raises(FellrayError, match="2 columns are called 'title'"):
+        read(tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_a_csv_file_with_another_separator(mark: str, tmp_path: Path) -> None:
+    rows = [["user_id", "item_id", '"title, or name"'], ["1", "7", '"Moby-Dick; or, The Whale"']]
+    (tmp_path / "rows.csv").write_text("".join(mark.join(row) + "\n" for row in rows))
+    got = read(tmp_path / "rows.csv", columns={"title": "title, or name"})
+    assert got.items["title"].to_pylist() == ["Moby-Dick; or, The Whale"]
+
+
+@pytest.mark.parametrize("name", ["user_id", "item_id"])
+def test_an_empty_id_is_nobody(name: str, tmp_path: Path) -> None:
+    """An empty cell of a text column would be one more user, who met what all unknowns met."""
+    columns = {"user_id": ["ann", "ann", "bob", "bob"], "item_id": ["a", "b", "a", "b"]}
+    columns[name][2] = "  "
+    source = parquet(tmp_path, **columns, timestamp=None, title=["A", "B", "A", "B"])
+    with pytest.raises(FellrayError, match=f"{name} is null or empty in 1 of 4 rows, in row 3 "):
+        read(source)
+
+
+def test_an_item_has_the_first_title_that_says_something(tmp_path: Path) -> None:
+    got = read(parquet(tmp_path, title=["", "Heat", "Up", " ", "Down"]))
+    assert dict(zip(*got.items.select(["item_id", "title"]).to_pydict().values(), strict=True)) == {
+        10: "Heat",
+        20: "Up",
+        30: "Down",
+    }

@@ -25,8 +25,8 @@ FIELDS = {
     ),
     "Gradient": ("run", "round", "step", "g_Ld"),
     "LedgerRow": ("client", "kind", "messages", "bytes", "digest"),
-    "Update": ("lease", "clients", "theta_SP", "losses", "samples", "refused"),
-    "Installation": ("round", "clients", "theta_SP", "refused"),
+    "Update": ("lives", "clients", "theta_SP", "losses", "samples", "seconds", "refused"),
+    "Installation": ("round", "clients", "theta_SP", "refused", "common"),
 }
 """Every message and every field. To add one is to decide that it may be sent: see design, what
 "private" means here."""
@@ -47,7 +47,7 @@ def samples() -> list[Any]:
         lease,
         Activation("r", 1, 0, lease, ("a",), few, few + 1, x),
         Gradient("r", 1, 0, x),
-        Update(lease, ("a",), x, (0.5,), (8,), {"a": "NaN"}),
+        Update(("s",), ("a",), x, (0.5,), (8,), (0.1,), {"a": "NaN"}),
         Installation(1, ("a",), x),
     ]
 

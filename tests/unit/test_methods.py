@@ -46,6 +46,26 @@ def test_fedavg_uniform_and_by_samples() -> None:
     assert weighted.tolist() == [[0.25, 0.75], [0.25, 0.75]]
 
 
+@pytest.mark.parametrize(
+    ("method", "compared"),
+    [
+        (FedAvg(), []),
+        (Local(), []),
+        (Central(), []),
+        (Fellrec(), ["update"]),
+        (Fellrec(similarity="raw"), ["raw"]),
+        (Fellrec(as_published=True), ["raw"]),
+    ],
+    ids=repr,
+)
+def test_a_method_plans_from_what_it_says_it_compares(method: Method, compared: list[str]) -> None:
+    assert list(method.compares()) == compared
+    theta = torch.eye(3)
+    args = (1, ["a", "b", "c"], [1.0, 2.0, 3.0], [1, 2, 3], theta, 0.5 * theta.roll(1))
+    little, everything = describe(*args, method.compares()), describe(*args)
+    assert torch.equal(method.plan(little).mixing_CC, method.plan(everything).mixing_CC)
+
+
 @given(st.lists(st.integers(1, 10_000), min_size=1, max_size=20))
 def test_fedavg_rows_are_one_row_that_sums_to_one(samples: list[int]) -> None:
     mixing = FedAvg(weighting="samples").plan(meta(samples)).mixing_CC
@@ -96,6 +116,13 @@ def test_a_users_method_from_a_users_file(mine: Path) -> None:
     method = named("file", path=str(mine), name="Ring", options={"share": 0.25})
     assert method.plan(meta([1, 1])).mixing_CC.tolist() == [[0.75, 0.25], [0.25, 0.75]]
     assert method.seat(["a", "b"]) == {"pair": ("a", "b")}
+    assert sorted(method.compares()) == ["raw", "update"], "it may look at anything"
+
+
+def test_a_users_method_may_say_what_it_compares(mine: Path) -> None:
+    says = '    def compares(self):\n        return ["raw"]\n'
+    mine.write_text(MINE.replace("    def seat", f"{says}\n    def seat"))
+    assert named("file", path=str(mine), name="Ring").compares() == ["raw"]
 
 
 def test_a_users_method_survives_being_sent_and_written(mine: Path) -> None:

@@ -114,7 +114,7 @@ def test_peft_computes_the_learners_model(
     encoder = str(request.getfixturevalue(family))
     model = {"name": encoder, "cut": 2, "top": 1, "lora": lora}
     run = make_run(tiny_config(model=model, server={"shared_adapter": shared}))
-    folders = peft_export.export(run, 0)
+    folders = peft_export.export(run, 0, LEARNERS)
     assert [Path(folder).name for folder in folders] == list(LEARNERS)
     vectors = {}
     for learner, folder in zip(LEARNERS, folders, strict=True):
@@ -125,7 +125,7 @@ def test_peft_computes_the_learners_model(
 
 def test_peft_adapts_our_sites_and_no_others(tiny_config: Callable[..., RunConfig]) -> None:
     run = make_run(tiny_config(model={"lora": {"target_modules": ["output.dense"]}}))
-    folder = peft_export.export(run, 0)[0]
+    folder = peft_export.export(run, 0, LEARNERS)[0]
     model = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(run.config.model.name), folder)
     adapted = [name for name, part in model.named_modules() if hasattr(part, "lora_A")]
     assert adapted == [f"base_model.model.encoder.layer.{i}.output.dense" for i in range(5)]
@@ -137,7 +137,7 @@ def test_the_files_are_those_that_peft_writes(
 ) -> None:
     lora = {"r": 3, "lora_alpha": 9, "use_rslora": rslora}
     run = make_run(tiny_config(model={"lora": lora}, server={"shared_adapter": True}))
-    ours = Path(peft_export.export(run, 0)[1])
+    ours = Path(peft_export.export(run, 0, LEARNERS)[1])
     loaded = peft.PeftModel.from_pretrained(
         AutoModel.from_pretrained(run.config.model.name), str(ours)
     )
@@ -159,10 +159,10 @@ def test_the_files_are_those_that_peft_writes(
 
 def test_export_again_gives_the_same_bytes(tiny_config: Callable[..., RunConfig]) -> None:
     run = make_run(tiny_config())
-    folders = [Path(folder) for folder in peft_export.export(run, 0)]
+    folders = [Path(folder) for folder in peft_export.export(run, 0, LEARNERS)]
     names = ["adapter_config.json", "adapter_model.safetensors"]
     first = [(folder / name).read_bytes() for folder in folders for name in names]
-    peft_export.export(run, 0)
+    peft_export.export(run, 0, LEARNERS)
     assert first == [(folder / name).read_bytes() for folder in folders for name in names]
     assert all(sorted(path.name for path in folder.iterdir()) == names for folder in folders)
 
@@ -170,5 +170,5 @@ def test_export_again_gives_the_same_bytes(tiny_config: Callable[..., RunConfig]
 def test_a_round_that_never_happened_is_refused(tiny_config: Callable[..., RunConfig]) -> None:
     run = make_run(tiny_config())
     with pytest.raises(FellrayError, match="round 4 never happened; committed rounds: 0"):
-        peft_export.export(run, 4)
+        peft_export.export(run, 4, LEARNERS)
     assert not run.storage.exists("adapters")

@@ -64,8 +64,7 @@ def host_of(plant: Plant) -> TrunkHost:
 
 
 def held(played: Any, round: int, name: str) -> Tensor:
-    rounds = played.rounds
-    return rounds.load(round, rounds.clients(round), [name])[name]
+    return played.rounds.load(round, played.learners, [name])[name]
 
 
 def test_deal() -> None:
@@ -174,6 +173,7 @@ def test_the_gram_is_of_the_rounds_updates(plain: Play) -> None:
     start = torch.cat([held(played, 1, name) for name in names], dim=1).double()
     update = reports.theta_CP.double() - start
     torch.testing.assert_close(reports.meta.gram["update"], update @ update.T)
+    assert list(reports.meta.gram) == ["update"], "the method compares nothing else"
 
 
 def test_everyone_starts_from_the_same_adapters(plain: Play) -> None:
@@ -239,14 +239,15 @@ def test_central_is_one_learner_over_all_data(plain: Play) -> None:
 def poison(plant: Plant, *learners: str) -> None:
     """From here on these learners' scores are NaN: loss, gradients and adapters follow."""
     for client in clients_of(plant):
-        for place, shard in enumerate(client._reader.shards):
+        desk = client._sit(client.learners)
+        for place, shard in enumerate(desk.reader.shards):
             if shard.client in learners:
-                client._scorer.prior_KI[place] = torch.nan
+                desk.scorer.prior_KI[place] = torch.nan
 
 
 def heal(plant: Plant) -> None:
     for client in clients_of(plant):
-        client._scorer.prior_KI.nan_to_num_(0.0)
+        client._sit(client.learners).scorer.prior_KI.nan_to_num_(0.0)
 
 
 def poisoned(*learners: str, round: int) -> Callable[[Plant, int], None]:
@@ -339,7 +340,7 @@ def test_a_poisoned_trunk_is_refused_too(
         answers = sound(self, sent)
         for activation, _ in sent:
             if "c3" in activation.clients and activation.step == 2:
-                self._bank.values_SP[3, 7] = torch.inf
+                self._slots.bank.values_SP[self._find(["c3"]), 7] = torch.inf
         return answers
 
     monkeypatch.setattr(TrunkHost, "backward", spoilt)
@@ -592,7 +593,7 @@ def secrets(config: RunConfig) -> dict[str, list[bytes]]:
     )
     found: dict[str, list[bytes]] = {"titles": [title.encode() for title in data.titles]}
     found["tokens"], found["targets"], found["histories"] = [], [], []
-    reader = client._reader
+    reader = client._sit(client.learners).reader
     batches = [(b, t) for r in (1, 2) for b, t in reader.steps(r)]
     for batch, target_N in batches:
         pieces = batch.ids_L.split(batch.rows.lengths_N.tolist())
@@ -636,15 +637,15 @@ def test_nothing_private_leaves(
     # the clients' side after every training and after every installation
     sound = plants.Client.fit
 
-    def fit(self: Any, round: int) -> Update:
-        update = sound(self, round)
-        blocks.append(self._bank.values_SP.clone())
+    def fit(self: Any, round: int, clients: Sequence[str], *more: Any) -> Update:
+        update = sound(self, round, clients, *more)
+        blocks.append(self._slots.bank.values_SP.clone())
         return update
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plants.Client, "fit", fit)
         play(config, before=before)
-    blocks += [member._bank.values_SP.clone() for member in members]
+    blocks += [member._slots.bank.values_SP.clone() for member in members]
 
     assert len(tape.of(Activation)) > 10
     assert len(tape.of(Update)) == 2 * len(members)

@@ -43,9 +43,9 @@ def train(config: RunConfig) -> Trained:
             if t == 0:
                 outcome = Outcome(p.stage_start(), p.validate(0))
             else:
-                reports = p.fit(t)
+                reports = p.fit(t, p.sample(t))
                 plan = config.method.plan(reports.meta)
-                staged = p.install(reports, reduce(plan, reports.theta_CP))
+                staged = p.install(reports, plan, reduce(plan, reports.theta_CP))
                 outcome = Outcome(staged, p.validate(t), reports, plan)
             run.commit(t, outcome, p.close_ledger(), p.take_events())
         test = p.evaluate(config.train.rounds, 2)
@@ -206,9 +206,21 @@ def test_another_round_is_another_model(trained: Trained, recommender: Recommend
     assert Recommender.open(trained.folder).round == trained.best
 
 
+def test_a_history_as_text(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A semicolon inside a title of the catalogue does not divide it."""
+    monkeypatch.setitem(recommender._items_of, "moby-dick; or, the whale", [0])
+    text = "Nobody; knows;;Moby-Dick; or, The Whale ; word01; Moby-Dick"
+    titles = ["Nobody", "knows", "Moby-Dick; or, The Whale", "word01", "Moby-Dick"]
+    assert recommender.split_history(text) == titles
+    assert [recommender.knows(title) for title in titles] == [False, False, True, False, False]
+    assert recommender.split_history(" ; ") == []
+
+
 def test_mistakes_in_a_request_are_named(recommender: Recommender) -> None:
     client = recommender.clients[0]
-    with pytest.raises(FellrayError, match=rf"'{client}x': .* it has 5, .* '{client}'"):
+    with pytest.raises(
+        FellrayError, match=rf"'{client}x': .* it has {', '.join(recommender.clients)}$"
+    ):
         recommender.recommend(f"{client}x", ["word01"])
     for titles in ([], ["word01", "  "], "word01"):
         with pytest.raises(FellrayError, match="list of at least one title"):

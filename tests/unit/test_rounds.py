@@ -314,7 +314,7 @@ def test_a_changed_byte_is_never_taken_for_data(file: str, share: float, flip: i
 def outcome(rounds: Rounds) -> str | None:
     """Round 2 as it was committed, or what the user is told."""
     try:
-        got = rounds.load(2, ["a", "b"], ["w"])["w"]
+        got = rounds.load(2, ["a", "b"], ["w", "b", "e"])["w"]
         facts = rounds.facts(2)
     except FellrayError as error:
         return str(error)

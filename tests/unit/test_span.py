@@ -3,9 +3,9 @@
 Shapes: N rows, n rows of one padded length, L real tokens, d width, S clients, P parameters.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fellray.platform.adapters import Bank, GradientSum, Pair, Site
+from fellray.platform.adapters import Bank, GradientSum, Site
 from fellray.platform.config import RunConfig, parse
 from fellray.platform.encoder import MINILM, load_backbone
 from fellray.platform.host import InProcess, TrunkHost
+from fellray.platform.kernel import Loras
+from fellray.platform.lanes import Lanes
 from fellray.platform.ledger import Ledger, total
 from fellray.platform.messages import Activation, Gradient, Lease
+from fellray.platform.packed import Batch, PackedBlocks
 from fellray.platform.retrieval import Scorer, mean_losses
 from fellray.platform.rounds import Rounds
 from fellray.platform.rows import Rows
@@ -129,36 +132,37 @@ def through_the_cut(s: Setting, step: Step, ledger: Ledger) -> tuple[Tensor, Ten
         s.side.gradient.add(slots_n, pairs)
     gradient = s.side.gradient.total_SP.clone()
     s.side.gradient.total_SP.zero_()
-    return loss_S.detach(), gradient, s.host._bank.moment1_SP.clone()
+    return loss_S.detach(), gradient, s.host._slots.bank.moment1_SP[s.host._find(CLIENTS)]
 
 
 def uncut(s: Setting, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in one autograd graph: padded rows from the tokens to the loss, nothing packed."""
-    r, config = s.config.model.lora.r, s.config
-    trunk_bank = Bank(sites(s.parts, "trunk"), config.model.lora, config.train, 3)
-    trunk_bank.values_SP.copy_(s.trunk_SP)
-    sums = [
-        GradientSum(sites(s.parts, "bottom", "top"), r, 3),
-        GradientSum(sites(s.parts, "trunk"), r, 3),
-    ]
-    used: list[tuple[Tensor, Sequence[Pair], Sequence[Pair]]] = []
-    split = len(s.parts.cut.sites["bottom"])
-    u = []
-    for group in step.rows.groups:
-        slots = step.slot_N[group.rows_n]
-        own, far = s.side.gather(slots, train=True), trunk_bank.gather(slots, train=True)
-        ids = torch.zeros(group.mask_nT.shape, dtype=torch.int64)
-        ids[group.mask_nT] = step.ids_L[group.tokens]
-        h = s.parts.bottom(ids, group.mask_nT, [own[:split]])
-        y = s.parts.trunk(h, group.mask_nT, [far])
-        u.append(s.parts.top(y, group.mask_nT, [own[split:]]))
-        used.append((slots, own, far))
-    order = torch.cat([group.rows_n for group in step.rows.groups])
-    loss_S = losses(s, torch.cat(u)[order.argsort()], step)
+    """The same in one autograd graph, from the tokens to the loss: no messages, no host."""
+    spec = s.config.model.lora
+    client, trunk = sites(s.parts, "bottom", "top"), sites(s.parts, "trunk")
+    sums = [GradientSum(client, spec.r, 3), GradientSum(trunk, spec.r, 3)]
+    present, lane_N = step.slot_N.unique(return_inverse=True)
+    lanes = Lanes(step.rows.lengths_N, lane_N, 16, torch.full_like(present, spec.r))
+    own = present[lanes.order_K]
+    ranks = [spec.r] * len(lanes.stacks)
+    loras = Loras(trunk, lanes.stacks, ranks, spec.scaling_of, own, s.trunk_SP, sums[1].total_SP)
+    batch, packed = Batch(lanes, [loras]), PackedBlocks(s.parts.trunk)
+
+    class Inner(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, h_Ld: Tensor) -> Tensor:
+            y_Md, ctx.saved = packed.forward(lanes.spread(h_Ld), batch, keep=True)
+            return lanes.collect(y_Md)
+
+        @staticmethod
+        def backward(ctx: Any, g_Ld: Tensor) -> Tensor:
+            return lanes.collect(packed.backward(lanes.spread(g_Ld), ctx.saved, batch))
+
+    tower = Tower(s.parts.bottom, s.parts.top, 0, s.side)
+    u, used = tower.encode(step.rows, step.ids_L, step.slot_N, Inner.apply, train=True)
+    loss_S = losses(s, u, step)
     loss_S.sum().backward()
-    for slots, own, far in used:
-        sums[0].add(slots, own)
-        sums[1].add(slots, far)
+    for slots, pairs in used:
+        sums[0].add(slots, pairs)
     return loss_S.detach(), sums[0].total_SP, sums[1].total_SP
 
 

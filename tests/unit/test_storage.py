@@ -301,3 +301,12 @@ def test_json_is_strict_and_names_the_field() -> None:
         to_json(float("inf"), "f")
     with pytest.raises(ValueError, match="not JSON compliant"):
         to_json({float("nan"): 1}, "f")
+
+
+def test_a_lock_can_be_looked_at(storage: Storage) -> None:
+    assert not storage.is_locked("run")
+    assert storage.list() == []
+    with storage.lock("run"):
+        assert storage.is_locked("run")
+        assert not storage.is_locked("other")
+    assert not storage.is_locked("run")

@@ -93,6 +93,20 @@ def message(
     return activation, Gradient("run", round, step, g)
 
 
+def theta(host: TrunkHost, clients: Sequence[str]) -> np.ndarray:
+    """Trunk adapters [C, P] as they stand; of those who have no slot, as committed."""
+    absent = [c for c in clients if not host._slots.holds([c])]
+    host._slots.hold(host._rounds.latest() or 0, absent)
+    return host.theta([], clients).copy()
+
+
+def common(host: TrunkHost, clients: Sequence[str]) -> Tensor:
+    """Their shares of the common gradient [C, P]."""
+    theta(host, clients)
+    host._fit_shared_gradient()
+    return host._shared_gradient.total_SP[host._find(clients)]
+
+
 def bits(*tensors: Tensor | np.ndarray) -> list[bytes]:
     return [np.asarray(tensor).tobytes() for tensor in tensors]
 
@@ -136,7 +150,7 @@ def train_one(
     if strangers is not None:
         assert min(at.values()) > 0, "nobody was there"
     row = CLIENTS.index("b")
-    return [*seen, *bits(host.theta([me.server], ["b"]), host._shared_gradient.total_SP[row])]
+    return [*seen, *bits(theta(host, ["b"]), common(host, [CLIENTS[row]]))]
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +194,64 @@ def test_alone_or_among_many_strangers(
     check_strangers(wide_hosts[shared], my_steps(seed, 20), seeds=range(10 * seed, 10 * seed + 4))
 
 
+def train_all(
+    host: TrunkHost, steps: int, draw: np.random.Generator | None
+) -> dict[str, list[bytes]]:
+    """Everything each client sees, and its adapter; in random company, forward and backward each
+    in another, or alone."""
+    seen: dict[str, list[bytes]] = {client: [] for client in CLIENTS}
+    leases = {client: host.begin("run", 1, [client]) for client in CLIENTS}
+    for step in range(steps):
+        sizes = np.random.default_rng([5, step]).integers(1, 40, (len(CLIENTS), 2)).tolist()
+        sent = {
+            c: message(c, leases[c], step, size, seed=100 + i, width=384)
+            for i, (c, size) in enumerate(zip(CLIENTS, sizes, strict=True))
+        }
+        for run in ("forward", "backward"):
+            for group in deal(draw):
+                asked = [sent[c][0] if run == "forward" else sent[c] for c in group]
+                for c, answer in zip(group, answered(getattr(host, run)(asked)), strict=True):
+                    seen[c] += bits(answer)
+    for client in CLIENTS:
+        seen[client] += bits(host.theta([], [client]))
+    return seen
+
+
+def deal(draw: np.random.Generator | None) -> list[list[str]]:
+    """The clients in random groups, or each alone."""
+    if draw is None:
+        return [[client] for client in CLIENTS]
+    groups = draw.integers(0, len(CLIENTS), len(CLIENTS))
+    order = draw.permutation(len(CLIENTS)).tolist()
+    dealt = [[CLIENTS[i] for i in order if groups[i] == g] for g in range(len(CLIENTS))]
+    return [group for group in dealt if group]
+
+
+@pytest.mark.parametrize(
+    ("groupings", "kept_mib"),
+    [
+        (1, 0),
+        (2, 1),
+        pytest.param(256, 1, marks=pytest.mark.long),
+        pytest.param(256, 512, marks=pytest.mark.long),
+    ],
+)
+def test_random_groupings(groupings: int, kept_mib: int, tmp_path: Path) -> None:
+    """MiniLM's weights, 20 steps: no mismatch, kept or computed twice; 1 MiB keeps some passes."""
+    torch.set_num_threads(2)
+    tree = make_config(MINILM, server={"keep_graphs_mib": 0}).model_dump(mode="json")
+    tree["model"] |= {"cut": 4}
+    wanted = train_all(make_host(parse(tree, "test"), tmp_path), 20, None)
+    tree["server"] |= {"keep_graphs_mib": kept_mib}
+    host = make_host(parse(tree, "test"), tmp_path)
+    mismatches = 0
+    for seed in range(groupings):
+        found = train_all(host, 20, np.random.default_rng(seed))
+        mismatches += sum(found[client] != wanted[client] for client in CLIENTS)
+    assert mismatches == 0
+    assert host._keep.used <= kept_mib * 2**20
+
+
 def test_packed_with_others_or_in_messages_of_ones_own(tiny_encoder: Path, tmp_path: Path) -> None:
     """Four clients of one actor, or four actors: the same bits."""
     config = make_config(str(tiny_encoder), server={"shared_adapter": True})
@@ -206,7 +278,7 @@ def test_packed_with_others_or_in_messages_of_ones_own(tiny_encoder: Path, tmp_p
                 )
                 single = [joined]
             down = np.concatenate(answered(host.backward(single[::-1]))[::-1])
-        results.append(bits(down, host.theta([], CLIENTS), host._shared_gradient.total_SP))
+        results.append(bits(down, theta(host, CLIENTS), common(host, CLIENTS)))
     assert results[0] == results[1]
 
 
@@ -224,8 +296,8 @@ def test_a_nan_stays_with_its_sender(tiny_encoder: Path, tmp_path: Path) -> None
             good = message("b", leases["b"], step, [20, 7], seed=1)
             up = answered(host.forward([bad[0], good[0]]))[1]
             down = answered(host.backward([bad, good]))[1]
-        found.append(bits(up, down, host.theta([], ["b"]), host._shared_gradient.total_SP[1]))
-        assert np.isfinite(host.theta([], ["a"])).all() != poisoned
+        found.append(bits(up, down, theta(host, ["b"]), common(host, [CLIENTS[1]])))
+        assert np.isfinite(theta(host, ["a"])).all() != poisoned
     assert found[0] == found[1]
 
 
@@ -234,11 +306,11 @@ def test_a_nan_stays_with_its_sender(tiny_encoder: Path, tmp_path: Path) -> None
 
 def test_evaluation_steps_nothing_and_wants_no_lease(tiny_encoder: Path, tmp_path: Path) -> None:
     host = make_host(make_config(str(tiny_encoder)), tmp_path)
-    before = bits(host.theta([], CLIENTS))
+    before = bits(theta(host, CLIENTS))
     activation, _ = message("a", None, 0, [5, 20], seed=0, round=0)
     one, two = answered(host.forward([activation, activation]))
     assert bits(one) == bits(two)
-    assert bits(host.theta([], CLIENTS)) == before
+    assert bits(theta(host, CLIENTS)) == before
     training = replace(activation, round=1, lease=host.begin("run", 1, ["a"]))
     assert bits(*answered(host.forward([training]))) == bits(one)
 
@@ -270,11 +342,11 @@ def test_evaluations_of_two_rounds_in_one_batch_get_each_its_own(
 def test_an_absent_client_keeps_every_byte(tiny_encoder: Path, tmp_path: Path) -> None:
     """Promise 5, at the server."""
     host = make_host(make_config(str(tiny_encoder), train={"weight_decay": 0.1}), tmp_path)
-    before = host.theta([], CLIENTS).copy()
+    before = theta(host, CLIENTS)
     lease = host.begin("run", 1, CLIENTS)
     for step in range(3):
         answered(host.backward([message(("a", "c"), lease, step, [5, 20], seed=0)]))
-    after = host.theta([], CLIENTS)
+    after = theta(host, CLIENTS)
     moved = [c for i, c in enumerate(CLIENTS) if bits(after[i]) != bits(before[i])]
     assert moved == ["a", "c"]
 
@@ -341,16 +413,14 @@ def test_a_refusal_reaches_its_sender_and_changes_nobody(
     for with_bad in (False, True):
         host = make_host(config, tmp_path)
         bad = refusals(host)[why]
-        before = bits(host.theta([], ["a", "c"]))
+        before = bits(theta(host, ["a", "c"]))
         good = message("b", host.begin("run", 1, ["b"]), 0, [5, 20], seed=1)
         answers = host.backward([bad, good] if with_bad else [good])
         if with_bad:
             wanted = FellrayError if why == "another run" else StaleLease
             assert isinstance(answers[0], wanted)
-        assert bits(host.theta([], ["a", "c"])) == before
-        found.append(
-            bits(*answered(answers[-1:]), host.theta([], CLIENTS), host._shared_gradient.total_SP)
-        )
+        assert bits(theta(host, ["a", "c"])) == before
+        found.append(bits(*answered(answers[-1:]), theta(host, CLIENTS), common(host, CLIENTS)))
     assert found[0] == found[1]
 
 
@@ -387,28 +457,28 @@ def test_a_message_that_does_not_add_up_is_refused_alone(
         answers = host.backward([(activation, gradient), good] if with_bad else [good])
         if with_bad:
             assert isinstance(answers[0], Exception)
-        found.append(bits(*answered(answers[-1:]), host.theta([], CLIENTS)))
+        found.append(bits(*answered(answers[-1:]), theta(host, CLIENTS)))
     assert found[0] == found[1]
 
 
 def test_begin_rolls_its_clients_back_and_no_others(tiny_encoder: Path, tmp_path: Path) -> None:
     config = make_config(str(tiny_encoder), server={"shared_adapter": True})
     host = make_host(config, tmp_path)
-    start = host.theta([], CLIENTS).copy()
+    start = theta(host, CLIENTS)
 
     def train(lease: Lease, client: str) -> list[bytes]:
         downs: list[np.ndarray] = []
         for step in range(3):
             downs += answered(host.backward([message(client, lease, step, [5, 20], seed=2)]))
         row = CLIENTS.index(client)
-        return bits(*downs, host.theta([], [client]), host._shared_gradient.total_SP[row])
+        return bits(*downs, theta(host, [client]), common(host, [CLIENTS[row]]))
 
     first = train(host.begin("run", 1, ["a"]), "a")
     other = train(host.begin("run", 1, ["b"]), "b")
     again = host.begin("run", 1, ["a"])
-    assert bits(host.theta([], ["a"])) == bits(start[:1])
-    assert host._shared_gradient.total_SP[0].abs().max() == 0.0
-    assert bits(host.theta([], ["b"]), host._shared_gradient.total_SP[1]) == other[-2:]
+    assert bits(theta(host, ["a"])) == bits(start[:1])
+    assert common(host, [CLIENTS[0]]).abs().max() == 0.0
+    assert bits(theta(host, ["b"]), common(host, [CLIENTS[1]])) == other[-2:]
     assert train(again, "a") == first
 
 
@@ -437,8 +507,8 @@ def play(host: TrunkHost, rounds: Rounds, first: int, last: int) -> None:
             ]
             answered(host.forward([activation for activation, _ in sent]))
             answered(host.backward(sent))
-        theta = host.theta([lease.server], CLIENTS)
-        mixed = 0.75 * theta + 0.25 * theta.mean(0)
+        trained = host.theta([lease.server], CLIENTS)
+        mixed = 0.75 * trained + 0.25 * trained.mean(0)
         staged = host.install(Installation(round, CLIENTS, mixed, refused=("c",)))
         rounds.commit(round, staged, {})
 
@@ -482,7 +552,7 @@ def test_a_restarted_host_goes_on_as_if_nothing_had_happened(
 
 def test_the_start_is_shared_by_all(tiny_encoder: Path, tmp_path: Path) -> None:
     host = make_host(make_config(str(tiny_encoder)), tmp_path / "any")
-    rounds = host._rounds = Rounds(Storage(str(tmp_path / "new")))
+    rounds = host._rounds = host._slots._rounds = Rounds(Storage(str(tmp_path / "new")))
     rounds.commit(0, host.stage_start(), {})
     values = rounds.load(0, CLIENTS, ["trunk.values"])["trunk.values"]
     assert len({row.numpy().tobytes() for row in values}) == 1
@@ -494,7 +564,7 @@ def test_install_asked_twice_answers_the_same(tiny_encoder: Path, tmp_path: Path
     host, rounds = open_host(config, tmp_path)
     lease = host.begin("run", 1, CLIENTS)
     answered(host.backward([message(CLIENTS, lease, 0, [5, 6, 7, 8], seed=0)]))
-    mixture = Installation(1, CLIENTS, host.theta([], CLIENTS) * 0.5)
+    mixture = Installation(1, CLIENTS, theta(host, CLIENTS) * 0.5)
     first = host.install(mixture)
     assert host.install(mixture) == first
     assert rounds.commit(1, first, {}) is None
@@ -512,12 +582,12 @@ def test_a_new_life_does_not_install_what_it_did_not_train(
     old, _ = open_host(config, tmp_path)
     lease = old.begin("run", 1, CLIENTS)
     answered(old.backward([message(CLIENTS, lease, 0, [5, 6, 7, 8], seed=0)]))
-    theta = old.theta([], CLIENTS)
+    trained = theta(old, CLIENTS)
     new, _ = open_host(config, tmp_path)
     if begun:
         new.begin("run", 1, begun)
     with pytest.raises(StaleLease):
-        new.install(Installation(1, CLIENTS, theta if columns == "mixture" else theta[:, :0]))
+        new.install(Installation(1, CLIENTS, trained if columns == "mixture" else trained[:, :0]))
 
 
 def test_refused_clients_go_back_to_the_rounds_start(tiny_encoder: Path, tmp_path: Path) -> None:
@@ -545,10 +615,10 @@ def test_the_shared_adapter_steps_once_a_round_on_the_mean_in_client_order(
             answered(
                 host.backward([message(CLIENTS, lease, step, [5, 20, 7, 8], round, round=round)])
             )
-        gradients = host._shared_gradient.total_SP.clone()
+        gradients = common(host, CLIENTS).clone()
         assert gradients.abs().sum(1).min() > 0
-        theta = host.theta([], CLIENTS)
-        rounds.commit(round, host.install(Installation(round, CLIENTS, theta, ("c",))), {})
+        trained = theta(host, CLIENTS)
+        rounds.commit(round, host.install(Installation(round, CLIENTS, trained, ("c",))), {})
         total = torch.zeros(gradients.shape[1], dtype=torch.float64)
         for row in (0, 1, 3):  # client-id order, without the refused one
             total += gradients[row].double()
@@ -556,7 +626,7 @@ def test_the_shared_adapter_steps_once_a_round_on_the_mean_in_client_order(
         twin.step()
         assert bits(rounds.load_shared(round, "shared.values")) == bits(value.detach())
         assert rounds.load_shared(round, "shared.steps").item() == round
-        assert host._shared_gradient.total_SP.abs().max() == 0.0
+        assert common(host, CLIENTS).abs().max() == 0.0
 
 
 def test_the_shared_adapter_is_used_by_everyone(tiny_encoder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,164 @@
+"""Slots: which client stands in which row of a bank, and at which of its pages.
+
+Clients that take part are brought in from the committed rounds in one read, and stay as long as
+there is room; whoever has not changed since is not read again. It must not know what the bank's
+rows are used for.
+
+Shapes: S slots, s slots asked for, P parameters of one client.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fellray.platform.adapters import Bank, state_names
+from fellray.platform.faults import committed
+from fellray.platform.manifest import Staged
+from fellray.platform.rounds import EVERYONE, Rounds
+
+KEPT = 256
+"""Clients that stay in memory beyond those that are asked for."""
+
+State = tuple[int, ...]
+"""The round of each of a client's pages."""
+
+
+class Slots:
+    """The rows of a bank as a cache of committed pages. `bank` is replaced when it grows."""
+
+    def __init__(self, make: Callable[[int], Bank], part: str, moments: bool, rounds: Rounds):
+        """Args: make: a bank of so many slots. part: `client` or `trunk`, names the pages."""
+        self.bank = make(0)
+        self._make = make
+        self._part = part
+        self._moments = moments
+        self._names = state_names(part, moments)
+        self._rounds = rounds
+        self._slot: dict[str, int] = {}
+        """Longest unused first."""
+        self._state: dict[str, State] = {}
+        """Missing: the row is being trained, or was left half trained."""
+
+    def hold(self, round: int, clients: Sequence[str]) -> Tensor:
+        """The slots [s] of distinct clients, each at its state of a round.
+
+        Raises:
+            StaleLease: as `committed`.
+            FellrayError: as `Rounds.load`.
+        """
+        if not clients:
+            return torch.empty(0, dtype=torch.int64)
+        with committed(self._rounds, round):
+            at = [self._rounds.page_rounds(round, clients, name) for name in self._names]
+        wanted = dict(zip(clients, zip(*at, strict=True), strict=True))
+        stale = [c for c in clients if self._state.get(c) != wanted[c]]
+        self._make_room(clients)
+        if stale:
+            loaded = self._rounds.load(round, stale, self._names)
+            self.bank.reset(self.find(stale), self._plain(loaded))
+            self._state |= {c: wanted[c] for c in stale}
+        return self.find(clients)
+
+    def find(self, clients: Sequence[str]) -> Tensor:
+        """The slots [s] of clients that are held, whatever their rows are now."""
+        return torch.tensor([self._slot[c] for c in clients], dtype=torch.int64)
+
+    def holds(self, clients: Collection[str]) -> bool:
+        """Whether all of them have a slot."""
+        return all(c in self._slot for c in clients)
+
+    def train(self, clients: Sequence[str]) -> None:
+        """Their rows are no page's from now on."""
+        for client in clients:
+            self._state.pop(client, None)
+
+    def stage(
+        self, round: int, holder: str, clients: Sequence[str], values: bool
+    ) -> tuple[Staged, ...]:
+        """Write the rows of clients as their pages of a round, which they then are.
+
+        Args:
+            values: False where everyone's page holds the values and only the moments are their own.
+
+        Returns:
+            The file, or nothing where there is nothing to write.
+        """
+        slots = self.find(clients)
+        staged = self._write(round, holder, clients, self.bank.state(slots, self._moments), values)
+        if not self._moments:  # they start anew, as after reading a page
+            self.bank.reset(slots, {"values": self.bank.values_SP[slots]})
+        self._state |= {c: (round,) * len(self._names) for c in clients}
+        return staged
+
+    def stage_rows(
+        self, round: int, holder: str, rows: Mapping[str, Mapping[str, Tensor]], values: bool
+    ) -> tuple[Staged, ...]:
+        """As `stage`, for rows that were taken out of their slots: client -> name -> row."""
+        if not rows:
+            return ()
+        clients = list(rows)
+        kinds = rows[clients[0]]
+        state = {kind: torch.stack([row[kind] for row in rows.values()]) for kind in kinds}
+        held = [i for i, c in enumerate(clients) if c in self._slot]
+        here = [clients[i] for i in held]
+        self.bank.reset(self.find(here), {kind: t[held] for kind, t in state.items()})
+        self._state |= {c: (round,) * len(self._names) for c in here}
+        return self._write(round, holder, clients, state, values)
+
+    def stage_start(self, seeded_P: Tensor) -> tuple[Staged, ...]:
+        """Write round 0: the page of all who have none of their own."""
+        self.clear()
+        bank, one = self._make(1), torch.tensor([0])
+        bank.reset(one, {"values": seeded_P[None]})
+        state = bank.state(one, self._moments)
+        return self._write(0, f"start-{self._part}", (EVERYONE,), state, True)
+
+    def clear(self) -> None:
+        """Forget what the rows are; they stay where they lie."""
+        self._slot.clear()
+        self._state.clear()
+
+    def _write(
+        self,
+        round: int,
+        holder: str,
+        clients: Sequence[str],
+        state: Mapping[str, Tensor],
+        values: bool,
+    ) -> tuple[Staged, ...]:
+        kept = {k: t for k, t in state.items() if values or k != "values"}
+        if not clients or not kept:
+            return ()
+        tensors = {f"{self._part}.{kind}": tensor for kind, tensor in kept.items()}
+        return (self._rounds.stage(round, holder, clients, tensors),)
+
+    def _plain(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name.removeprefix(f"{self._part}."): t for name, t in tensors.items()}
+
+    def _make_room(self, clients: Sequence[str]) -> None:
+        for client in clients:  # used now: last to leave
+            if client in self._slot:
+                self._slot[client] = self._slot.pop(client)
+        new = [c for c in clients if c not in self._slot]
+        if not new:
+            return
+        rows = len(self.bank.values_SP)
+        free = sorted(set(range(rows)) - set(self._slot.values()))
+        if len(self._slot) + len(new) > KEPT:
+            asked = set(clients)
+            leaving = [c for c in self._slot if c in self._state and c not in asked]
+            for client in leaving[: max(0, len(new) - len(free))]:
+                free.append(self._slot.pop(client))
+                del self._state[client]
+        if len(new) > len(free):
+            # by half as much again: growing wave by wave copies what is there only now and then
+            grown = max(rows + len(new) - len(free), min(rows + rows // 2, KEPT))
+            free += range(rows, grown)
+            self._grow(grown)
+        self._slot |= dict(zip(new, free, strict=False))
+
+    def _grow(self, rows: int) -> None:
+        old, self.bank = self.bank, self._make(rows)
+        held = torch.arange(len(old.values_SP))
+        self.bank.reset(held, old.state(held, True))
