@@ -32,7 +32,7 @@ class Remote(Protocol):
     def backward(self, activation: Activation, gradient: Gradient) -> np.ndarray:
         """Backpropagate, step the rows' trunk adapters, and give the gradient at the lower cut.
 
-        The trunk keeps nothing of the forward pass, so the activation comes again (recompute).
+        The activation comes again: the trunk may not have kept the forward pass (recompute).
         """
         ...
 

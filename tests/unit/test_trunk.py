@@ -217,6 +217,9 @@ def train_all(
     return seen
 
 
+HOUR = (pytest.mark.long, pytest.mark.timeout(3600))
+
+
 def deal(draw: np.random.Generator | None) -> list[list[str]]:
     """The clients in random groups, or each alone."""
     if draw is None:
@@ -232,8 +235,8 @@ def deal(draw: np.random.Generator | None) -> list[list[str]]:
     [
         (1, 0),
         (2, 1),
-        pytest.param(256, 1, marks=pytest.mark.long),
-        pytest.param(256, 512, marks=pytest.mark.long),
+        pytest.param(256, 1, marks=HOUR),
+        pytest.param(256, 512, marks=HOUR),
     ],
 )
 def test_random_groupings(groupings: int, kept_mib: int, tmp_path: Path) -> None:
