@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -35,6 +36,9 @@ from fellray.platform.rounds import Rounds
 from fellray.platform.run import Outcome
 from fellray.platform.shards import Dataset
 from fellray.platform.storage import Storage
+
+settings.register_profile("fellray", deadline=None)  # a busy machine is no bug
+settings.load_profile("fellray")
 
 WORDS = [f"word{i:02d}" for i in range(60)]
 SPECIAL = {
