@@ -9,7 +9,7 @@ Shapes: C learners, P sent parameters of one learner.
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ class Plant:
         return cls(config, world, rounds, InlinePool(lambda: host, [()]), clients)
 
     @classmethod
-    def on_ray(cls, config: RunConfig, world: World, rounds: Rounds) -> "Plant":
+    def on_ray(cls, config: RunConfig, world: World, rounds: Rounds) -> Self:
         """Real actors on the Ray that this process is connected to.
 
         Raises:
@@ -250,7 +250,7 @@ class Plant:
         self._clients.close()
         self._servers.close()
 
-    def __enter__(self) -> "Plant":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
