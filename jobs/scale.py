@@ -344,16 +344,18 @@ def show_point(point: Mapping[str, Any]) -> None:
         f"{middle['queue'] + middle['slowest']:.2f}, transfer {middle['transfer']:.2f}, driver "
         f"{middle['driver']:.2f}; {middle['calls_per_batch']:.1f} calls a batch\n"
         f"  {updates['once']} of {updates['asked']} updates counted once, "
-        f"hashes {'equal' if point['same_hashes'] else 'NOT EQUAL'} to those without Ray"
+        f"hashes {'equal' if point['same_hashes'] else 'NOT EQUAL'} to those without Ray",
+        soft_wrap=True,
     )
 
 
 def show_scaling(report: Mapping[str, Any]) -> None:
     """The table on the terminal."""
     table = Table(
-        *("registered", "sampled", "actors", "nodes", "capacity s", "lag s", "round s", "MiB"),
-        f"{report['prices']['currency']}/round",
+        *("registered", "sampled", "actors", "nodes", "capacity\ns", "lag\ns", "round\ns", "MiB"),
+        f"{report['prices']['currency']}\na round",
         box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
     )
     for point in report["points"]:
         table.add_row(

@@ -117,7 +117,8 @@ class _ClockedHost:
     def forward(self, activations: Sequence[Activation]) -> list[np.ndarray | Exception]:
         began = time.perf_counter()
         answers = self._host.forward(activations)
-        self._count(began, [len(a.h_Ld) for a in activations])
+        if activations[0].lease:
+            self._count(began, [len(a.h_Ld) for a in activations])
         return answers
 
     def backward(self, sent: Sequence[tuple[Activation, Gradient]]) -> list[np.ndarray | Exception]:
@@ -153,7 +154,8 @@ class TimedServer(Server):
         """See `Server.forward`."""
         began = time.perf_counter()
         output = await super().forward(activation)
-        self._clocked.times.stayed += time.perf_counter() - began
+        if activation.lease:  # an evaluation is no part of what is split
+            self._clocked.times.stayed += time.perf_counter() - began
         return output
 
     async def backward(self, activation: Activation, gradient: Gradient) -> np.ndarray:
