@@ -4,8 +4,9 @@
         [--rounds 5] [--node-cpus 1] [--dry 100000] [--prices FILE] [--keep-nodes] [key=value ...]
 
 On one machine the nodes are pretended ones; under `ray job submit`, or with cluster.address, they
-are the cluster's. Every layout begins without client nodes and ends without them. FOLDER must be
-one that every node can reach; it keeps data, runs, `scale.json` and `scale.html`.
+are the cluster's: set `min_workers: 0` there, so that every layout begins without client nodes and
+ends without them. FOLDER must be one that every node can reach; it keeps data, runs, `scale.json`
+and `scale.html`.
 """
 
 import argparse
