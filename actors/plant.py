@@ -9,7 +9,7 @@ Shapes: C learners, P sent parameters of one learner.
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +38,10 @@ Answer = TypeVar("Answer")
 
 class Plant:
     """Holders of adapters, as one. Make it with `on_ray` or `inline`."""
+
+    _server: type[Server] = Server
+    _client: type[Client] = Client
+    """What becomes actors; a kind of plant that measures has its own."""
 
     def __init__(
         self, config: RunConfig, world: World, rounds: Rounds, servers: Pool, clients: Pool
@@ -73,7 +77,7 @@ class Plant:
         return cls(config, world, rounds, InlinePool(lambda: host, [()]), clients)
 
     @classmethod
-    def on_ray(cls, config: RunConfig, world: World, rounds: Rounds) -> "Plant":
+    def on_ray(cls, config: RunConfig, world: World, rounds: Rounds) -> Self:
         """Real actors on the Ray that this process is connected to.
 
         Raises:
@@ -85,13 +89,16 @@ class Plant:
         count = len(deal(learners, config.clients.per_actor))
         client = Demand("client", count, config.clients.cpus, 1 / share if share else 0.0)
         server = Demand("server", 1, config.server.cpus, config.server.gpus)
-        check_places([server, client], config.cluster.wait_for_nodes_s)
+        wait_s = config.cluster.wait_for_nodes_s
+        if not wait_s:
+            check_places([server, client])
         frozen = Shared(f"trunk {world.key(config)}", world.trunk_side(config))
-        servers = RayPool(Server, [(config, learners, frozen, rounds)], server, events.append)
+        one = [(config, learners, frozen, rounds)]
+        servers = RayPool(cls._server, one, server, events.append, wait_s)
         try:
             remote = RayRemote(servers.handles[0])
             args = _client_args(config, world, remote, rounds, Shared)
-            clients = RayPool(Client, args, client, events.append)
+            clients = RayPool(cls._client, args, client, events.append, wait_s)
         except BaseException:
             servers.close()
             raise
@@ -243,7 +250,7 @@ class Plant:
         self._clients.close()
         self._servers.close()
 
-    def __enter__(self) -> "Plant":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -62,21 +62,16 @@ class Demand:
     gpus: float
 
 
-def check_places(demands: Sequence[Demand], wait_s: float) -> None:
-    """See that all actors fit on the nodes that exist, or come within `wait_s` seconds.
+def check_places(demands: Sequence[Demand]) -> None:
+    """See that all actors fit on the nodes that exist.
 
     Raises:
         FellrayError: says what was asked, what exists and what would fit.
     """
-    deadline = time.monotonic() + wait_s
-    while True:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        placed = pack(demands, nodes)
-        if all(placed[d.name] == d.count for d in demands):
-            return
-        if time.monotonic() >= deadline:
-            raise FellrayError(_no_place(demands, placed, nodes))
-        time.sleep(1.0)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    placed = pack(demands, nodes)
+    if any(placed[d.name] < d.count for d in demands):
+        raise FellrayError(_no_place(demands, placed, nodes))
 
 
 def pack(demands: Sequence[Demand], nodes: Sequence[Mapping[str, float]]) -> dict[str, int]:
@@ -133,13 +128,25 @@ def _fetching(cls: type) -> type:
 class RayPool:
     """Ray actors, restarted for ever under the same handle; what they were is on storage."""
 
-    def __init__(self, cls: type, args: Sequence[tuple[Any, ...]], demand: Demand, note: Note):
+    def __init__(
+        self,
+        cls: type,
+        args: Sequence[tuple[Any, ...]],
+        demand: Demand,
+        note: Note,
+        wait_s: float = 0.0,
+    ):
         """Places the actors and waits until all have started.
 
+        Args:
+            wait_s: how long an autoscaler may take to bring nodes for actors that have no place,
+                now, and for one that was lost with its node.
+
         Raises:
-            FellrayError: an actor cannot start.
+            FellrayError: an actor finds no place, or cannot start.
         """
         self._note = note
+        self._wait_s = wait_s
         remote = ray.remote(_fetching(cls)).options(
             num_cpus=demand.cpus, num_gpus=demand.gpus, max_restarts=-1, max_task_retries=0
         )
@@ -176,11 +183,27 @@ class RayPool:
                 raise FellrayError(f"{method}: {decision.reason}; `fellray train` resumes the run")
             self._note(f"{method} on actor {index} was lost and begun again ({reason})")
             time.sleep(decision.pause_s)
+            self._await_return(index)
             tries += 1
             call = getattr(self.handles[index], method).remote(*row)
 
+    def _await_return(self, index: int) -> None:
+        """A lost actor waits for a node as long as a new one does; calls fail meanwhile."""
+        deadline = time.monotonic() + self._wait_s
+        while time.monotonic() < deadline:
+            try:
+                ray.get(self.handles[index].__ray_ready__.remote())
+                return
+            except ray.exceptions.ActorUnavailableError:
+                time.sleep(1.0)
+            except ray.exceptions.RayActorError:
+                return  # it is gone for good: the next call says why
+
     def _await_start(self, demand: Demand) -> None:
         started = [handle.__ray_ready__.remote() for handle in self.handles]
+        _, waiting = ray.wait(started, num_returns=len(started), timeout=self._wait_s)
+        if waiting and self._wait_s:
+            check_places([demand])
         _, waiting = ray.wait(started, num_returns=len(started), timeout=START_S)
         if waiting:
             raise FellrayError(

@@ -20,7 +20,14 @@ if _FIRST and "RAY_ADDRESS" not in os.environ:
 
 import ray  # noqa: E402 - after the environment it reads
 
-__all__ = ["connect", "ray"]
+__all__ = ["ask_for_token", "connect", "ray"]
+
+
+def ask_for_token() -> None:
+    """The Rays that this process starts from now on ask for a token, which it has."""
+    if _FIRST and os.environ.get("RAY_AUTH_MODE") == "token":
+        # once per process: Ray remembers the first token it has seen
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 @contextmanager
@@ -36,9 +43,7 @@ def connect(config: RunConfig, actors: int) -> Iterator[None]:
     # `ray job submit` names its cluster in the environment; an empty address would join any.
     address = os.environ.get("RAY_ADDRESS") or config.cluster.address
     if address == "local":
-        if _FIRST and os.environ.get("RAY_AUTH_MODE") == "token":
-            # once per process: Ray remembers the first token it has seen
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        ask_for_token()
         needed = config.server.cpus + actors * config.clients.cpus
         ray.init(
             address=address,

@@ -215,6 +215,40 @@ def recommend(
     console.print(table)
 
 
+@app.command()
+def scale(
+    folder: Annotated[
+        Path, typer.Argument(help="Where data, runs and the report go; all nodes must reach it.")
+    ],
+    overrides: Overrides = None,
+    registered: Annotated[str, typer.Option(help="Clients there are.")] = "10,100,1000",
+    sampled: Annotated[str, typer.Option(help="Clients that train in a round.")] = "10",
+    actors: Annotated[str, typer.Option(help="Actors that hold them.")] = "3",
+    nodes: Annotated[str, typer.Option(help="Nodes that hold the actors.")] = "3",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of every layout.")] = 5,
+    node_cpus: Annotated[float, typer.Option(help="CPUs of one client node.")] = 1.0,
+    dry: Annotated[int, typer.Option(min=0, help="Clients to draw from only; 0: none.")] = 100_000,
+    prices: Annotated[Path | None, typer.Option(help="A price table of your own.")] = None,
+    lose_node: Annotated[
+        bool, typer.Option(help="End a pretended node in the middle of the first training.")
+    ] = True,
+) -> None:
+    """Try how training scales: nodes come, train and go, for every combination of the lists.
+
+    On this machine nodes are pretended; with cluster.address, or in a Ray job, they are real.
+    """
+    from fellray.jobs.scale import read_layouts, show_scaling
+    from fellray.jobs.scale import scale as run
+    from fellray.platform.prices import EXAMPLE, load_prices
+
+    layouts = read_layouts(registered=registered, sampled=sampled, actors=actors, nodes=nodes)
+    table = load_prices(prices or EXAMPLE)
+    with interruptible("nothing was reported"):
+        report = run(folder, layouts, rounds, node_cpus, dry, table, lose_node, overrides or [])
+    show_scaling(report)
+    tell(f"Report: {folder}/scale.html")
+
+
 @contextmanager
 def interruptible(then: str) -> Iterator[None]:
     """Ctrl-C ends the command with status 130 and a word on what comes of it."""

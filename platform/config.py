@@ -279,8 +279,8 @@ class ClusterConfig(Config):
     """`local` starts a Ray of its own on this machine; `auto` joins the one that runs here, as a
     job under `ray job submit` does anyway."""
     wait_for_nodes_s: float = Field(default=0.0, ge=0)
-    """Seconds to wait for an autoscaler to bring nodes before a layout that does not fit is
-    refused."""
+    """Seconds that an autoscaler has to bring nodes for actors that find no place, and for one that
+    was lost with its node. 0: a layout that does not fit on the nodes there are is refused."""
 
 
 class EvaluationConfig(Config):

@@ -8,7 +8,7 @@ import pytest
 from driver import wait_until
 
 from fellray.actors import pool
-from fellray.actors.pool import Demand, RayPool, check_places, pack
+from fellray.actors.pool import Demand, RayPool, pack
 from fellray.actors.session import ray
 from fellray.jobs.train import train
 from fellray.platform.config import RunConfig
@@ -107,9 +107,13 @@ def test_what_does_not_fit_is_refused(
 @CLUSTER
 def test_nodes_are_waited_for(local_ray: None) -> None:
     """As long as `cluster.wait_for_nodes_s` says, for an autoscaler."""
+
+    class Idle:
+        """An actor that only waits."""
+
     began = time.monotonic()
     with pytest.raises(FellrayError, match="0 of 1 client"):
-        check_places([Demand("client", 1, 0, 1)], wait_s=1.5)
+        RayPool(Idle, [()], Demand("client", 1, 0, 1), print, wait_s=1.5)
     assert 1.5 <= time.monotonic() - began < 10
 
 

@@ -157,11 +157,12 @@ def test_the_ledger_is_what_the_transport_counted(
     carried: list[int] = []
 
     class Watched(Plant):
+        _client = Counting
+
         def close(self) -> None:
             carried.extend(self._clients.map("counted"))
             super().close()
 
-    monkeypatch.setattr(plants, "Client", Counting)
     ran = record(tiny_config(**settings("torch", per_actor=3)), Watched.on_ray)
     assert ran == reference
     assert len(carried) == 2

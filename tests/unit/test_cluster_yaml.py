@@ -79,3 +79,30 @@ def test_no_client_finds_room_beside_the_server(written: Any) -> None:
     node = types["client"]["resources"]
     assert pack(demands, [node, types["server"]["resources"]]) == {"server": 1, "client": 16}
     assert pack(demands, [node])["server"] == 0
+
+
+@pytest.fixture(scope="module")
+def ray_job() -> Any:
+    return yaml.safe_load((ROOT / "k8s/ray-job.yaml").read_text(encoding="utf-8"))
+
+
+def test_the_ray_job_fits_the_rest(ray_job: Any) -> None:
+    """Nothing here knows KubeRay's schema: only what we say ourselves is held against itself."""
+    cluster = ray_job["spec"]["rayClusterSpec"]
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
+    assert f"ray=={cluster['rayVersion']}" in pinned
+    assert cluster["enableInTreeAutoscaling"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    head = cluster["headGroupSpec"]["rayStartParams"]
+    assert float(head["num-cpus"]) == ServerConfig().cpus
+    (client,) = cluster["workerGroupSpecs"]
+    assert client["minReplicas"] == client["replicas"] == 0
+    told = ray_job["spec"]["entrypoint"].split()
+    assert (ROOT / f"{told[2].removeprefix('fellray.').replace('.', '/')}.py").is_file()
+    asked = dict(zip(told[4::2], told[5::2], strict=True))
+    assert asked["--node-cpus"] == client["rayStartParams"]["num-cpus"]
+    assert int(asked["--nodes"]) <= client["maxReplicas"]
+    for group in (cluster["headGroupSpec"], client):
+        for container in group["template"]["spec"]["containers"]:
+            assert container["resources"]["requests"] == container["resources"]["limits"]
+            assert told[3].startswith(container["volumeMounts"][0]["mountPath"] + "/")

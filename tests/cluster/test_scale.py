@@ -1,0 +1,56 @@
+"""Nodes come, train, are lost, and go: 0 -> 3 -> 0 with Ray's autoscaler on this machine."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from driver import Driver
+
+from fellray.platform.journal import Journal
+from fellray.platform.storage import Storage
+
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
+ROUNDS, SAMPLED = 5, 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("scale")
+
+
+def test_three_nodes_come_and_go(launch: Callable[..., Driver], folder: Path) -> None:
+    driver = launch(
+        *("-m", "fellray.jobs.cli", "scale", str(folder), "--registered", "12"),
+        *("--sampled", str(SAMPLED), "--rounds", str(ROUNDS), "--dry", "1000"),
+        *("clients.slots=2", "method.kind=fellrec"),
+    )
+    status, out, err = driver.finish(600)
+    assert status == 0, out + err
+    assert driver.left(30) == []
+    assert "counted once" in out
+
+    report: dict[str, Any] = json.loads((folder / "scale.json").read_text())
+    (point,) = report["points"]
+    counts = [count for _, count in point["nodes_seen"]]
+    assert counts[0] == counts[-1] == 0
+    assert max(counts) == 3
+    assert len(point["lost"]) == 1
+    back = counts[counts.index(3) :]
+    assert min(back[: len(back) - back[::-1].index(3)]) == 2, "one was lost, and came again"
+    assert point["down_s"] is not None
+    assert any("lost and begun again" in e for row in point["rounds"] for e in row["events"])
+
+    assert point["updates"] == {
+        "asked": ROUNDS * SAMPLED,
+        "once": ROUNDS * SAMPLED,
+        "missing": 0,
+        "more": 0,
+        "of_others": 0,
+    }
+    rows = Journal(Storage(str(folder / "runs" / point["run"]))).rows("metrics")
+    assert [len(row["losses"]) for row in rows if "losses" in row] == [SAMPLED] * ROUNDS
+    assert point["same_hashes"]
+    assert "0 nodes lost" not in (folder / "scale.html").read_text()
+    assert point["cost_per_round"] > 0
