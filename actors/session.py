@@ -19,8 +19,9 @@ if _FIRST and "RAY_ADDRESS" not in os.environ:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray  # noqa: E402 - after the environment it reads
+from ray.util import metrics  # noqa: E402
 
-__all__ = ["connect", "ray"]
+__all__ = ["connect", "metrics", "ray"]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from typing import Any
 from fellray.actors.client import deal
 from fellray.actors.plant import Plant
 from fellray.actors.session import connect
+from fellray.actors.telemetry import RunTelemetry
 from fellray.actors.world import survey
 from fellray.jobs.display import Display
 from fellray.jobs.finish import finish
@@ -34,9 +35,12 @@ def train(config: RunConfig) -> dict[str, Any]:
         Plant.on_ray(config, world, run.rounds) as plant,
         Display(config, str(run.storage), run.to_go()) as display,
     ):
+        telemetry = RunTelemetry(config)
         for t in run.to_go():
             outcome = plant.replayed(one_round, t, config)
-            display.show(run.commit(t, outcome, plant.close_ledger(), plant.take_events()))
+            row = run.commit(t, outcome, plant.close_ledger(), plant.take_events())
+            display.show(row)
+            telemetry.show(row)
         return finish(run, plant, world, display)
 
 

@@ -91,6 +91,7 @@ class Run:
         row = {"round": round, "seconds": round_seconds(now - self._clock)}
         row |= _describe(outcome) | {
             "bytes": sum(entry.bytes for entry in ledger),
+            "bytes_by_kind": total(ledger),
             "events": list(events),
         }
         self._clock = now
