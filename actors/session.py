@@ -21,7 +21,13 @@ if _FIRST and "RAY_ADDRESS" not in os.environ:
 import ray  # noqa: E402 - after the environment it reads
 from ray.util import metrics  # noqa: E402
 
-__all__ = ["connect", "metrics", "ray"]
+__all__ = ["connect", "find_address", "metrics", "ray"]
+
+
+def find_address(config: RunConfig) -> str:
+    """Which Ray a run is for; `local`: one of its own."""
+    # `ray job submit` names its cluster in the environment; an empty address would join any.
+    return os.environ.get("RAY_ADDRESS") or config.cluster.address
 
 
 @contextmanager
@@ -34,8 +40,7 @@ def connect(config: RunConfig, actors: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # `ray job submit` names its cluster in the environment; an empty address would join any.
-    address = os.environ.get("RAY_ADDRESS") or config.cluster.address
+    address = find_address(config)
     if address == "local":
         if _FIRST and os.environ.get("RAY_AUTH_MODE") == "token":
             # once per process: Ray remembers the first token it has seen

@@ -322,6 +322,7 @@ _MAY_CHANGE = (
     "storage",
     "train.rounds",
     "keep_last",
+    "clients.per_actor",
     "cluster.address",
     "cluster.wait_for_nodes_s",
 )

@@ -28,7 +28,17 @@ from fellray.platform.storage import Storage
 
 pytestmark = pytest.mark.timeout(600)
 CLUSTER = pytest.mark.cluster
-COMMANDS = ("init", "doctor", "prepare", "train", "evaluate", "compare", "runs", "recommend")
+COMMANDS = (
+    "init",
+    "doctor",
+    "prepare",
+    "plan",
+    "train",
+    "evaluate",
+    "compare",
+    "runs",
+    "recommend",
+)
 ROWS = [(user, item, 10 * user + at) for user in range(12) for at, item in enumerate("abcdef")]
 """Twelve users, each of whom met the same six items."""
 
