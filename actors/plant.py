@@ -51,7 +51,7 @@ class Plant:
         self._rounds = rounds
         self._servers = servers
         self._clients = clients
-        hosts = deal(self._learners, config.clients.per_actor)
+        hosts = deal(self._learners, config.clients.together)
         self._num_hosts = len(hosts)
         self._host = {c: i for i, host in enumerate(hosts) for c in host}
         sizes = np.array([world.sizes[c] for c in self._learners])
@@ -86,7 +86,7 @@ class Plant:
         events: list[str] = []
         learners = tuple(sorted(world.seats))
         share = config.clients.gpu_denominator
-        count = len(deal(learners, config.clients.per_actor))
+        count = len(deal(learners, config.clients.together))
         client = Demand("client", count, config.clients.cpus, 1 / share if share else 0.0)
         server = Demand("server", 1, config.server.cpus, config.server.gpus)
         wait_s = config.cluster.wait_for_nodes_s
@@ -335,5 +335,5 @@ def _client_args(
     catalogue = share(f"catalogue {world.key(config)}", world.catalogue)
     return [
         (config, i, {c: world.seats[c] for c in host}, backbone, catalogue, remote, rounds)
-        for i, host in enumerate(deal(sorted(world.seats), config.clients.per_actor))
+        for i, host in enumerate(deal(sorted(world.seats), config.clients.together))
     ]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fellray.actors.telemetry import ServerTelemetry
 from fellray.platform.adapters import start
 from fellray.platform.allocator import keep_freed_memory
 from fellray.platform.batcher import Batcher
@@ -52,13 +53,15 @@ class Server:
     def __init__(
         self, config: RunConfig, learners: Sequence[str], backbone: Backbone, rounds: Rounds
     ):
-        self._batcher = Batcher(config.server.max_tokens)
+        self._telemetry = ServerTelemetry(config.name)
+        self._batcher = Batcher(config.server.max_tokens, self._telemetry.count)
         # made on the thread that will run it: gradients and thread counts belong to a thread
         self._host = self._batcher.call(make_host, config, learners, backbone, rounds).result()
 
     async def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
         """See `TrunkHost.begin`."""
         lease: Lease = await self._call(self._host.begin, run, round, clients)
+        self._telemetry.begin(round, clients)
         return lease
 
     async def forward(self, activation: Activation) -> np.ndarray:

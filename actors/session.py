@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from fellray.platform.config import RunConfig
 
 _FIRST = "ray" not in sys.modules
-if _FIRST and "RAY_ADDRESS" not in os.environ:
+if _FIRST and not os.environ.get("RAY_ADDRESS"):
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray  # noqa: E402 - after the environment it reads
+from ray.util import metrics  # noqa: E402
 
-__all__ = ["ask_for_token", "connect", "ray"]
+__all__ = ["ask_for_token", "connect", "find_address", "metrics", "ray"]
 
 
 def ask_for_token() -> None:
@@ -28,6 +29,12 @@ def ask_for_token() -> None:
     if _FIRST and os.environ.get("RAY_AUTH_MODE") == "token":
         # once per process: Ray remembers the first token it has seen
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def find_address(config: RunConfig) -> str:
+    """Which Ray a run is for; `local`: one of its own."""
+    # `ray job submit` names its cluster in the environment; an empty address would join any.
+    return os.environ.get("RAY_ADDRESS") or config.cluster.address
 
 
 @contextmanager
@@ -40,8 +47,7 @@ def connect(config: RunConfig, actors: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # `ray job submit` names its cluster in the environment; an empty address would join any.
-    address = os.environ.get("RAY_ADDRESS") or config.cluster.address
+    address = find_address(config)
     if address == "local":
         ask_for_token()
         needed = config.server.cpus + actors * config.clients.cpus

@@ -166,12 +166,15 @@ def count_parameters(config: RunConfig) -> int | None:
 
 def check_memory(config: RunConfig, clients: int | None, available: int) -> Finding:
     """Whether the actors fit. Args: clients: how many take part, None if not known yet."""
-    name, per_actor = "memory", config.clients.per_actor
+    name = "memory"
     have = f"{available / 2**30:.1f} GiB available"
     if config.cluster.address != "local":
         return Finding(name, "ok", f"{have} here; the cluster's nodes are not looked at")
     if clients is None:
         return Finding(name, "ok", f"{have}; the clients are known after `fellray prepare`")
+    if config.clients.per_actor == "auto":
+        return Finding(name, "ok", f"{have}; clients.per_actor=auto is measured before the run")
+    per_actor = config.clients.together
     slots = clients * (count_parameters(config) or 0) * BYTES_PER_PARAMETER
     actors = -(-clients // per_actor)
     need = (actors + 2) * PROCESS + slots  # the server and the driver are processes too

@@ -104,6 +104,19 @@ def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Measure a few steps; say how many clients fit where, and what a round will take."""
+    from fellray.jobs.plan import plan as run
+    from fellray.jobs.plan import show_plan
+    from fellray.platform.config import load
+
+    loaded = load(config, overrides or [])
+    with interruptible("nothing was written"):
+        layout, work = run(loaded)
+    show_plan(loaded, layout, work)
+
+
+@app.command()
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train federated; an interrupted run goes on where it stopped."""
     from fellray.jobs.train import train as run

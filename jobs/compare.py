@@ -12,6 +12,7 @@ from fellray.actors.client import deal
 from fellray.actors.session import connect
 from fellray.actors.world import survey
 from fellray.jobs.display import console
+from fellray.jobs.plan import settle
 from fellray.jobs.train import train
 from fellray.platform import config as configs
 from fellray.platform.comparison import render_comparison
@@ -39,8 +40,10 @@ def compare(config: RunConfig, methods: Sequence[str], seeds: Sequence[int]) -> 
     Returns:
         method -> metric -> {mean, std, values}, one value per seed; baseline rows included.
     """
+    world = survey(config)
+    config = settle(config, world)
     runs = {(m, s): _variant(config, m, s) for m in methods for s in seeds}
-    actors = len(deal(list(survey(config).seats), config.clients.per_actor))
+    actors = len(deal(list(world.seats), config.clients.together))
     with connect(config, actors):
         summaries = {key: _finished(run) or train(run) for key, run in runs.items()}
     rows: dict[str, list[dict[str, float]]] = {

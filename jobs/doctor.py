@@ -37,7 +37,8 @@ def examine(config: RunConfig) -> list[Finding]:
     """All checks on this machine and in this environment."""
     environ, cores = os.environ, len(os.sched_getaffinity(0))
     clients = count_clients(config)
-    actors = None if clients is None else -(-clients // config.clients.per_actor)
+    auto = config.clients.per_actor == "auto"
+    actors = None if clients is None or auto else -(-clients // config.clients.together)
     available, memory = read_memory(Path("/"))
     shared = os.statvfs("/dev/shm") if Path("/dev/shm").is_dir() else None
     try:

@@ -33,7 +33,7 @@ def evaluate(path: str, round: int | None = None, split: str = "test") -> dict[s
     run.rounds.facts(chosen)  # refuses a damaged one
     config, world = run.config, survey(run.config)
     with (
-        connect(config, len(deal(list(world.seats), config.clients.per_actor))),
+        connect(config, len(deal(list(world.seats), config.clients.together))),
         Plant.on_ray(config, world, run.rounds) as plant,
     ):
         scores = plant.evaluate(chosen, SPLITS[split])

@@ -35,7 +35,7 @@ def train_ours(folder: Path) -> None:
     losses, stamps = [], []
     with (
         tempfile.TemporaryDirectory() as storage,
-        connect(config, len(deal(sorted(world.seats), config.clients.per_actor))),
+        connect(config, len(deal(sorted(world.seats), config.clients.together))),
         Plant.on_ray(config, world, rounds := Rounds(Storage(storage))) as plant,
     ):
         rounds.commit(0, plant.stage_start(), {})

@@ -6,9 +6,11 @@ from typing import Any
 from fellray.actors.client import deal
 from fellray.actors.plant import Plant
 from fellray.actors.session import connect
+from fellray.actors.telemetry import RunTelemetry
 from fellray.actors.world import survey
 from fellray.jobs.display import Display
 from fellray.jobs.finish import finish
+from fellray.jobs.plan import settle
 from fellray.platform import config as configs
 from fellray.platform.aggregation import reduce
 from fellray.platform.config import RunConfig
@@ -28,15 +30,19 @@ def one_round(plant: Plant, t: int, config: RunConfig) -> Outcome:
 def train(config: RunConfig) -> dict[str, Any]:
     """Train until the last round, from wherever an earlier try was interrupted; the summary."""
     world = survey(config)
+    config = settle(config, world)
     with (
         open_run(config, world.data_sha256) as run,
-        connect(config, len(deal(list(world.seats), config.clients.per_actor))),
+        connect(config, len(deal(list(world.seats), config.clients.together))),
         Plant.on_ray(config, world, run.rounds) as plant,
         Display(config, str(run.storage), run.to_go()) as display,
     ):
+        telemetry = RunTelemetry(config)
         for t in run.to_go():
             outcome = plant.replayed(one_round, t, config)
-            display.show(run.commit(t, outcome, plant.close_ledger(), plant.take_events()))
+            row = run.commit(t, outcome, plant.close_ledger(), plant.take_events())
+            display.show(row)
+            telemetry.show(row)
         return finish(run, plant, world, display)
 
 

@@ -5,6 +5,7 @@ nothing of what the requests mean.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -21,14 +22,36 @@ class _Waiting:
     item: Any
     size: int
     answer: "Future[Any]"
+    since: float
+
+
+@dataclass(frozen=True)
+class Served:
+    """A batch that has its answers."""
+
+    requests: int
+    size: int
+    """Of all requests together."""
+    waited_s: float
+    """Seconds between asking and the batch's beginning, summed over its requests."""
+    busy_s: float
+    """Seconds of work."""
+
+
+def _ignore(served: Served) -> None:
+    """Nobody counts."""
 
 
 class Batcher:
     """A queue in front of one engine thread."""
 
-    def __init__(self, max_size: int):
-        """Args: max_size: sizes in one batch add up to at most this; one request may exceed it."""
+    def __init__(self, max_size: int, note: Callable[[Served], None] = _ignore):
+        """Args:
+        max_size: sizes in one batch add up to at most this; one request may exceed it.
+        note: hears of every batch, on the engine thread, before its callers have their answers.
+        """
         self._max_size = max_size
+        self._note = note
         self._queue: deque[_Waiting] = deque()
         self._filled = threading.Condition()
         self._open = True
@@ -39,7 +62,7 @@ class Batcher:
 
     def submit(self, run: Run, item: Any, size: int) -> "Future[Any]":
         """Ask for `run([..., item, ...])`; requests with the same `run` may be merged."""
-        waiting = _Waiting(run, item, size, Future())
+        waiting = _Waiting(run, item, size, Future(), time.monotonic())
         with self._filled:
             self._queue.append(waiting)
             self._filled.notify()
@@ -63,10 +86,13 @@ class Batcher:
             if not batch:
                 continue
             self.sizes.append(len(batch))
+            began = time.monotonic()
             try:
                 answers = batch[0].run([waiting.item for waiting in batch])
             except Exception as error:  # handed to the callers, whose calls it ends
                 answers = [error] * len(batch)
+            size, waited = sum(w.size for w in batch), sum(began - w.since for w in batch)
+            self._note(Served(len(batch), size, waited, time.monotonic() - began))
             for waiting, answer in zip(batch, answers, strict=True):
                 if isinstance(answer, Exception):
                     waiting.answer.set_exception(answer)

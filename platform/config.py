@@ -233,11 +233,23 @@ class SamplingConfig(Config):
         return self
 
 
+def _count_or_auto(value: Any) -> Any:
+    """One message for what is neither."""
+    try:
+        if value == "auto" or int(value) == float(value) >= 1:
+            return value
+    except (TypeError, ValueError):
+        pass
+    raise ValueError("write a number of clients, 1 or more, or auto")
+
+
 class ClientsConfig(Config):
     """Client actors: how many clients each holds and what it may use of a node."""
 
-    per_actor: int = Field(default=1, ge=1)
-    """Clients in one actor. 1: every client is a process of its own (about 600 MiB)."""
+    per_actor: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = 1
+    """Clients in one actor. 1: every client is a process of its own (about 600 MiB). `auto`: a
+    probe measures memory and time before the run, as `fellray plan` does; the run records the
+    number."""
     slots: int = Field(default=64, ge=1)
     """How many of an actor's clients train side by side; the others who take part follow."""
     cpus: float = Field(default=0.5, ge=0)
@@ -246,6 +258,12 @@ class ClientsConfig(Config):
     """n: one client actor takes 1/n of a GPU. 0: none."""
     threads: int = Field(default=1, ge=1)
     """Threads torch uses in a client actor. Recorded, because it decides the bits."""
+
+    @property
+    def together(self) -> int:
+        """`per_actor` as a number; whoever starts actors has settled `auto` before."""
+        assert self.per_actor != "auto", "per_actor is not settled"
+        return self.per_actor
 
 
 class ServerConfig(Config):

@@ -91,6 +91,7 @@ class Run:
         row = {"round": round, "seconds": round_seconds(now - self._clock)}
         row |= _describe(outcome) | {
             "bytes": sum(entry.bytes for entry in ledger),
+            "bytes_by_kind": total(ledger),
             "events": list(events),
         }
         self._clock = now
@@ -321,6 +322,7 @@ _MAY_CHANGE = (
     "storage",
     "train.rounds",
     "keep_last",
+    "clients.per_actor",
     "cluster.address",
     "cluster.wait_for_nodes_s",
 )

@@ -29,7 +29,7 @@ from fellray.platform.storage import Storage
 pytestmark = pytest.mark.timeout(600)
 CLUSTER = pytest.mark.cluster
 COMMANDS = (
-    *("init", "doctor", "prepare", "train", "evaluate", "compare", "runs", "recommend"),
+    *("init", "doctor", "prepare", "plan", "train", "evaluate", "compare", "runs", "recommend"),
     "scale",
 )
 ROWS = [(user, item, 10 * user + at) for user in range(12) for at, item in enumerate("abcdef")]

@@ -1,13 +1,14 @@
 """Requests that wait together run together: order, budget, errors, the end."""
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import pytest
 
-from fellray.platform.batcher import Batcher
+from fellray.platform.batcher import Batcher, Served
 
 PATIENCE = 10.0
 
@@ -183,3 +184,23 @@ def test_close_finishes_what_is_queued() -> None:
     closing.join(PATIENCE)
     assert not closing.is_alive()
     assert [future.result(0) for future in futures] == [0, 2, 4, 6, 8]
+
+
+def test_every_batch_is_noted_with_its_size_and_times() -> None:
+    noted: list[Served] = []
+    batcher, work = Batcher(max_size=10, note=noted.append), Work()
+    gate = Gate(batcher)
+    first = [batcher.submit(work.double, i, size=4) for i in (1, 2)]
+    later = batcher.submit(work.fail, 3, size=5)
+    time.sleep(0.05)
+    gate.open()
+    assert results(first) == [2, 4]
+    with pytest.raises(KeyError):
+        later.result(PATIENCE)
+    batcher.close()
+    assert [(one.requests, one.size) for one in noted] == [(1, 0), (2, 8), (1, 5)]
+    held, merged, failed = noted
+    assert held.busy_s >= 0.05
+    assert held.waited_s < PATIENCE
+    assert merged.waited_s >= 2 * 0.05
+    assert failed.waited_s >= 0.05

@@ -217,6 +217,8 @@ def test_memory() -> None:
     expect(checks.check_memory(LOCAL, 5, GIB), "broken", "more memory, or a cluster")
     expect(checks.check_memory(LOCAL, None, GIB), "ok", "after `fellray prepare`")
     expect(checks.check_memory(AUTO, 100, GIB), "ok", "not looked at")
+    auto = parse({"clients": {"per_actor": "auto"}}, "test")
+    expect(checks.check_memory(auto, 100, GIB), "ok", "measured before the run")
     many = parse({"clients": {"per_actor": 1000}}, "test")
     expect(checks.check_memory(many, 1000, 8 * GIB), "ok", "for 1 client actors of 1000")
 

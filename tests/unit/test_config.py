@@ -196,3 +196,12 @@ def test_an_override_may_fill_a_section_left_empty(tmp_path: Path) -> None:
 def test_lora_scaling() -> None:
     assert LoraSpec(r=8, lora_alpha=16).scaling == 2.0
     assert LoraSpec(r=16, lora_alpha=16, use_rslora=True).scaling == 4.0
+
+
+def test_clients_per_actor_is_a_number_or_auto() -> None:
+    assert parse({"clients": {"per_actor": "50"}}, "test").clients.together == 50
+    assert parse({"clients": {"per_actor": "auto"}}, "test").clients.per_actor == "auto"
+    for wrong in (0, -1, 1.5, "many", None, [4]):
+        with pytest.raises(FellrayError, match="1 or more, or auto") as refusal:
+            parse({"clients": {"per_actor": wrong}}, "test")
+        assert len(str(refusal.value).splitlines()) == 1
