@@ -73,8 +73,13 @@ class Plant:
         return cls(config, world, rounds, InlinePool(lambda: host, [()]), clients)
 
     @classmethod
-    def on_ray(cls, config: RunConfig, world: World, rounds: Rounds) -> "Plant":
+    def on_ray(
+        cls, config: RunConfig, world: World, rounds: Rounds, client: type[Client] = Client
+    ) -> "Plant":
         """Real actors on the Ray that this process is connected to.
+
+        Args:
+            client: what is made an actor; another class where something is measured.
 
         Raises:
             FellrayError: not all actors find a place.
@@ -83,15 +88,15 @@ class Plant:
         learners = tuple(sorted(world.seats))
         share = config.clients.gpu_denominator
         count = len(deal(learners, config.clients.per_actor))
-        client = Demand("client", count, config.clients.cpus, 1 / share if share else 0.0)
-        server = Demand("server", 1, config.server.cpus, config.server.gpus)
-        check_places([server, client], config.cluster.wait_for_nodes_s)
+        near = Demand("client", count, config.clients.cpus, 1 / share if share else 0.0)
+        far = Demand("server", 1, config.server.cpus, config.server.gpus)
+        check_places([far, near], config.cluster.wait_for_nodes_s)
         frozen = Shared(f"trunk {world.key(config)}", world.trunk_side(config))
-        servers = RayPool(Server, [(config, learners, frozen, rounds)], server, events.append)
+        servers = RayPool(Server, [(config, learners, frozen, rounds)], far, events.append)
         try:
             remote = RayRemote(servers.handles[0])
             args = _client_args(config, world, remote, rounds, Shared)
-            clients = RayPool(Client, args, client, events.append)
+            clients = RayPool(client, args, near, events.append)
         except BaseException:
             servers.close()
             raise
