@@ -26,13 +26,13 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from fellray.actors.client import Client, deal
+from fellray.actors.client import Client
 from fellray.actors.plant import Plant
 from fellray.actors.session import connect
 from fellray.actors.world import survey
 from fellray.jobs.crowd import make_crowd, make_small_encoder
 from fellray.jobs.display import console
-from fellray.jobs.process_tree import Watch
+from fellray.jobs.process_tree import Watch, list_tree, read_cpu
 from fellray.jobs.timings import Spread, load_average, ratios, spread
 from fellray.jobs.train import one_round
 from fellray.platform import config as configs
@@ -84,9 +84,7 @@ class Federation:
     def turn(self) -> None:
         """One round, committed."""
         outcome = self._plant.replayed(one_round, self._round, self.config)
-        self.run.commit(
-            self._round, outcome, self._plant.close_ledger(), self._plant.take_events()
-        )
+        self.run.commit(self._round, outcome, self._plant.close_ledger(), self._plant.take_events())
         if outcome.reports:
             assert len(outcome.reports.meta.clients) == SAMPLED
             assert outcome.reports.theta_CP.shape[1] >= FLOATS
@@ -105,27 +103,22 @@ def measure_ours(
         console.print(f"{count:,} clients prepared in {time.perf_counter() - began:.0f} s")
     load = [load_average()]
     with ExitStack() as stack:
-        watch = stack.enter_context(Watch(os.getpid(), 0.5))
         stack.enter_context(connect(plans[0], ACTORS * len(plans) + len(plans)))
         arms = [Federation(config, stack) for config in plans]
         for _ in range(1 + WARM):
             for arm in arms:
                 arm.turn()
         walls: list[list[float]] = [[] for _ in arms]
-        stamps: list[list[tuple[float, float]]] = [[] for _ in arms]
         order = list(range(len(arms)))
         gc.collect()
+        used = _cpu()
         for _ in range(rounds):
             for at in order:
                 began = time.perf_counter()
                 arms[at].turn()
-                ended = time.perf_counter()
-                walls[at].append(ended - began)
-                stamps[at].append((began, ended))
+                walls[at].append(time.perf_counter() - began)
             order.reverse()
-        time.sleep(0.6)  # until the watch has looked once more
-        first, last = stamps[0][0][0], max(ended for spans in stamps for _, ended in spans)
-        cpu = watch.cpu_between(first, last)
+        cpu = _cpu() - used
         load.append(load_average())
         rows = [
             {
@@ -141,8 +134,6 @@ def measure_ours(
         "method": method,
         "rows": rows,
         "cpu_s_per_result": cpu / (rounds * SAMPLED * len(plans)),
-        "peak_pss_mb_of_all": watch.peak_bytes / 2**20,
-        "processes_of_all": watch.processes,
         "load": load,
     }
 
@@ -157,7 +148,7 @@ def measure_rival(python: str, script: str, registered: int, rounds: int) -> dic
     assert process.stdout is not None
     found: dict[str, Any] = {}
     told = 0.0
-    with Watch(process.pid, 0.5) as watch:
+    with Watch(process.pid, 2.0) as watch:
         for line in process.stdout:
             if line.startswith("RESULT "):
                 told, found = time.perf_counter(), json.loads(line.removeprefix("RESULT "))
@@ -239,6 +230,11 @@ def _configure(folder: Path, encoder: Path, registered: int, method: str) -> Run
         "evaluation": {"every": 1_000_000, "clients": 1},
     }
     return configs.parse(tree, "noop")
+
+
+def _cpu() -> float:
+    """Seconds that this process and all it started have used."""
+    return sum(read_cpu(process) or 0.0 for process in list_tree(os.getpid()))
 
 
 def _plain() -> dict[str, str]:
