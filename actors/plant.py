@@ -128,10 +128,10 @@ class Plant:
         learners = [c for update in updates for c in update.clients]
         lives = {life for update in updates for life in update.lives}
         (finite,) = self._servers.map("are_finite", [lives], [learners])
-        parts = [np.concatenate([update.theta_SP for update in updates])]
+        parts = [[update.theta_SP for update in updates]]
         if self._config.train.share != "none":
-            parts += self._servers.map("theta", [lives], [learners])
-        theta = torch.from_numpy(np.concatenate(parts, axis=1))
+            parts.append(self._servers.map("theta", [lives], [learners]))
+        theta = torch.from_numpy(_join(parts))
         refused = {c: why for update in updates for c, why in update.refused.items()}
         for learner, whole in zip(learners, finite, strict=True):
             if not whole:
@@ -310,6 +310,18 @@ def _without(update: Update, counted: Collection[str]) -> Update:
         seconds=tuple(update.seconds[i] for i in rows),
         refused={c: why for c, why in update.refused.items() if c in counted},
     )
+
+
+def _join(parts: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """Blocks of columns, each of which lies in pieces of rows, as one array."""
+    rows = sum(len(piece) for piece in parts[0])
+    whole = np.empty((rows, sum(pieces[0].shape[1] for pieces in parts)), np.float32)
+    left = 0
+    for pieces in parts:
+        right = left + pieces[0].shape[1]
+        np.concatenate(pieces, out=whole[:, left:right])
+        left = right
+    return whole
 
 
 def _choose(learners: tuple[str, ...], count: int | None) -> tuple[str, ...]:

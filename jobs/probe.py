@@ -108,7 +108,7 @@ def _plant(
     share = config.clients.gpu_denominator
     near = Demand("client", 1, config.clients.cpus, 1 / share if share else 0.0)
     far = Demand("server", 1, config.server.cpus, config.server.gpus)
-    check_places([far, near], config.cluster.wait_for_nodes_s)
+    check_places([far, near])
     learners, key = tuple(sorted(world.seats)), world.key(config)
     trunk = Shared(f"trunk {key}", world.trunk_side(config))
     servers = RayPool(WeighedServer, [(config, learners, trunk, rounds)], far, _ignore)

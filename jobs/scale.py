@@ -31,14 +31,12 @@ from fellray.actors.plant import Plant
 from fellray.actors.pool import Demand, pack
 from fellray.actors.session import connect
 from fellray.actors.world import World, survey
-from fellray.jobs.crowd import write_crowd
+from fellray.jobs.crowd import make_crowd, make_small_encoder
 from fellray.jobs.display import console
 from fellray.jobs.node_watch import NodeWatch, count_nodes
-from fellray.jobs.prepare import prepare
 from fellray.jobs.pretend_nodes import IDLE_S, PretendCluster, pretend_nodes
 from fellray.jobs.timed_plant import TimedPlant, split_round
 from fellray.jobs.timings import BUSY, load_average
-from fellray.jobs.tiny_encoder import make_encoder
 from fellray.jobs.train import one_round
 from fellray.platform import config as configs
 from fellray.platform.config import RunConfig, SamplingConfig
@@ -147,8 +145,6 @@ def configure(
         "keep_last": 1,
         "data": {
             "path": str(folder.absolute() / f"data-{layout.registered}"),
-            "source": str(folder.absolute() / f"crowd-{layout.registered}.parquet"),
-            "columns": {name: name for name in ("user_id", "item_id", "title", "timestamp")},
             "k_core": 1,
             "partition": {"kind": "per_user"},
         },
@@ -177,13 +173,12 @@ def prepare_crowds(made: Sequence[RunConfig]) -> None:
         folder = Path(config.data.path)
         if (folder / "manifest.json").exists():
             continue
-        users = int(Path(config.data.source).stem.rpartition("-")[2])
+        users = int(folder.name.rpartition("-")[2])
         console.print(f"making {users:,} clients in {folder}")
-        titles = write_crowd(Path(config.data.source), users, config.data.seed)
         encoder = Path(config.model.name)
         if not (encoder / "config.json").exists():
-            make_encoder(encoder, titles, 4, 64, config.model.max_tokens, seed=0)
-        prepare(config)
+            make_small_encoder(encoder, 4, 64)
+        make_crowd(config, users, config.data.seed)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ where popularity follows Zipf's law over a random order of the films; now and th
 film at all. Letters: U users, I items, G genres, K communities, T steps.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,13 +59,16 @@ _MODEL = _Model()
 _CATALOGUE = Path(__file__).with_name("catalogue.tsv")
 
 
-def make(seed: int) -> tuple[pa.Table, pa.Table]:
+def make(seed: int, users: int | None = None) -> tuple[pa.Table, pa.Table]:
     """(interactions, items): user_id, item_id, timestamp, seq; and item_id, title, categories.
 
     Timestamps are unix seconds and never decrease along a user's history. The same seed gives
     the same bytes.
+
+    Args:
+        users: how many people, where it is not the model's number; they are others then.
     """
-    model = _MODEL
+    model = _MODEL if users is None else replace(_MODEL, users=users)
     lines = [line.split("\t") for line in _CATALOGUE.read_text(encoding="utf-8").splitlines()]
     titles, categories = [title for title, _ in lines], [genres for _, genres in lines]
     genres_IG = _genre_rows(categories)

@@ -224,7 +224,7 @@ class TrunkHost:
     def _check(self, activation: Activation) -> None:
         if activation.run != self._config.name:
             raise FellrayError(f"server of run {self._config.name} was asked by {activation.run}")
-        if unknown := sorted(set(activation.clients) - set(self._learners)):
+        if unknown := sorted(set(activation.clients) - self._learners):
             raise FellrayError(f"client {unknown[0]} does not take part in this run")
         _check_shape(activation)
         turns = [self._turns.get(c) for c in activation.clients]

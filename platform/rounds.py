@@ -17,7 +17,9 @@ import math
 import re
 import sys
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from heapq import nsmallest
 from typing import Any
 
 import torch
@@ -30,6 +32,8 @@ from fellray.platform.storage import Storage
 
 EVERYONE = ""
 """Whose page is the state of all clients that have none of their own."""
+SPARE = 64
+"""Rounds that were given up may be as many before their last pages are carried on."""
 _MANIFEST = "manifest.json"
 _PAGES = "pages.json"
 Page = tuple[int, Staged, int]
@@ -48,6 +52,14 @@ class Rounds:
         self._known: dict[int, Manifest] = {}
         self._pages: dict[str, dict[str, list[Page]]] = {}
         """Tensor -> client -> its pages by round."""
+        self._last: Counter[int] = Counter()
+        """Round -> how many of its pages no later round has replaced."""
+        self._given_up: set[int] = set()
+        """Rounds that are known to hold pages only."""
+        self._kept: list[int] = []
+        """By the last `prune`, besides the last rounds."""
+        self._looked = 0
+        """How many rounds were known when those that are gone were last forgotten."""
         self._heads: dict[tuple[int, str], Head] = {}
         self._expected: tuple[int, dict[str, dict[str, Page]]] = (-1, {})
 
@@ -108,7 +120,7 @@ class Rounds:
 
     def committed(self) -> list[int]:
         """All committed rounds, oldest first. Sizes are checked here, checksums when loading."""
-        return [number for number in self._numbers() if self._counts(number)]
+        return [n for n in self._numbers() if n not in self._given_up and self._counts(n)]
 
     def latest(self) -> int | None:
         """The last committed round."""
@@ -220,9 +232,11 @@ class Rounds:
         """
         assert keep_last >= 1, keep_last
         committed = self.committed()
-        kept = sorted({*committed[-keep_last:], *(n for n in keep if n in committed)})
+        last = committed[-keep_last:]
+        kept = sorted({*last, *(n for n in keep if n in committed)})
         if not committed:
             return
+        self._kept = [n for n in kept if n < last[0]]
         self._learn(committed[-1])
         for number in self._numbers():
             folder = _folder(number)
@@ -237,6 +251,60 @@ class Rounds:
                 self._storage.delete(f"{folder}/{_PAGES}")
                 self._storage.delete(folder)
                 self._leave(number)
+
+    def carry(self, round: int, staged: Sequence[Staged]) -> list[Staged]:
+        """Stage what is left in the emptiest old rounds once more, so that they can be deleted.
+
+        Where clients are sampled from many, rounds that were given up stay for a few clients who
+        were not asked since. From `SPARE` such rounds on, the emptiest are written again in the
+        round under way, at most as many pages as it has anyway. A client's state does not change
+        by that; a round that nobody commits has carried nothing.
+
+        Args:
+            round: the round under way, after the last committed one.
+            staged: its files.
+
+        Returns:
+            Further files for `commit`.
+
+        Raises:
+            FellrayError: a page is damaged, or the storage refuses.
+        """
+        if len(self._given_up) <= SPARE:
+            return []
+        claimed = {(name, c) for one in staged for name in one.tensors for c in one.clients}
+        room = len(claimed)
+        # what another kept round needs would stay where it lies
+        since = max(self._kept, default=-1)
+        old = [n for n in self._given_up if n > since and self._last[n]]
+        wanted: dict[tuple[str, ...], list[str]] = {}
+        for number in nsmallest(len(claimed), old, key=self._last.__getitem__):
+            rest = self._rest(number, claimed)
+            room -= sum(len(names) for names, _ in rest)
+            if room < 0:
+                break
+            for names, client in rest:
+                wanted.setdefault(names, []).append(client)
+        return [
+            self.stage(round, f"carried-{at}", clients, self.load(round - 1, clients, names))
+            for at, (names, clients) in enumerate(sorted(wanted.items()))
+        ]
+
+    def _rest(
+        self, round: int, claimed: Collection[tuple[str, str]]
+    ) -> list[tuple[tuple[str, ...], str]]:
+        """A round's pages that are their clients' last and stay so: tensors and client."""
+        found = []
+        for one in self._known[round].files:
+            for client in one.clients:
+                names = tuple(
+                    name
+                    for name in one.tensors
+                    if self._pages[name][client][-1][0] == round and (name, client) not in claimed
+                )
+                if names:
+                    found.append((names, client))
+        return found
 
     def _refuse_committed(self, round: int) -> None:
         path = f"{_folder(round)}/{_MANIFEST}"
@@ -288,17 +356,31 @@ class Rounds:
         if round in self._known:
             return
         own = self._open(round)
-        for number in self._numbers():
-            if number >= round or number in self._known:
-                continue
-            for name in (_MANIFEST, _PAGES):
-                if self._storage.exists(f"{_folder(number)}/{name}"):
-                    try:
-                        self._enter(self._check(number, name))
-                    except Uncommitted as error:
-                        raise FellrayError(f"{error}{self._way_out(number)}") from None
-                    break
+        if round - 1 not in self._known:  # otherwise all before it are known
+            for number in self._numbers():
+                if number < round and number not in self._known:
+                    self._learn_old(number)
         self._enter(own)
+        self._forget_gone()
+
+    def _learn_old(self, number: int) -> None:
+        for name in (_MANIFEST, _PAGES):
+            if self._storage.exists(f"{_folder(number)}/{name}"):
+                try:
+                    self._enter(self._check(number, name))
+                except Uncommitted as error:
+                    raise FellrayError(f"{error}{self._way_out(number)}") from None
+                if name == _PAGES:
+                    self._given_up.add(number)
+                return
+
+    def _forget_gone(self) -> None:
+        """Of rounds that another process deleted nothing is needed; looked at now and then."""
+        if len(self._known) <= 2 * self._looked + SPARE:
+            return
+        for number in self._known.keys() - set(self._numbers()):
+            self._leave(number)
+        self._looked = len(self._known)
 
     def _enter(self, manifest: Manifest) -> None:
         self._known[manifest.round] = manifest
@@ -308,6 +390,10 @@ class Rounds:
                 for row, client in enumerate(one.clients):
                     held = of_name.setdefault(client, [])
                     at = bisect_right(held, manifest.round, key=_round_of)
+                    if at == len(held):
+                        self._last[manifest.round] += 1
+                        if held:
+                            self._last[held[-1][0]] -= 1
                     held.insert(at, (manifest.round, one, row))
 
     def _leave(self, round: int) -> None:
@@ -315,13 +401,24 @@ class Rounds:
         for one in manifest.files if manifest else ():
             self._heads.pop((round, one.file), None)
             for name in one.tensors:
+                of_name = self._pages[name]
                 for row, client in enumerate(one.clients):
-                    self._pages[name][client].remove((round, one, row))
+                    held = of_name[client]
+                    was_last = held[-1][0] == round
+                    held.remove((round, one, row))
+                    if was_last and held:
+                        self._last[held[-1][0]] += 1
+                    elif not held:
+                        del of_name[client]
+        self._last.pop(round, None)
+        self._given_up.discard(round)
 
     def _is_needed(self, round: int, kept: Sequence[int]) -> bool:
         """Whether a page of this round is somebody's state in one of the kept rounds."""
         if round not in self._known:
             return False
+        if self._last[round]:
+            return True  # by the last kept round, which is later
         for one in self._known[round].files:
             for name in one.tensors:
                 for client in one.clients:
@@ -333,11 +430,14 @@ class Rounds:
         return False
 
     def _demote(self, round: int) -> None:
+        if round in self._given_up:
+            return
         folder = _folder(round)
         if self._storage.exists(f"{folder}/{_MANIFEST}"):
             data = self._storage.read(f"{folder}/{_MANIFEST}")
             self._storage.write(f"{folder}/{_PAGES}", data)
             self._storage.delete(f"{folder}/{_MANIFEST}")
+        self._given_up.add(round)
 
     def _locate(self, round: int, clients: Sequence[str], name: str) -> list[Page]:
         expected, found = self._expected

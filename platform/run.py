@@ -73,6 +73,8 @@ class Run:
         self._data_sha256 = data_sha256
         self._still_locked = still_locked
         self._clock = time.monotonic()
+        self._best: tuple[int, float] | None = None
+        """Round and quality, once this process has committed a round."""
 
     def to_go(self) -> range:
         """Rounds still to be trained: those after the last committed one."""
@@ -98,28 +100,33 @@ class Run:
         self.journal.record("metrics", [row])
         self.journal.record("ledger", [{"round": round, **asdict(entry)} for entry in ledger])
         self._still_locked()
-        self.rounds.commit(round, outcome.staged, {"data_sha256": self._data_sha256})
-        self.rounds.prune(self.config.keep_last, keep=[0, self.best_round()])
+        staged = [*outcome.staged, *self.rounds.carry(round, outcome.staged)]
+        self.rounds.commit(round, staged, {"data_sha256": self._data_sha256})
+        self._best = self._best_of([row], self._best) if self._best else self._read_best()
+        self.rounds.prune(self.config.keep_last, keep=[0, self._best[0]])
         return row
 
     def best_round(self) -> int:
         """The round with the best validation by `evaluation.select`; the earliest among equals."""
-        key = self.config.evaluation.select
+        return self._read_best()[0]
 
-        def quality(row: Mapping[str, Any]) -> float:
-            value = row["worst_ndcg@10"] if key == "worst_ndcg@10" else row["validation"][key]
-            return float(value)
-
+    def _read_best(self) -> tuple[int, float]:
         # rows are written before their round is committed
         latest = self.rounds.latest() or 0
-        validated = [
-            row
-            for row in self.journal.rows("metrics")
-            if row.get("validation") and row["round"] <= latest
-        ]
-        if not validated:
-            return 0
-        return int(max(validated, key=lambda row: (quality(row), -row["round"]))["round"])
+        rows = self.journal.rows("metrics")
+        return self._best_of([row for row in rows if row["round"] <= latest], (0, -math.inf))
+
+    def _best_of(
+        self, rows: Sequence[Mapping[str, Any]], best: tuple[int, float]
+    ) -> tuple[int, float]:
+        """The best round and its quality among later rows, oldest first, and the best so far."""
+        key = self.config.evaluation.select
+        for row in rows:
+            if row.get("validation"):
+                value = row["worst_ndcg@10"] if key == "worst_ndcg@10" else row["validation"][key]
+                if value > best[1]:
+                    best = (row["round"], float(value))
+        return best
 
     def read_json(self, name: str) -> dict[str, Any]:
         """One of the run's JSON files.

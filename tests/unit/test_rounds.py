@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -352,3 +353,135 @@ def test_killed_at_any_moment_the_last_committed_round_loads(tmp_path: Path) -> 
             assert torch.equal(rounds.load_shared(latest, "s"), want[:2])
             rounds.prune(2)  # what kills before pruning left behind
             assert len(rounds.committed()) <= 2
+
+
+# --- clients sampled from many -------------------------------------------------------------------
+
+
+def asked(number: int) -> list[str]:
+    """Three of 40 clients."""
+    draw = np.random.default_rng(number)
+    return [f"c{i:02d}" for i in sorted(draw.choice(40, 3, replace=False).tolist())]
+
+
+def play_round(rounds: Rounds, number: int, carry: bool, keep: int = 0) -> None:
+    clients = asked(number)
+    values = {"w": torch.tensor([[100.0 * number + int(c[1:])] for c in clients])}
+    moments = {"m": values["w"].double() * 2}
+    staged = [
+        rounds.stage(number, "values", clients, values),
+        rounds.stage(number, "moments", clients, moments),
+        rounds.stage(number, "server", [], {"shared": torch.tensor(float(number))}),
+    ]
+    carried = rounds.carry(number, staged) if carry else []
+    written = sum(len(one.clients) * len(one.tensors) for one in carried)
+    assert written <= sum(len(one.clients) * len(one.tensors) for one in staged)
+    rounds.commit(number, [*staged, *carried], {})
+    rounds.prune(2, [keep])
+
+
+def test_the_last_pages_of_old_rounds_are_carried_on(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fellray.platform.rounds.SPARE", 5)
+    plain, tidy = Rounds(storage.sub("plain")), Rounds(storage.sub("tidy"))
+    reader = Rounds(storage.sub("tidy"))
+    most = 0
+    for number in range(80):
+        keep = 30 if number >= 30 else 0
+        play_round(plain, number, False, keep)
+        play_round(tidy, number, True, keep)
+        whole = plain.hashes(number, ["w", "m"])
+        assert tidy.hashes(number, ["w", "m"]) == whole
+        assert reader.hashes(number, ["w", "m"]) == whole
+        assert tidy.committed() == plain.committed()
+        if number > 50:
+            most = max(most, len(storage.list("tidy/rounds")))
+    # up to 30 stay for round 30, which is kept; the 40 clients' pages need no more than 40 / 3
+    assert most <= 30 + 14 + 5
+    assert tidy.hashes(30, ["w", "m"]) == plain.hashes(30, ["w", "m"])
+    assert tidy.hashes(78, ["w", "m"]) == plain.hashes(78, ["w", "m"])
+    again = Rounds(storage.sub("tidy"))
+    assert again.hashes(79, ["w", "m"]) == plain.hashes(79, ["w", "m"])
+    assert len(reader._known) <= 2 * 49 + 5 + 1
+
+
+def test_without_old_rounds_nothing_is_carried(tmp_path: Path) -> None:
+    rounds = Rounds(Storage(tmp_path))
+    for number in range(20):
+        play_round(rounds, number, True)
+    assert not list(tmp_path.glob("rounds/*/carried*"))
+
+
+@pytest.mark.parametrize("after", range(12))
+def test_interrupted_while_pages_are_carried_no_state_is_lost(
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fellray.platform.rounds.SPARE", 5)
+    plain, tidy = Rounds(Storage(tmp_path / "plain")), Rounds(Storage(tmp_path / "tidy"))
+    for number in range(21):
+        play_round(plain, number, False)
+    for number in range(20):
+        play_round(tidy, number, True)
+    left = after
+
+    def interrupt(name: str) -> None:
+        true = getattr(Storage, name)
+
+        def act(self: Storage, *args: object) -> None:
+            nonlocal left
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+            true(self, *args)
+
+        monkeypatch.setattr(Storage, name, act)
+
+    interrupt("write")
+    interrupt("delete")
+    with suppress(KeyboardInterrupt):
+        play_round(tidy, 20, True)
+    monkeypatch.undo()
+    monkeypatch.setattr("fellray.platform.rounds.SPARE", 5)
+    resumed = Rounds(Storage(tmp_path / "tidy"))
+    latest = resumed.latest()
+    # three files, two that carry, the manifest
+    assert latest == (19 if after < 6 else 20)
+    assert len(list(tmp_path.glob("tidy/rounds/000020/carried-*"))) == min(max(after - 3, 0), 2)
+    assert resumed.hashes(19, ["w", "m"]) == plain.hashes(19, ["w", "m"])
+    if latest == 19:
+        play_round(resumed, 20, True)
+    assert resumed.hashes(20, ["w", "m"]) == plain.hashes(20, ["w", "m"])
+    play_round(resumed, 21, True)
+    play_round(plain, 21, False)
+    assert resumed.hashes(21, ["w", "m"]) == plain.hashes(21, ["w", "m"])
+
+
+def test_a_round_asks_the_storage_as_often_however_many_rounds_have_left_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def count(name: str) -> None:
+        true = getattr(Storage, name)
+
+        def act(self: Storage, *args: object) -> object:
+            nonlocal calls
+            calls += 1
+            return true(self, *args)
+
+        monkeypatch.setattr(Storage, name, act)
+
+    for name in ("read", "write", "exists", "sizes", "list", "delete", "sweep"):
+        count(name)
+    rounds = Rounds(Storage(tmp_path))
+    per_round = []
+    for number in range(100):
+        before = calls
+        clients = [f"c{number:03d}"]  # each asked once: every round stays
+        staged = rounds.stage(number, "h", clients, {"w": torch.ones(1, 1)})
+        rounds.commit(number, [staged], {})
+        rounds.prune(2, [0])
+        per_round.append(calls - before)
+    assert len(Storage(tmp_path).list("rounds")) == 100
+    assert per_round[10] == per_round[99]

@@ -4,11 +4,9 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from fellray.jobs import node_watch
-from fellray.jobs.crowd import LENGTH, write_crowd
 from fellray.jobs.node_watch import NodeWatch, name_kind
 from fellray.jobs.scale import Layout, configure, draw_dry, list_layouts, read_layouts
 from fellray.jobs.timed_plant import ClientTimes, ServerTimes, split_round
@@ -64,18 +62,6 @@ def test_the_parts_of_a_round_add_up() -> None:
     }
     assert sum(asdict(split).values()) == 2 * split.seconds
     assert split_round(5.0, [], ServerTimes()).driver == 5.0
-
-
-def test_a_crowd_meets_no_title_twice(tmp_path: Path) -> None:
-    titles = write_crowd(tmp_path / "crowd.parquet", 300, seed=1)
-    table = pq.read_table(tmp_path / "crowd.parquet")
-    assert len(table) == 300 * LENGTH
-    assert Counter(table["user_id"].to_pylist()) == dict.fromkeys(range(300), LENGTH)
-    pairs = set(zip(table["user_id"].to_pylist(), table["item_id"].to_pylist(), strict=True))
-    assert len(pairs) == len(table)
-    assert all(titles[i] == t for _, i, t, _ in zip(*table.to_pydict().values(), strict=True))
-    write_crowd(tmp_path / "again.parquet", 300, seed=1)
-    assert pq.read_table(tmp_path / "again.parquet").equals(table)
 
 
 def test_node_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
