@@ -53,7 +53,7 @@ train:
   learning_rate: 0.003
 
 clients:
-  per_actor: 5                 # clients that share a process (about 600 MiB each)
+  per_actor: 5                 # clients that share a process (about 600 MiB each), or auto
   gpu_denominator: 0           # n: a client actor takes 1/n of a GPU
 
 server:

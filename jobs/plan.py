@@ -18,6 +18,8 @@ from fellray.actors.world import World, survey
 from fellray.jobs.display import console
 from fellray.jobs.doctor import read_memory
 from fellray.jobs.probe import run_probe
+from fellray.jobs.process_tree import list_tree, read_pss
+from fellray.jobs.timings import load_average
 from fellray.platform import config as configs
 from fellray.platform.adapters import Site
 from fellray.platform.capacity import Layout, Node, Workload
@@ -116,6 +118,11 @@ def show_plan(config: RunConfig, layout: Layout, work: Workload) -> None:
         f"{config.train.rounds} rounds",
         f"about {config.train.rounds * layout.round_s / 60:.1f} min",
     )
+    table.add_row(
+        "measured",
+        f"by a probe, load average {load_average():.1f} on {os.cpu_count()} cores here"
+        "\nmemory is refused with a margin; times hold for a machine as busy as now",
+    )
     console.print(table)
 
 
@@ -135,12 +142,13 @@ def _plan(config: RunConfig, world: World) -> Layout:
 def _read_machine() -> Node:
     """This one, on which the run's own Ray will give out as many CPUs as are asked."""
     available, total = read_memory(Path("/"))
+    held = sum(map(read_pss, list_tree(os.getpid())))  # the run's already, and in the probe again
     return Node(
         name="this machine",
         cpus=math.inf,
         cores=len(os.sched_getaffinity(0)),
         gpus=0,
-        memory_bytes=available - KILL_SHARE * total,
+        memory_bytes=available + held - KILL_SHARE * total,
         driver=True,
     )
 
