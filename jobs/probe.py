@@ -6,6 +6,7 @@ the figures is `platform/capacity.py`'s business. Linux only.
 
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -79,7 +80,6 @@ def run_probe(config: RunConfig, world: World) -> Probed:
     small = _shrink(config, len(learners))
     few = replace(world, seats={one: world.seats[one] for one in sorted(learners)})
     storage = Storage(config.storage)
-    storage.delete(small.name)  # an earlier probe may have been killed
     try:
         with _plant(small, few, Rounds(storage.sub(small.name))) as (plant, rounds, pools):
             return _measure(small, few, plant, rounds, pools)
@@ -90,7 +90,7 @@ def run_probe(config: RunConfig, world: World) -> Probed:
 def _shrink(config: RunConfig, learners: int) -> RunConfig:
     """The same steps, but few of them, by few clients in one actor."""
     tree = config.model_dump(mode="json")
-    tree["name"] = f"{config.name}-probe"
+    tree["name"] = f"{config.name}-probe-{uuid.uuid4().hex}"  # nobody's run
     tree["train"]["local_samples"] = min(
         config.train.local_samples, STEPS * config.train.batch_size
     )
