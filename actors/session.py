@@ -50,6 +50,8 @@ def connect(config: RunConfig, actors: int) -> Iterator[None]:
     address = find_address(config)
     if address == "local":
         ask_for_token()
+        # its endpoint would be open to everybody: for Prometheus set it to 1
+        os.environ.setdefault("RAY_enable_metrics_collection", "0")
         needed = config.server.cpus + actors * config.clients.cpus
         ray.init(
             address=address,

@@ -1,5 +1,6 @@
 """One Ray for all tests that can share it, and drivers in processes of their own."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -20,7 +21,11 @@ def _no_cluster_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def local_ray(tiny_config: Callable[..., RunConfig]) -> Iterator[None]:
-    """A Ray with room for eight client actors and a server; `connect` in a test joins it."""
+    """A Ray with room for eight client actors and a server; `connect` in a test joins it.
+
+    Its metrics endpoint is open, which one of our own choosing is not.
+    """
+    os.environ["RAY_enable_metrics_collection"] = "1"
     with connect(tiny_config(), actors=8):
         yield
 
