@@ -239,7 +239,7 @@ def scale(
     actors: Annotated[str, typer.Option(help="Actors that hold them.")] = "3",
     nodes: Annotated[str, typer.Option(help="Nodes that hold the actors.")] = "3",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of every layout.")] = 5,
-    node_cpus: Annotated[float, typer.Option(help="CPUs of one client node.")] = 1.0,
+    node_cpus: Annotated[int, typer.Option(min=1, help="CPUs of one client node.")] = 1,
     dry: Annotated[int, typer.Option(min=0, help="Clients to draw from only; 0: none.")] = 100_000,
     prices: Annotated[Path | None, typer.Option(help="A price table of your own.")] = None,
     lose_node: Annotated[

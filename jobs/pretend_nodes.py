@@ -82,8 +82,10 @@ class PretendCluster:
 
 
 @contextmanager
-def pretend_nodes(most: int, cpus: float, head_cpus: float) -> Iterator[PretendCluster]:
+def pretend_nodes(most: int, cpus: int, head_cpus: int) -> Iterator[PretendCluster]:
     """A head without nodes; up to `most` nodes of so many CPUs come when actors wait for them.
+
+    CPUs are whole numbers, and no floats: Ray 2.60 starts no node for "2.0" of them.
 
     Raises:
         FellrayError: Ray does not start.
@@ -99,7 +101,7 @@ def pretend_nodes(most: int, cpus: float, head_cpus: float) -> Iterator[PretendC
         head = subprocess.Popen(
             [
                 *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
-                *(f"--num-cpus={head_cpus:g}", f"--object-store-memory={_STORE}"),
+                *(f"--num-cpus={head_cpus}", f"--object-store-memory={_STORE}"),
                 *("--node-ip-address=127.0.0.1", "--include-dashboard=false"),
                 *(f"--port={port}", f"--ray-client-server-port={client_port}"),
                 *(f"--dashboard-agent-listen-port={agent_port}", "--disable-usage-stats"),
@@ -120,7 +122,7 @@ def pretend_nodes(most: int, cpus: float, head_cpus: float) -> Iterator[PretendC
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _scaling(most: int, cpus: float, address: str) -> Mapping[str, object]:
+def _scaling(most: int, cpus: int, address: str) -> Mapping[str, object]:
     """What Ray's autoscaler is told; the empty entries are asked for by its schema."""
     lists = (
         *("setup_commands", "head_setup_commands", "worker_setup_commands"),

@@ -11,6 +11,7 @@ and `scale.html`.
 
 import argparse
 import json
+import math
 import os
 import statistics
 import time
@@ -83,7 +84,7 @@ def scale(
     folder: Path,
     layouts: Sequence[Layout],
     rounds: int,
-    node_cpus: float,
+    node_cpus: int,
     dry: int,
     prices: Prices,
     lose_node: bool,
@@ -134,7 +135,7 @@ def scale(
 
 
 def configure(
-    folder: Path, layout: Layout, rounds: int, node_cpus: float, overrides: Sequence[str]
+    folder: Path, layout: Layout, rounds: int, node_cpus: int, overrides: Sequence[str]
 ) -> RunConfig:
     """The run of a layout; its name says which, and tells this try from earlier ones."""
     per_node = -(-layout.actors // layout.nodes)
@@ -183,16 +184,15 @@ def prepare_crowds(made: Sequence[RunConfig]) -> None:
 
 @contextmanager
 def _nodes(
-    made: Sequence[RunConfig], node_cpus: float, most: int
+    made: Sequence[RunConfig], node_cpus: int, most: int
 ) -> Iterator[tuple[str, PretendCluster | None]]:
     """This process connected to a cluster: the job's, the config's, or a pretended one."""
-    server = made[0].server.cpus
     address = os.environ.get("RAY_ADDRESS") or made[0].cluster.address
     if address != "local":
         with connect(made[0], 0):
             yield address, None
         return
-    with pretend_nodes(most, node_cpus, server) as pretended:
+    with pretend_nodes(most, node_cpus, math.ceil(made[0].server.cpus)) as pretended:
         cluster = made[0].cluster.model_copy(update={"address": pretended.address})
         with connect(made[0].model_copy(update={"cluster": cluster}), 0):
             yield pretended.address, pretended
@@ -304,7 +304,7 @@ def _hashes_without_ray(config: RunConfig, world: World) -> dict[str, str]:
         return run.rounds.hashes(plain.train.rounds, HASHED, sorted(world.seats))
 
 
-def draw_dry(config: RunConfig, clients: int, layout: Layout, node_cpus: float) -> dict[str, Any]:
+def draw_dry(config: RunConfig, clients: int, layout: Layout, node_cpus: int) -> dict[str, Any]:
     """So many clients registered, drawn from and placed; nothing is trained."""
     names = [f"u{i:07d}" for i in range(clients)]
     began = time.perf_counter()
@@ -316,7 +316,7 @@ def draw_dry(config: RunConfig, clients: int, layout: Layout, node_cpus: float) 
     drawn = time.perf_counter()
     hosts = deal(names, -(-clients // layout.actors))
     demand = Demand("client", len(hosts), config.clients.cpus, 0.0)
-    placed = pack([demand], [{"CPU": node_cpus}] * layout.nodes)
+    placed = pack([demand], [{"CPU": float(node_cpus)}] * layout.nodes)
     return {
         "registered": clients,
         "sampled": layout.sampled,
@@ -393,7 +393,7 @@ def main() -> None:
     for name, default in DEFAULTS.items():
         parser.add_argument(f"--{name}", default=default)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--node-cpus", type=float, default=1.0)
+    parser.add_argument("--node-cpus", type=int, default=1)
     parser.add_argument("--dry", type=int, default=100_000)
     parser.add_argument("--prices", type=Path, default=EXAMPLE)
     parser.add_argument("--keep-nodes", action="store_true", help="lose no pretended node")

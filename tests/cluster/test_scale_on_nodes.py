@@ -23,6 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_three_nodes_come_and_go(launch: Callable[..., Driver], folder: Path) -> None:
     driver = launch(
         *("-m", "fellray.jobs.cli", "scale", str(folder), "--registered", "12"),
+        *("--node-cpus", "2"),
         *("--sampled", str(SAMPLED), "--rounds", str(ROUNDS), "--dry", "1000"),
         *("clients.slots=2", "method.kind=fellrec"),
     )

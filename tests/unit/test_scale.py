@@ -33,16 +33,16 @@ def test_lists_are_numbers() -> None:
 @pytest.mark.parametrize(("actors", "nodes"), [(3, 3), (6, 2), (7, 3)])
 def test_a_layout_takes_its_nodes(actors: int, nodes: int, tmp_path: Path) -> None:
     layout = Layout(7 * actors, 5, actors, nodes)
-    config = configure(tmp_path, layout, 3, 2.0, ["train.batch_size=4"])
+    config = configure(tmp_path, layout, 3, 2, ["train.batch_size=4"])
     assert config.train.batch_size == 4
     assert config.clients.per_actor == 7
-    fits = int(2.0 / config.clients.cpus + 1e-9)
+    fits = int(2 / config.clients.cpus + 1e-9)
     assert fits * nodes >= actors > fits * (nodes - 1)
 
 
 def test_a_dry_crowd_is_placed(tmp_path: Path) -> None:
     layout = Layout(60, 10, 6, 2)
-    found = draw_dry(configure(tmp_path, layout, 3, 2.0, []), 1001, layout, 2.0)
+    found = draw_dry(configure(tmp_path, layout, 3, 2, []), 1001, layout, 2)
     assert (found["actors"], found["per_actor"], found["placed"]) == (6, 167, 6)
     assert found["draw_s"] > 0
 
