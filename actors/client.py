@@ -180,19 +180,19 @@ class Client:
         split: Literal[1, 2],
         max_users: int | None,
         learners: Sequence[str],
-        staged: Sequence[Staged] = (),
+        staged: Sequence[Staged] | None = None,
     ) -> dict[str, Score]:
         """Full ranking of each learner's held-out users (split 1 validation, 2 test).
 
         Args:
             staged: the files of `round`, where it is not committed yet.
         """
-        if staged:
+        if staged is not None:
             self._rounds.expect(round, staged)
         scores: dict[str, Score] = {}
         for few in deal(learners, self._config.clients.slots):
             desk = self._sit(few)
-            slots = self._slots.hold(round, few)
+            slots = self._slots.hold(round, few).to(self._device)
 
             def score(batch: Batch, step: int, desk: Desk = desk, slots: Tensor = slots) -> Tensor:
                 header = self._header(desk, batch, round, step, None)
@@ -247,7 +247,7 @@ class Client:
     ) -> tuple[Lease, list[float], list[int], dict[str, Tensor]]:
         """One round of a few learners side by side: losses, samples and what they came to."""
         desk = self._sit(learners)
-        slots = self._slots.hold(round - 1, learners)
+        slots = self._slots.hold(round - 1, learners).to(self._device)
         self._slots.train(learners)
         lease = self._span.remote.begin(self._config.name, round, learners)
         weighted, rows = torch.zeros(2, len(learners), dtype=torch.float64)

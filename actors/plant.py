@@ -187,8 +187,8 @@ class Plant:
     def evaluate(self, round: int, split: int, max_users: int | None = None) -> dict[str, Score]:
         """Each client's scores at a round's state (split 1 validation, 2 test)."""
         at, files = self._pending
-        staged = files if at == round else ()
-        if staged:
+        staged = files if at == round else None
+        if staged is not None:
             self._servers.map("expect", [round], [staged])
         answers = self._clients.map(
             "evaluate",

@@ -84,7 +84,7 @@ def test_every_field_says_what_it_is() -> None:
         ({"method": {"kind": "fedavg", "weights": "samples"}}, "did you mean 'weighting'?"),
         ({"data": {"split": {"kind": "temporal", "vaild": 0.2}}}, "did you mean 'valid'?"),
         ({"data": {"partition": {"clients": 3}}}, "did you mean 'num_clients'?"),
-        ({"evaluation": {"zzz": 1}}, "known here: every, max_users, select"),
+        ({"evaluation": {"zzz": 1}}, "known here: clients, every, max_users, select"),
     ],
 )
 def test_a_misspelt_key_is_refused_and_the_nearest_named(tree: dict[str, Any], wanted: str) -> None:

@@ -494,7 +494,7 @@ def test_a_restarted_host_goes_on_as_if_nothing_had_happened(
 
 def test_the_start_is_shared_by_all(tiny_encoder: Path, tmp_path: Path) -> None:
     host = make_host(make_config(str(tiny_encoder)), tmp_path / "any")
-    rounds = host._rounds = Rounds(Storage(str(tmp_path / "new")))
+    rounds = host._rounds = host._slots._rounds = Rounds(Storage(str(tmp_path / "new")))
     rounds.commit(0, host.stage_start(), {})
     values = rounds.load(0, CLIENTS, ["trunk.values"])["trunk.values"]
     assert len({row.numpy().tobytes() for row in values}) == 1
