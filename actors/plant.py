@@ -30,6 +30,7 @@ from fellray.platform.messages import Installation, LedgerRow, StaleLease, Updat
 from fellray.platform.metrics import Score
 from fellray.platform.rounds import EVERYONE, Rounds
 from fellray.platform.sampling import Sampler
+from fellray.platform.slots import WRITTEN
 from fellray.platform.span import Remote
 from fellray.platform.split import plan_cut
 
@@ -140,6 +141,8 @@ class Plant:
         losses = {c: loss for u in updates for c, loss in zip(u.clients, u.losses, strict=True)}
         samples = {c: n for u in updates for c, n in zip(u.clients, u.samples, strict=True)}
         accepted = [c for c in learners if c not in refused]
+        # what Ray holds of the answers is as much again
+        del answers, updates, parts
         if refused:
             theta = theta[[i for i, c in enumerate(learners) if c not in refused]]
         compared = self._config.method.compares()
@@ -175,8 +178,9 @@ class Plant:
             here = tuple(c for c in clients if c in refused)
             return Installation(round, tuple(clients), theta, here, common)
 
-        own = [installation(cs, slice(width)) for cs in self._seated(took_part)]
-        client_files = self._clients.map("install", own)
+        client_files = self._clients.map(
+            "install", [installation(cs, slice(width)) for cs in self._seated(took_part)]
+        )
         server_files = self._servers.map("install", [installation(took_part, slice(width, None))])
         return self._expect(
             round, [*client_files, *server_files, self._stage_common(round, common, sent[0])]
@@ -260,8 +264,15 @@ class Plant:
         """The clients' sent weights at a committed round [C, P]."""
         kinds = {"all": ["client.values", "trunk.values"], "trunk_only": ["trunk.values"]}
         wanted = kinds.get(self._config.train.share, [])
-        loaded = self._rounds.load(round, clients, wanted) if wanted and clients else {}
-        return torch.cat([torch.empty(len(clients), 0), *loaded.values()], dim=1)
+        if not wanted or not clients:
+            return torch.empty(len(clients), 0)
+        few, found = deal(clients, WRITTEN), torch.empty(0, 0)
+        for at, some in enumerate(few):
+            loaded = torch.cat(list(self._rounds.load(round, some, wanted).values()), dim=1)
+            if not at:
+                found = torch.empty(len(clients), loaded.shape[1])
+            found[at * WRITTEN : at * WRITTEN + len(some)] = loaded
+        return found
 
     def _stage_common(self, round: int, common: bool, theta_P: Tensor) -> tuple[Staged, ...]:
         """Everyone's page, where the mixture is one for all."""

@@ -101,9 +101,13 @@ def measure_ours(
     folder: Path, registered: Sequence[int], rounds: int, method: str
 ) -> dict[str, Any]:
     """Seconds of each federation's rounds, and CPU seconds of the whole process tree."""
-    encoder = make_small_encoder(folder / "encoder", BLOCKS, WIDTH)
+    encoder = folder / "encoder"
+    if not encoder.exists():
+        make_small_encoder(encoder, BLOCKS, WIDTH)
     plans = [_configure(folder, encoder, count, method) for count in registered]
     for config, count in zip(plans, registered, strict=True):
+        if config.data.path.exists():
+            continue
         began = time.perf_counter()
         make_crowd(config, count, 0)
         console.print(f"{count:,} clients prepared in {time.perf_counter() - began:.0f} s")
@@ -221,7 +225,7 @@ def show(found: dict[str, Any]) -> None:
 def _configure(folder: Path, encoder: Path, registered: int, method: str) -> RunConfig:
     tree = {
         "name": f"noop-{registered}",
-        "storage": str(folder / "runs"),
+        "storage": str(folder / f"runs-{os.getpid()}"),
         "data": {
             "path": str(folder / f"data-{registered}"),
             "partition": {"kind": "per_user"},
@@ -259,15 +263,17 @@ def main() -> None:
     parser.add_argument("--registered", type=int, nargs="+", default=[1000, 100_000])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--method", default="fedavg")
+    parser.add_argument("--folder", type=Path, help="keeps what was prepared for another time")
     parser.add_argument("--rival", nargs=2, metavar=("PYTHON", "SCRIPT"))
     parser.add_argument("--rival-registered", type=int, nargs="*", default=[1000, 5000])
     told = parser.parse_args()
     torch.set_num_threads(1)
-    python, script = told.rival or ("", "")
     asked = told.rival_registered if told.rival else []
+    python, script = told.rival or ("", "")
     rivals = [measure_rival(python, script, count, told.rounds) for count in asked]
-    with tempfile.TemporaryDirectory() as folder:
-        ours = measure_ours(Path(folder), told.registered, told.rounds, told.method)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = told.folder or Path(scratch)
+        ours = measure_ours(folder, told.registered, told.rounds, told.method)
     rivals += [measure_rival(python, script, count, told.rounds) for count in reversed(asked)]
     found = {"ours": ours, "rivals": rivals, "goals": compare(ours, rivals)}
     show(found)

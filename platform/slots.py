@@ -20,6 +20,9 @@ from fellray.platform.rounds import EVERYONE, Rounds
 KEPT = 256
 """Clients that stay in memory beyond those that are asked for."""
 
+WRITTEN = 256
+"""Clients in one file: writing one takes a few copies of what it holds."""
+
 State = tuple[int, ...]
 """The round of each of a client's pages."""
 
@@ -82,29 +85,32 @@ class Slots:
             values: False where everyone's page holds the values and only the moments are their own.
 
         Returns:
-            The file, or nothing where there is nothing to write.
+            The files; none where there is nothing to write.
         """
-        slots = self.find(clients)
-        staged = self._write(round, holder, clients, self.bank.state(slots, self._moments), values)
-        if not self._moments:  # they start anew, as after reading a page
-            self.bank.reset(slots, {"values": self.bank.values_SP[slots]})
-        self._state |= {c: (round,) * len(self._names) for c in clients}
-        return staged
+        staged: list[Staged] = []
+        for name, few in _deal(holder, clients):
+            slots = self.find(few)
+            state = self.bank.state(slots, self._moments)
+            staged += self._write(round, name, few, state, values)
+            if not self._moments:  # they start anew, as after reading a page
+                self.bank.reset(slots, state)
+            self._state |= {c: (round,) * len(self._names) for c in few}
+        return tuple(staged)
 
     def stage_rows(
         self, round: int, holder: str, rows: Mapping[str, Mapping[str, Tensor]], values: bool
     ) -> tuple[Staged, ...]:
         """As `stage`, for rows that were taken out of their slots: client -> name -> row."""
-        if not rows:
-            return ()
-        clients = list(rows)
-        kinds = rows[clients[0]]
-        state = {kind: torch.stack([row[kind] for row in rows.values()]) for kind in kinds}
-        held = [i for i, c in enumerate(clients) if c in self._slot]
-        here = [clients[i] for i in held]
-        self.bank.reset(self.find(here), {kind: t[held] for kind, t in state.items()})
-        self._state |= {c: (round,) * len(self._names) for c in here}
-        return self._write(round, holder, clients, state, values)
+        staged: list[Staged] = []
+        for name, few in _deal(holder, list(rows)):
+            kinds = rows[few[0]]
+            state = {kind: torch.stack([rows[c][kind] for c in few]) for kind in kinds}
+            held = [i for i, c in enumerate(few) if c in self._slot]
+            here = [few[i] for i in held]
+            self.bank.reset(self.find(here), {kind: t[held] for kind, t in state.items()})
+            self._state |= {c: (round,) * len(self._names) for c in here}
+            staged += self._write(round, name, few, state, values)
+        return tuple(staged)
 
     def stage_start(self, seeded_P: Tensor) -> tuple[Staged, ...]:
         """Write round 0: the page of all who have none of their own."""
@@ -162,3 +168,11 @@ class Slots:
         old, self.bank = self.bank, self._make(rows)
         held = torch.arange(len(old.values_SP))
         self.bank.reset(held, old.state(held, True))
+
+
+def _deal(holder: str, clients: Sequence[str]) -> list[tuple[str, Sequence[str]]]:
+    """A name and the clients of each file."""
+    return [
+        (f"{holder}-{at // WRITTEN}" if at else holder, clients[at : at + WRITTEN])
+        for at in range(0, len(clients), WRITTEN)
+    ]

@@ -25,7 +25,7 @@ def local_ray(tiny_config: Callable[..., RunConfig]) -> Iterator[None]:
 
     Its metrics endpoint is open, which one of our own choosing is not.
     """
-    os.environ["RAY_enable_metrics_collection"] = "1"
+    os.environ["RAY_enable_metrics_collection"] = "1"  # noqa: SIM112 - Ray spells it so
     with connect(tiny_config(), actors=8):
         yield
 

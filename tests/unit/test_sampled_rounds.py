@@ -53,6 +53,20 @@ def test_seats_and_slots_change_no_bit(
     assert [o.validation for o in found.outcomes] == [o.validation for o in wanted.outcomes]
 
 
+@pytest.mark.parametrize("moments", ["reset", "keep"])
+def test_many_clients_lie_in_several_files(
+    moments: str, tiny_config: Make, play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(train={"rounds": 2, "moments": moments}, clients={"per_actor": 5})
+    whole = play(config)
+    monkeypatch.setattr("fellray.platform.slots.WRITTEN", 2)
+    monkeypatch.setattr("fellray.actors.plant.WRITTEN", 2)
+    parts = play(tiny_config(train={"rounds": 2, "moments": moments}, clients={"per_actor": 5}))
+    assert parts.hashes(2) == whole.hashes(2)
+    assert max(len(one.clients) for one in parts.outcomes[2].staged) == 2
+    assert max(len(one.clients) for one in whole.outcomes[2].staged) == 5
+
+
 def test_an_average_is_everyones(tiny_config: Make, play: Play) -> None:
     """FedAvg: who was absent starts from the average too, and no client has a page of its own."""
     played = play(sampled(tiny_config, method={"kind": "fedavg"}))
