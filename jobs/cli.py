@@ -250,8 +250,9 @@ def scale(
 
     On this machine nodes are pretended; with cluster.address, or in a Ray job, they are real.
     """
-    from fellray.jobs.scale import read_layouts, show_scaling
+    from fellray.jobs.layouts import read_layouts
     from fellray.jobs.scale import scale as run
+    from fellray.jobs.scale import show_scaling
     from fellray.platform.prices import EXAMPLE, load_prices
 
     layouts = read_layouts(registered=registered, sampled=sampled, actors=actors, nodes=nodes)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fellray.jobs import node_watch
+from fellray.jobs.layouts import Layout, configure, draw_dry, list_layouts, read_layouts
 from fellray.jobs.node_watch import NodeWatch, name_kind
-from fellray.jobs.scale import Layout, configure, draw_dry, list_layouts, read_layouts
 from fellray.jobs.timed_plant import ClientTimes, ServerTimes, split_round
 from fellray.platform.errors import FellrayError
 
