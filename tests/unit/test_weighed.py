@@ -1,8 +1,7 @@
 """What Linux says of a process, read as its own memory and what it shares."""
 
+import mmap
 import os
-
-import torch
 
 from fellray.jobs.measured import STATUS
 from fellray.jobs.weighed import Scale, read_weight
@@ -27,7 +26,9 @@ def test_a_scale_sees_what_came_and_went_since_it_was_last_asked() -> None:
     scale.weigh()
     before = scale.weigh()
     assert before.process == os.getpid()
-    torch.ones(64 * 2**18)  # 64 MiB, given back at once
+    # 64 MiB, given back at once: not torch's, whose allocator may keep what it frees
+    with mmap.mmap(-1, 64 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory[:: mmap.PAGESIZE] = b"x" * (len(memory) // mmap.PAGESIZE)
     during = scale.weigh()
     after = scale.weigh()
     assert 60 * 2**20 < during.own_bytes - before.own_bytes < 80 * 2**20
