@@ -6,6 +6,8 @@ what becomes of one that dies, is decided below it. It does not know how updates
 Shapes: C learners, P sent parameters of one learner.
 """
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -93,7 +95,8 @@ class Plant:
         far = Demand("server", 1, config.server.cpus, config.server.gpus)
         check_places([far, near], config.cluster.wait_for_nodes_s)
         frozen = Shared(f"trunk {world.key(config)}", world.trunk_side(config))
-        servers = RayPool(Server, [(config, learners, frozen, rounds)], far, events.append)
+        everyone = _share_names(Shared, learners)
+        servers = RayPool(Server, [(config, everyone, frozen, rounds)], far, events.append)
         try:
             remote = RayRemote(servers.handles[0])
             args = _client_args(config, world, remote, rounds, Shared)
@@ -354,7 +357,11 @@ def _client_args(
     config = config.model_copy(update={"data": here})
     backbone = share(f"client {world.key(config)}", world.client_side(config))
     catalogue = share(f"catalogue {world.key(config)}", world.catalogue)
-    return [
-        (config, i, {c: world.seats[c] for c in host}, backbone, catalogue, remote, rounds)
-        for i, host in enumerate(deal(sorted(world.seats), config.clients.per_actor))
-    ]
+    hosts = deal(sorted(world.seats), config.clients.per_actor)
+    seats = [_share_names(share, {c: world.seats[c] for c in host}) for host in hosts]
+    return [(config, i, own, backbone, catalogue, remote, rounds) for i, own in enumerate(seats)]
+
+
+def _share_names(share: Callable[[str, Any], Any], names: Any) -> Any:
+    """Ids or seats, under a name that follows from them: an actor's plain arguments must be few."""
+    return share(f"names {hashlib.sha256(json.dumps(names).encode()).hexdigest()}", names)
