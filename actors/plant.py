@@ -175,7 +175,11 @@ class Plant:
         sent = mixed_CP if len(accepted) else mixed_CP.new_zeros(1, mixed_CP.shape[1])
 
         def installation(clients: Sequence[str], columns: slice) -> Installation:
-            theta = sent[[row[c] for c in clients], columns].numpy()
+            if common:
+                one = sent[:1, columns].numpy()
+                theta = np.broadcast_to(one, (len(clients), one.shape[1]))
+            else:
+                theta = sent[[row[c] for c in clients], columns].numpy()
             here = tuple(c for c in clients if c in refused)
             return Installation(round, tuple(clients), theta, here, common)
 
