@@ -108,7 +108,7 @@ class Client:
         self._trained = {}
         self._fitted = round
         share = self._config.train.share == "all"
-        theta: list[Tensor] = [torch.empty(0, self._slots.bank.values_SP.shape[1])]
+        theta: list[Tensor] = []
         losses: list[float] = []
         samples: list[int] = []
         seconds: list[float] = []
@@ -126,7 +126,8 @@ class Client:
             for row, learner in enumerate(learners):
                 self._trained[learner] = {name: t[row] for name, t in state.items()}
         clients = tuple(clients[: len(losses)])
-        whole = torch.cat(theta)
+        width = self._slots.bank.values_SP.shape[1]
+        whole = torch.cat(theta) if len(theta) > 1 else (*theta, torch.empty(0, width))[0]
         refused = {
             learner: reason
             for learner, loss, values in zip(clients, losses, whole, strict=True)
@@ -158,11 +159,18 @@ class Client:
         if round != self._fitted or not self._trained.keys() >= set(clients):
             raise StaleLease(f"{self._holder} was restarted after training")
         mixed = self._config.train.share == "all"
-        if mixed:
-            theta = torch.from_numpy(installation.theta_SP)
-            for client, values in zip(clients, theta, strict=True):
+        if mixed and clients:
+            theta = installation.theta_SP
+            if installation.common:
+                self._ledger.enter_each(clients, "adapter_down", theta[0])
+                one = torch.from_numpy(theta[0].copy())
+                rows = [one] * len(clients)
+            else:
+                rows = list(torch.from_numpy(theta))
+                for client, values in zip(clients, rows, strict=True):
+                    self._ledger.enter(client, "adapter_down", values.numpy())
+            for client, values in zip(clients, rows, strict=True):
                 self._trained[client]["values"] = values
-                self._ledger.enter(client, "adapter_down", values.numpy())
         accepted = [c for c in clients if c not in installation.refused]
         self._staged = self._slots.stage_rows(
             round,
@@ -170,6 +178,7 @@ class Client:
             {client: self._trained[client] for client in accepted},
             not (mixed and installation.common),
         )
+        self._slots.release()
         self._trained = {}
         self._installed = round
         return self._staged
@@ -328,6 +337,7 @@ def _refuse(loss: float, values_P: Tensor) -> str | None:
     """Why a learner's round cannot be used."""
     if not math.isfinite(loss):
         return f"training loss is {loss}"
-    if not bool(torch.isfinite(values_P).all()):
+    # a finite sum says it sooner
+    if not (bool(values_P.sum().isfinite()) or bool(values_P.isfinite().all())):
         return "the update holds a NaN or an infinity"
     return None

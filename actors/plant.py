@@ -6,6 +6,8 @@ what becomes of one that dies, is decided below it. It does not know how updates
 Shapes: C learners, P sent parameters of one learner.
 """
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -94,7 +96,8 @@ class Plant:
         if not wait_s:
             check_places([server, client])
         frozen = Shared(f"trunk {world.key(config)}", world.trunk_side(config))
-        one = [(config, learners, frozen, rounds)]
+        everyone = _share_names(Shared, learners)
+        one = [(config, everyone, frozen, rounds)]
         servers = RayPool(cls._server, one, server, events.append, wait_s)
         try:
             remote = RayRemote(servers.handles[0])
@@ -174,7 +177,11 @@ class Plant:
         sent = mixed_CP if len(accepted) else mixed_CP.new_zeros(1, mixed_CP.shape[1])
 
         def installation(clients: Sequence[str], columns: slice) -> Installation:
-            theta = sent[[row[c] for c in clients], columns].numpy()
+            if common:
+                one = sent[:1, columns].numpy()
+                theta = np.broadcast_to(one, (len(clients), one.shape[1]))
+            else:
+                theta = sent[[row[c] for c in clients], columns].numpy()
             here = tuple(c for c in clients if c in refused)
             return Installation(round, tuple(clients), theta, here, common)
 
@@ -356,7 +363,11 @@ def _client_args(
     config = config.model_copy(update={"data": here})
     backbone = share(f"client {world.key(config)}", world.client_side(config))
     catalogue = share(f"catalogue {world.key(config)}", world.catalogue)
-    return [
-        (config, i, {c: world.seats[c] for c in host}, backbone, catalogue, remote, rounds)
-        for i, host in enumerate(deal(sorted(world.seats), config.clients.together))
-    ]
+    hosts = deal(sorted(world.seats), config.clients.together)
+    seats = [_share_names(share, {c: world.seats[c] for c in host}) for host in hosts]
+    return [(config, i, own, backbone, catalogue, remote, rounds) for i, own in enumerate(seats)]
+
+
+def _share_names(share: Callable[[str, Any], Any], names: Any) -> Any:
+    """Ids or seats, under a name that follows from them: an actor's plain arguments must be few."""
+    return share(f"names {hashlib.sha256(json.dumps(names).encode()).hexdigest()}", names)

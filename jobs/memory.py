@@ -157,10 +157,10 @@ def show(found: dict[str, Any]) -> None:
     """A table of what was measured."""
     if "seen" in found:
         names = list(found["seen"][0])
-        table = Table(*names, box=box.SIMPLE)
+        table = Table(*(name.removesuffix("_mib") for name in names), box=box.SIMPLE)
         last = len(found["seen"]) - 1
         for at in sorted({0, 1, last // 3, 2 * last // 3, last}):
-            table.add_row(*(f"{found['seen'][at][name]:,.6g}" for name in names))
+            table.add_row(*(f"{found['seen'][at][name]:,.4g}" for name in names))
         console.print(table)
         slopes = {name: round(value, 3) for name, value in found["per_100"].items()}
         console.print("per 100 rounds:", slopes, {"load": found["load"]})
@@ -211,17 +211,18 @@ def _weigh() -> int:
 
 def _hold(run: Run) -> dict[str, float]:
     gc.collect()
+    held = dict.fromkeys(("driver_mib", "server_mib", "clients_mib", "ray_mib"), 0.0)
     tree = list_tree(os.getpid())
-    own = ("Client", "Server", Path(sys.executable).name)
-    held = {"ours_mib": 0.0, "all_mib": sum(map(read_pss, tree)) / 2**20}
     opened = 0
     for process in tree:
+        command = Path(f"/proc/{process}/cmdline").read_text("utf-8", errors="replace")
+        whose = "driver" if process == os.getpid() else "ray"
+        whose = {"ray::Server": "server", "ray::Client": "clients"}.get(command[:11], whose)
+        held[f"{whose}_mib"] += read_pss(process) / 2**20
         opened += len(os.listdir(f"/proc/{process}/fd"))
-        command = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace")
-        if process == os.getpid() or any(f"ray::{name}" in command for name in own):
-            held["ours_mib"] += read_pss(process) / 2**20
     references = ray._private.worker.global_worker.core_worker.get_all_reference_counts()
     return held | {
+        "all_mib": sum(held.values()),
         "processes": len(tree),
         "descriptors": opened,
         "references": len(references),

@@ -122,7 +122,9 @@ class TrunkHost:
         """
         self._check_lives(lives)
         values = self._slots.bank.values_SP[self._find(clients)]
-        finite: list[bool] = values.isfinite().all(1).tolist()
+        # a finite sum says it sooner
+        sums = values.sum(1).isfinite()
+        finite: list[bool] = (sums if bool(sums.all()) else values.isfinite().all(1)).tolist()
         return finite
 
     def theta(self, lives: Collection[str], clients: Sequence[str]) -> np.ndarray:
@@ -163,17 +165,18 @@ class TrunkHost:
         rows = [i for i, c in enumerate(installation.clients) if c not in refused]
         accepted = [installation.clients[i] for i in rows]
         mixed = bool(installation.theta_SP.shape[1])
-        if mixed:
+        own = not (mixed and installation.common)
+        if mixed and (own or self._config.train.moments == "keep"):
             theta = torch.from_numpy(installation.theta_SP[rows])
             self._slots.bank.values_SP[self._find(accepted)] = theta.to(self._device)
         if self._shared:
             self._step_shared(sorted(accepted))
             self._shared_round = round
-        own = not (mixed and installation.common)
         self._staged = (
             *self._slots.stage(round, "trunk", accepted, own),
             *self._stage_shared(round),
         )
+        self._slots.release()
         self._turns.clear()
         self._installed = round
         return self._staged

@@ -8,6 +8,7 @@ Shapes: N rows, L real tokens of all rows together, d width, S clients of one ac
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -100,4 +101,21 @@ class Installation:
     refused: tuple[str, ...] = ()
     """These go back to the round's start."""
     common: bool = False
-    """The mixture is one for everyone and lies in everyone's page."""
+    """The mixture is one for everyone and lies in everyone's page. All rows are the first."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rows that are one travel once."""
+        theta = self.theta_SP[:1] if self.common else self.theta_SP
+        return _install, (self.round, self.clients, theta, self.refused, self.common)
+
+
+def _install(
+    round: int,
+    clients: tuple[str, ...],
+    theta: np.ndarray,
+    refused: tuple[str, ...],
+    common: bool,
+) -> Installation:
+    if common:
+        theta = np.broadcast_to(theta, (len(clients), theta.shape[1]))
+    return Installation(round, clients, theta, refused, common)

@@ -120,7 +120,7 @@ def read_head(read: ReadRanges, identity: str) -> Head:
 
 
 def read_rows(read: ReadRanges, head: Head, rows: Sequence[int], name: str) -> torch.Tensor:
-    """Rows [len(rows), ...] of a tensor, in the order asked, each checked.
+    """Rows [len(rows), ...] of a tensor, in the order asked, each checked; not to be written to.
 
     Raises:
         DamagedPages: a page is not the one that was written.
@@ -138,6 +138,8 @@ def read_rows(read: ReadRanges, head: Head, rows: Sequence[int], name: str) -> t
         if _digest(view[i * size : (i + 1) * size]) != head.digests[row, column].tobytes():
             raise DamagedPages(f"is damaged: a page of {name} is not what was written", row)
     tensor = _tensor(data, field.dtype, (len(place), *field.shape[1:]))
+    if len(place) == 1:
+        return tensor.expand(len(rows), *field.shape[1:])
     return tensor if list(place) == list(rows) else tensor[torch.tensor([place[r] for r in rows])]
 
 

@@ -172,7 +172,7 @@ class Rounds:
         """The state of `clients` at a round, in that order, from whatever rounds and files hold it.
 
         Returns:
-            name -> [len(clients), ...], on the CPU.
+            name -> [len(clients), ...], on the CPU; not to be written to.
 
         Raises:
             FellrayError: the round is not committed, a page is damaged, or a client has no such

@@ -81,6 +81,8 @@ class Slots:
     ) -> tuple[Staged, ...]:
         """Write the rows of clients as their pages of a round, which they then are.
 
+        Where nothing is their own nothing is written, and the rows are no page's.
+
         Args:
             values: False where everyone's page holds the values and only the moments are their own.
 
@@ -88,6 +90,8 @@ class Slots:
             The files; none where there is nothing to write.
         """
         staged: list[Staged] = []
+        if not (values or self._moments):
+            return ()
         for name, few in _deal(holder, clients):
             slots = self.find(few)
             state = self.bank.state(slots, self._moments)
@@ -102,6 +106,8 @@ class Slots:
     ) -> tuple[Staged, ...]:
         """As `stage`, for rows that were taken out of their slots: client -> name -> row."""
         staged: list[Staged] = []
+        if not (values or self._moments):
+            return ()
         for name, few in _deal(holder, list(rows)):
             kinds = rows[few[0]]
             state = {kind: torch.stack([rows[c][kind] for c in few]) for kind in kinds}
@@ -119,6 +125,10 @@ class Slots:
         bank.reset(one, {"values": seeded_P[None]})
         state = bank.state(one, self._moments)
         return self._write(0, f"start-{self._part}", (EVERYONE,), state, True)
+
+    def release(self) -> None:
+        """Free the rows that are no page's: nobody trains any more."""
+        self._slot = {c: slot for c, slot in self._slot.items() if c in self._state}
 
     def clear(self) -> None:
         """Forget what the rows are; they stay where they lie."""

@@ -136,3 +136,16 @@ def test_the_digest_tells_another_order_and_takes_any_layout() -> None:
     rows = [ledger.close() for ledger in (one, other, strided)]
     assert rows[0] != rows[1]
     assert rows[0] == rows[2]
+
+
+def test_the_same_payload_of_many_is_entered_as_if_one_by_one() -> None:
+    payload = np.arange(6, dtype=np.float32)
+    single, many = Ledger(), Ledger()
+    for ledger in (single, many):
+        ledger.enter("b", "k", payload[:2])
+    for client in ("a", "b", "c"):
+        single.enter(client, "k", payload)
+    many.enter_each(("a", "b", "c"), "k", payload)
+    many.enter("c", "k", payload[1:])
+    single.enter("c", "k", payload[1:])
+    assert many.close() == single.close()

@@ -72,3 +72,17 @@ def test_a_message_arrives_as_it_was_sent() -> None:
             sent, got = getattr(message, field.name), getattr(arrived, field.name)
             np.testing.assert_array_equal(got, sent)
     assert str(pickle.loads(pickle.dumps(StaleLease("too late")))) == "too late"
+
+
+def test_a_mixture_for_everyone_travels_once() -> None:
+    row = np.arange(10_000, dtype=np.float32)[None]
+    clients = tuple("abcdefgh")
+    sent = Installation(3, clients, np.broadcast_to(row, (8, 10_000)), ("b",), common=True)
+    packed = pickle.dumps(sent)
+    assert len(packed) < 1.1 * row.nbytes
+    came = pickle.loads(packed)
+    assert came.theta_SP.shape == (8, 10_000)
+    assert (came.theta_SP == row).all()
+    assert (came.round, came.clients, came.refused, came.common) == (3, clients, ("b",), True)
+    own = Installation(3, clients, np.arange(8, dtype=np.float32)[:, None])
+    assert (pickle.loads(pickle.dumps(own)).theta_SP == own.theta_SP).all()

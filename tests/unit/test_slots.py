@@ -1,0 +1,67 @@
+"""Slots hold who takes part, and nobody else for longer than there is room."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fellray.platform.adapters import Bank, Site
+from fellray.platform.config import LoraSpec, TrainConfig
+from fellray.platform.rounds import Rounds
+from fellray.platform.slots import Slots
+from fellray.platform.storage import Storage
+
+SITES = [Site("one", 2, 3)]
+SEEDED = torch.arange(5.0)
+
+
+def make_slots(folder: Path, moments: bool = False) -> tuple[Slots, Rounds]:
+    rounds = Rounds(Storage(folder))
+    slots = Slots(lambda n: Bank(SITES, LoraSpec(r=1), TrainConfig(), n), "client", moments, rounds)
+    rounds.commit(0, slots.stage_start(SEEDED), {})
+    return slots, rounds
+
+
+@pytest.mark.parametrize("values", [True, False])
+def test_who_trained_and_was_not_counted_keeps_no_row(
+    values: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fellray.platform.slots.KEPT", 4)
+    slots, rounds = make_slots(tmp_path)
+    for number in range(1, 20):
+        clients = [f"{number}{place}" for place in "abc"]
+        slots.hold(number - 1, clients)
+        slots.train(clients)
+        staged = slots.stage(number, "h", clients[:2], values)
+        assert len(staged) == values
+        slots.release()
+        rounds.commit(number, staged, {})
+    assert len(slots.bank.values_SP) <= 4 + 3
+
+
+def test_an_average_is_read_from_everyones_page(tmp_path: Path) -> None:
+    slots, rounds = make_slots(tmp_path)
+    rows = slots.hold(0, ["a", "b"])
+    slots.train(["a", "b"])
+    slots.bank.values_SP[rows] += 1
+    assert slots.stage(1, "h", ["a", "b"], False) == ()
+    slots.release()
+    average = rounds.stage(1, "everyone", [""], {"client.values": SEEDED[None] + 7})
+    rounds.commit(1, [average], {})
+    rows = slots.hold(1, ["c", "b", "a"])
+    assert torch.equal(slots.bank.values_SP[rows], (SEEDED + 7).expand(3, -1))
+
+
+def test_pages_of_many_lie_in_files_of_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fellray.platform.slots.WRITTEN", 2)
+    slots, rounds = make_slots(tmp_path, moments=True)
+    clients = list("abcde")
+    rows = slots.hold(0, clients)
+    slots.bank.values_SP[rows] += torch.arange(5.0)[:, None]
+    slots.bank.steps_S[rows] = torch.arange(5)
+    staged = slots.stage(1, "h", clients, True)
+    assert [one.clients for one in staged] == [("a", "b"), ("c", "d"), ("e",)]
+    rounds.commit(1, staged, {})
+    loaded = rounds.load(1, ["e", "b"], ["client.values", "client.steps"])
+    assert torch.equal(loaded["client.values"], SEEDED + torch.tensor([[4.0], [1.0]]))
+    assert loaded["client.steps"].tolist() == [4, 1]
