@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument("--rival", nargs=2, metavar=("PYTHON", "SCRIPT"))
     parser.add_argument("--rival-registered", type=int, nargs="*", default=[1000, 5000])
     told = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     asked = told.rival_registered if told.rival else []
     python, script = told.rival or ("", "")
     rivals = [measure_rival(python, script, count, told.rounds) for count in asked]

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -98,7 +98,7 @@ class Run:
         }
         self._clock = now
         self.journal.record("metrics", [row])
-        self.journal.record("ledger", [{"round": round, **asdict(entry)} for entry in ledger])
+        self.journal.record("ledger", [{"round": round, **vars(entry)} for entry in ledger])
         self._still_locked()
         staged = [*outcome.staged, *self.rounds.carry(round, outcome.staged)]
         self.rounds.commit(round, staged, {"data_sha256": self._data_sha256})
