@@ -1,15 +1,16 @@
 """Clients: private data, labels, and the bottom and top of the model, which stay in this process.
 
-One actor holds one or many clients (slots) and trains them side by side: one forward pass for all,
-each row with its own client's adapters. The class is plain; `Pool` makes it an actor, tests use it
-as it is. It does not know where the trunk runs, how updates are mixed, or what Ray is.
+One actor holds one or many clients (slots) and trains them side by side: one forward pass for a
+crew of them, each row with its own client's adapters; while one crew's rows are in the trunk,
+another crew works here. The class is plain; `Pool` makes it an actor, tests use it as it is. It
+does not know where the trunk runs, how updates are mixed, or what Ray is.
 
 Shapes: S slots, N rows of a step, P parameters of a client's side, I items.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,14 +26,22 @@ from fellray.platform.device import own_device
 from fellray.platform.encoder import Backbone
 from fellray.platform.ledger import Ledger
 from fellray.platform.manifest import Staged
-from fellray.platform.messages import Activation, Installation, Lease, LedgerRow, StaleLease, Update
+from fellray.platform.messages import (
+    Activation,
+    Gradient,
+    Installation,
+    Lease,
+    LedgerRow,
+    StaleLease,
+    Update,
+)
 from fellray.platform.metrics import Evaluator, Score
 from fellray.platform.reader import Batch, Reader
 from fellray.platform.retrieval import Scorer, mean_losses
 from fellray.platform.rounds import Rounds
 from fellray.platform.shards import Dataset
 from fellray.platform.slots import Slots
-from fellray.platform.span import Remote, RemoteSpan
+from fellray.platform.span import Remote, Span, Trip, take_turns
 from fellray.platform.split import cut_model
 from fellray.platform.tower import Tower
 
@@ -41,7 +50,7 @@ SIDES = ("bottom", "top")
 
 @dataclass(frozen=True)
 class Desk:
-    """The data of learners who train side by side."""
+    """The data of a crew: learners who train side by side."""
 
     reader: Reader
     scorer: Scorer
@@ -78,7 +87,7 @@ class Client:
         device = own_device()
         self._device = device
         self._vectors = from_dlpack(catalogue.vectors_Id).to(device)
-        self._desks: tuple[tuple[str, ...], Desk] | None = None
+        self._desks: tuple[tuple[str, ...], list[Desk]] = ((), [])
         parts = cut_model(backbone, config.model)
         bottom, top = parts.bottom.to(device), parts.top.to(device)
         sites = [site for side in SIDES for site in parts.cut.sites[side]]
@@ -91,7 +100,7 @@ class Client:
         )
         self._ends = (bottom, top, catalogue.tokens.pad)
         self._ledger = Ledger()
-        self._span = RemoteSpan(remote, self._ledger)
+        self._span = Span(remote, self._ledger)
         self._seeded = start(sites, lora, config.seed)
         self._trained: dict[str, dict[str, Tensor]] = {}
         self._fitted = self._installed = -1
@@ -200,21 +209,14 @@ class Client:
             self._rounds.expect(round, staged)
         scores: dict[str, Score] = {}
         for few in deal(learners, self._config.clients.slots):
-            desk = self._sit(few)
-            slots = self._slots.hold(round, few).to(self._device)
-
-            def score(batch: Batch, step: int, desk: Desk = desk, slots: Tensor = slots) -> Tensor:
-                header = self._header(desk, batch, round, step, None)
-                vectors, _ = self._tower().encode(
-                    batch.rows,
-                    batch.ids_L,
-                    slots[batch.slot_N],
-                    lambda h: self._cross(h, header),
-                    False,
+            slots = self._slots.hold(round, few).to(self._device).split(self._crew_size(few))
+            crews = zip(self._sit(few), slots, strict=True)
+            with torch.no_grad():
+                found = take_turns(
+                    self._rank(desk, own, round, split, max_users) for desk, own in crews
                 )
-                return desk.scorer.score(vectors, batch.shard_N)
-
-            scores |= self._rank(desk, score, split, max_users)
+            for crew in found:
+                scores |= crew
         return scores
 
     def evaluate_baselines(
@@ -224,17 +226,16 @@ class Client:
         popularity = from_dlpack(self._catalogue.popularity_I).float().to(self._device)
         found: dict[str, dict[str, Score]] = {"popularity": {}, "prior": {}}
         for few in deal(learners, self._config.clients.slots):
-            desk = self._sit(few)
-            rows = {
-                "popularity": popularity.expand(len(desk.reader.shards), -1),
-                "prior": desk.scorer.prior_KI,
-            }
-            for name, scores_KI in rows.items():
-
-                def score(batch: Batch, _: int, scores_KI: Tensor = scores_KI) -> Tensor:
-                    return scores_KI[batch.shard_N]
-
-                found[name] |= self._rank(desk, score, split)
+            for desk in self._sit(few):
+                rows = {
+                    "popularity": popularity.expand(len(desk.reader.shards), -1),
+                    "prior": desk.scorer.prior_KI,
+                }
+                for name, scores_KI in rows.items():
+                    evaluators = self._evaluators(desk)
+                    for batch, seen, truth in desk.reader.held_out(split, None):
+                        evaluators[_owner(desk, batch)].add(scores_KI[batch.shard_N], seen, truth)
+                    found[name] |= {client: e.score() for client, e in evaluators.items()}
         return found
 
     def close_ledger(self) -> list[LedgerRow]:
@@ -255,31 +256,48 @@ class Client:
         self, round: int, learners: tuple[str, ...]
     ) -> tuple[Lease, list[float], list[int], dict[str, Tensor]]:
         """One round of a few learners side by side: losses, samples and what they came to."""
-        desk = self._sit(learners)
         slots = self._slots.hold(round - 1, learners).to(self._device)
         self._slots.train(learners)
         lease = self._span.remote.begin(self._config.name, round, learners)
-        weighted, rows = torch.zeros(2, len(learners), dtype=torch.float64)
-        for step, (batch, target_N) in enumerate(desk.reader.steps(round)):
-            count_S = torch.bincount(batch.slot_N.cpu(), minlength=len(learners))
-            header = self._header(desk, batch, round, step, lease)
-            weighted += self._step(desk, batch, slots[batch.slot_N], target_N, header) * count_S
-            rows += count_S
+        crews = zip(self._sit(learners), slots.split(self._crew_size(learners)), strict=True)
+        found = take_turns(self._train_crew(desk, own, round, lease) for desk, own in crews)
+        weighted, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
         state = self._slots.bank.state(slots, self._config.train.moments == "keep")
         losses: list[float] = (weighted / rows).tolist()
         state = {name: tensor.cpu() for name, tensor in state.items()}
         return lease, losses, [int(n) for n in rows.tolist()], state
 
+    def _train_crew(
+        self, desk: Desk, slots: Tensor, round: int, lease: Lease
+    ) -> Trip[tuple[Tensor, Tensor]]:
+        """A crew's steps: the losses of all rows of each learner, summed, and how many rows."""
+        num = len(desk.reader.learners)
+        weighted, rows = torch.zeros(2, num, dtype=torch.float64)
+        for step, (batch, target_N) in enumerate(desk.reader.steps(round)):
+            count_S = torch.bincount(batch.slot_N.cpu(), minlength=num)
+            header = self._header(desk, batch, round, step, lease)
+            loss_S = yield from self._step(desk, batch, slots[batch.slot_N], target_N, header)
+            weighted += loss_S * count_S
+            rows += count_S
+        return weighted, rows
+
     def _step(
         self, desk: Desk, batch: Batch, slot_N: Tensor, target_N: Tensor, header: Activation
-    ) -> Tensor:
-        bank = self._slots.bank
-        vectors, used = self._tower().encode(
-            batch.rows, batch.ids_L, slot_N, lambda h: self._span(h, header), True
-        )
-        scores = desk.scorer.score(vectors, batch.shard_N)
+    ) -> Trip[Tensor]:
+        """One local step, twice over the cut: each learner's loss."""
+        bank, tower = self._slots.bank, self._tower()
+        h_Ld, used = tower.rise(batch.rows, batch.ids_L, slot_N, True)
+        activation = replace(header, h_Ld=h_Ld.detach().cpu().numpy())
+        output = yield self._span.forward(activation)
+        y_Ld = from_dlpack(output).to(h_Ld.device).requires_grad_()
+        scores = desk.scorer.score(tower.finish(batch.rows, y_Ld, used), batch.shard_N)
         loss_S = mean_losses(scores, target_N, batch.slot_N, len(desk.reader.learners))
         loss_S.sum().backward()
+        assert y_Ld.grad is not None
+        g_Ld = y_Ld.grad.contiguous().cpu().numpy()
+        gradient = Gradient(header.run, header.round, header.step, g_Ld)
+        down = yield self._span.backward(activation, gradient)
+        h_Ld.backward(from_dlpack(down).to(h_Ld.device))
         for slots_n, pairs in used:
             bank.gradient.add(slots_n, pairs)
         bank.step(slot_N.unique())
@@ -287,10 +305,6 @@ class Client:
 
     def _tower(self) -> Tower:
         return Tower(*self._ends, self._slots.bank)
-
-    def _cross(self, h_Ld: Tensor, header: Activation) -> Tensor:
-        output = self._span.send_forward(replace(header, h_Ld=h_Ld.cpu().numpy()))
-        return from_dlpack(output).to(h_Ld.device)
 
     def _header(
         self, desk: Desk, batch: Batch, round: int, step: int, lease: Lease | None
@@ -307,30 +321,45 @@ class Client:
         )
 
     def _rank(
-        self,
-        desk: Desk,
-        score: Callable[[Batch, int], Tensor],
-        split: Literal[1, 2],
-        max_users: int | None = None,
-    ) -> dict[str, Score]:
-        evaluators = {shard.client: Evaluator(len(self._vectors)) for shard in desk.reader.shards}
-        with torch.no_grad():
-            for step, (batch, seen, truth) in enumerate(desk.reader.held_out(split, max_users)):
-                owner = desk.reader.shards[int(batch.shard_N[0])].client
-                evaluators[owner].add(score(batch, step), seen, truth)
+        self, desk: Desk, slots: Tensor, round: int, split: Literal[1, 2], max_users: int | None
+    ) -> Trip[dict[str, Score]]:
+        """A crew's scores."""
+        evaluators, tower = self._evaluators(desk), self._tower()
+        for step, (batch, seen, truth) in enumerate(desk.reader.held_out(split, max_users)):
+            h_Ld, used = tower.rise(batch.rows, batch.ids_L, slots[batch.slot_N], False)
+            header = self._header(desk, batch, round, step, None)
+            output = yield self._span.forward(replace(header, h_Ld=h_Ld.cpu().numpy()))
+            y_Ld = from_dlpack(output).to(h_Ld.device)
+            scores = desk.scorer.score(tower.finish(batch.rows, y_Ld, used), batch.shard_N)
+            evaluators[_owner(desk, batch)].add(scores, seen, truth)
         return {client: evaluator.score() for client, evaluator in evaluators.items()}
 
-    def _sit(self, learners: tuple[str, ...]) -> Desk:
-        """The data of a few learners, read when they take part."""
-        if self._desks is None or self._desks[0] != learners:
-            shards = {c: [self._data.shard(own) for own in self._seats[c]] for c in learners}
-            reader = Reader(self._config, self._catalogue.tokens, shards, self._device)
-            model = self._config.model
-            scorer = Scorer(
-                self._vectors, reader.shards, model.temperature, model.prior, self._device
-            )
-            self._desks = (learners, Desk(reader, scorer))
+    def _evaluators(self, desk: Desk) -> dict[str, Evaluator]:
+        return {shard.client: Evaluator(len(self._vectors)) for shard in desk.reader.shards}
+
+    def _sit(self, learners: tuple[str, ...]) -> list[Desk]:
+        """The data of a few learners by crew, read when they take part."""
+        if self._desks[0] != learners:
+            crews = deal(learners, self._crew_size(learners))
+            self._desks = (learners, [self._desk(crew) for crew in crews])
         return self._desks[1]
+
+    def _crew_size(self, learners: Sequence[str]) -> int:
+        return -(-len(learners) // self._config.clients.crews)
+
+    def _desk(self, crew: tuple[str, ...]) -> Desk:
+        shards = {c: [self._data.shard(own) for own in self._seats[c]] for c in crew}
+        reader = Reader(self._config, self._catalogue.tokens, shards, self._device)
+        model = self._config.model
+        return Desk(
+            reader,
+            Scorer(self._vectors, reader.shards, model.temperature, model.prior, self._device),
+        )
+
+
+def _owner(desk: Desk, batch: Batch) -> str:
+    """Whose held-out users these are: those of one shard."""
+    return desk.reader.shards[int(batch.shard_N[0])].client
 
 
 def _refuse(loss: float, values_P: Tensor) -> str | None:

@@ -11,6 +11,7 @@ import numpy as np
 from fellray.actors.session import ray
 from fellray.platform.ledger import payload_bytes
 from fellray.platform.messages import Activation, Gradient, Lease
+from fellray.platform.span import Answer
 
 
 class RayRemote:
@@ -20,7 +21,8 @@ class RayRemote:
         """`server` is the actor's handle."""
         self._server = server
         self._packed = ray.cloudpickle.dumps(server)
-        self._sent: tuple[Activation, Any] | None = None
+        self._sent: dict[int, tuple[Activation, Any]] = {}
+        """By identity: what waits for its backward pass, and where it lies."""
         self.bytes = 0
 
     def __reduce__(self) -> tuple[Any, tuple[bytes]]:
@@ -30,25 +32,35 @@ class RayRemote:
 
     def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
         """See `Remote`."""
+        self._sent.clear()  # of a round that was given up
         lease: Lease = ray.get(self._server.begin.remote(run, round, clients))
         return lease
 
-    def forward(self, activation: Activation) -> np.ndarray:
+    def forward(self, activation: Activation) -> Answer:
         """See `Remote`."""
         reference = ray.put(activation)
-        self._sent = (activation, reference)
-        output: np.ndarray = ray.get(self._server.forward.remote(reference))
-        self.bytes += payload_bytes(activation, output)
-        return output
+        if activation.lease:
+            self._sent[id(activation)] = (activation, reference)
+        asked = self._server.forward.remote(reference)
 
-    def backward(self, activation: Activation, gradient: Gradient) -> np.ndarray:
+        def answer() -> np.ndarray:
+            output: np.ndarray = ray.get(asked)
+            self.bytes += payload_bytes(activation, output)
+            return output
+
+        return answer
+
+    def backward(self, activation: Activation, gradient: Gradient) -> Answer:
         """See `Remote`."""
-        sent, reference = self._sent or (None, None)
-        argument = reference if sent is activation else activation
-        down: np.ndarray = ray.get(self._server.backward.remote(argument, gradient))
-        self._sent = None
-        self.bytes += payload_bytes(activation, gradient, down)
-        return down
+        _, reference = self._sent.pop(id(activation), (None, None))
+        asked = self._server.backward.remote(reference or activation, gradient)
+
+        def answer() -> np.ndarray:
+            down: np.ndarray = ray.get(asked)
+            self.bytes += payload_bytes(activation, gradient, down)
+            return down
+
+        return answer
 
 
 def _unpack(handle: bytes) -> RayRemote:

@@ -59,7 +59,10 @@ def bench(folder: Path) -> dict[str, Any]:
     prepare(config)
     world = survey(config)
     with connect(config, CLIENTS):
-        figures = [_say(measure_split(config, world, threads)) for threads in (1, CORES)]
+        figures = [
+            _say(measure_split(config, world, threads, crews))
+            for threads, crews in itertools.product((1, CORES), (1, 2))
+        ]
         figures += [
             _say(measure_batching(config, world, tokens, threads))
             for threads, tokens in itertools.product((1, CORES), (16, 64))

@@ -84,7 +84,7 @@ def measure_costs(config: RunConfig) -> dict[str, Any]:
         "model": config.model.name,
         "client": _learner(config),
         "batch_size": config.train.batch_size,
-        "tokens_per_step": tokens_per_step(arms[WHOLE], _learner(config), world.catalogue),
+        "tokens_per_step": tokens_per_step(arms[WHOLE], (_learner(config),), world.catalogue),
         "threads": config.clients.threads,
         "engine": "torch",
         "turns": TURNS,

@@ -21,6 +21,7 @@ from fellray.platform.encoder import Backbone, build
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import Activation, Gradient, Lease
 from fellray.platform.rounds import Rounds
+from fellray.platform.span import Answer
 
 STATUS = Path("/proc/self/status")
 """Where Linux tells a process what it has used."""
@@ -55,15 +56,22 @@ class Timed:
         with self._clock():
             return self._remote.begin(run, round, clients)
 
-    def forward(self, activation: Activation) -> np.ndarray:
+    def forward(self, activation: Activation) -> Answer:
         """See `Remote`."""
         with self._clock():
-            return self._remote.forward(activation)
+            return self._await(self._remote.forward(activation))
 
-    def backward(self, activation: Activation, gradient: Gradient) -> np.ndarray:
+    def backward(self, activation: Activation, gradient: Gradient) -> Answer:
         """See `Remote`."""
         with self._clock():
-            return self._remote.backward(activation, gradient)
+            return self._await(self._remote.backward(activation, gradient))
+
+    def _await(self, asked: Answer) -> Answer:
+        def answer() -> np.ndarray:
+            with self._clock():
+                return asked()
+
+        return answer
 
     @contextmanager
     def _clock(self) -> Iterator[None]:
@@ -127,7 +135,7 @@ class WholeClient(Weighed):
 
     def __init__(self, config: RunConfig, learner: str, backbone: Backbone, catalogue: Catalogue):
         self._steps = count_steps(config)
-        self._whole = Whole(config, learner, backbone, catalogue)
+        self._whole = Whole(config, (learner,), backbone, catalogue)
 
     def step(self) -> Step:
         """See `SplitClient`."""

@@ -6,6 +6,7 @@ kept from forward to backward, no messages and no ledger. Equal to them bit for 
 Shapes: N rows of a step, L real tokens of all rows together, d width.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,14 +27,17 @@ from fellray.platform.shards import Dataset
 from fellray.platform.split import cut_model
 from fellray.platform.tower import Tower
 
-_ALONE = torch.zeros(1, dtype=torch.int64)
-"""The one slot."""
-
 
 class Whole:
-    """One client that has the whole model to itself."""
+    """Clients side by side who have the whole model to themselves."""
 
-    def __init__(self, config: RunConfig, learner: str, backbone: Backbone, catalogue: Catalogue):
+    def __init__(
+        self,
+        config: RunConfig,
+        learners: Sequence[str],
+        backbone: Backbone,
+        catalogue: Catalogue,
+    ):
         """Torch uses `clients.threads` threads."""
         torch.set_num_threads(config.clients.threads)
         self._config = config
@@ -42,33 +46,45 @@ class Whole:
         inner = parts.cut.sites["trunk"]
         self._start = [start(part, config.model.lora, config.seed) for part in (sites, inner)]
         self._outer, self._inner = (
-            Bank(part, config.model.lora, config.train, 1) for part in (sites, inner)
+            Bank(part, config.model.lora, config.train, len(learners)) for part in (sites, inner)
         )
         self._trunk = PackedBlocks(parts.trunk)
         self._sites = inner
         self._tower = Tower(parts.bottom, parts.top, catalogue.tokens.pad, self._outer)
-        shard = Dataset(config.data.path).shard(learner)
-        self._reader = Reader(config, catalogue.tokens, {learner: [shard]})
+        data = Dataset(config.data.path)
+        shards = {learner: [data.shard(learner)] for learner in learners}
+        self._reader = Reader(config, catalogue.tokens, shards)
         model = config.model
-        self._scorer = Scorer(catalogue.vectors_Id, [shard], model.temperature, model.prior)
+        self._scorer = Scorer(
+            catalogue.vectors_Id, self._reader.shards, model.temperature, model.prior
+        )
 
-    def fit(self, round: int) -> float:
-        """Train a round from the seeded start; its mean loss over histories."""
+    def fit(self, round: int) -> tuple[float, ...]:
+        """Train a round from the seeded start; each learner's mean loss over its histories."""
+        count = len(self._reader.learners)
         for bank, values_P in zip((self._outer, self._inner), self._start, strict=True):
-            bank.reset(_ALONE, {"values": values_P[None]})
-        weighted, rows = 0.0, 0
+            bank.reset(torch.arange(count), {"values": values_P.expand(count, -1)})
+        weighted, rows = torch.zeros(2, count, dtype=torch.float64)
         for batch, target_N in self._reader.steps(round):
-            weighted += self._step(batch, target_N) * len(target_N)
-            rows += len(target_N)
-        return weighted / rows
+            count_S = torch.bincount(batch.slot_N, minlength=count)
+            weighted += self._step(batch, target_N) * count_S
+            rows += count_S
+        return tuple((weighted / rows).tolist())
 
-    def _step(self, batch: Batch, target_N: Tensor) -> float:
+    def _step(self, batch: Batch, target_N: Tensor) -> Tensor:
         rows, spec = batch.rows, self._config.model.lora
         bank = self._inner
-        lanes = Lanes(rows.lengths_N, batch.slot_N, self._config.model.pad_multiple, bank.ranks_S)
-        gradient = bank.gradient.total_SP
+        present, lane_N = batch.slot_N.unique(return_inverse=True)
+        ranks_K = bank.ranks_S[present]
+        lanes = Lanes(rows.lengths_N, lane_N, self._config.model.pad_multiple, ranks_K)
         adapter = Loras(
-            self._sites, lanes.stacks, [spec.r], spec.scaling_of, _ALONE, bank.values_SP, gradient
+            self._sites,
+            lanes.stacks,
+            [spec.r] * len(lanes.stacks),
+            spec.scaling_of,
+            present[lanes.order_K],
+            bank.values_SP,
+            bank.gradient.total_SP,
         )
         packed = packing.Batch(lanes, [adapter])
 
@@ -78,13 +94,13 @@ class Whole:
 
         vectors_Nd, outer = self._tower.encode(rows, batch.ids_L, batch.slot_N, cross, True)
         scores_NI = self._scorer.score(vectors_Nd, batch.shard_N)
-        loss = mean_losses(scores_NI, target_N, batch.slot_N, 1).sum()
-        loss.backward()
+        loss_S = mean_losses(scores_NI, target_N, batch.slot_N, len(self._reader.learners))
+        loss_S.sum().backward()
         for slots_n, pairs in outer:
             self._outer.gradient.add(slots_n, pairs)
         for bank in (self._outer, self._inner):
-            bank.step(_ALONE)
-        return float(loss.detach().double())
+            bank.step(present)
+        return loss_S.detach().double()
 
 
 class _Inner(torch.autograd.Function):
@@ -103,8 +119,9 @@ class _Inner(torch.autograd.Function):
         return lanes.collect(down_Md), None, None
 
 
-def tokens_per_step(config: RunConfig, learner: str, catalogue: Catalogue) -> float:
-    """Real tokens of a step of one client, on average over round 1."""
-    shard = Dataset(config.data.path).shard(learner)
-    steps = list(Reader(config, catalogue.tokens, {learner: [shard]}).steps(1))
+def tokens_per_step(config: RunConfig, learners: Sequence[str], catalogue: Catalogue) -> float:
+    """Real tokens of a step of clients side by side, on average over round 1."""
+    data = Dataset(config.data.path)
+    shards = {learner: [data.shard(learner)] for learner in learners}
+    steps = list(Reader(config, catalogue.tokens, shards).steps(1))
     return sum(len(batch.ids_L) for batch, _ in steps) / len(steps)

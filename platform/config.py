@@ -252,6 +252,9 @@ class ClientsConfig(Config):
     number."""
     slots: int = Field(default=64, ge=1)
     """How many of an actor's clients train side by side; the others who take part follow."""
+    crews: int = Field(default=2, ge=1)
+    """Those who train side by side do so in as many crews, turn about: while one crew's rows are in
+    the trunk, another works in the actor. Decides no bit. 1: the actor waits for the trunk."""
     cpus: float = Field(default=0.5, ge=0)
     """CPUs Ray reserves for one client actor."""
     gpu_denominator: int = Field(default=0, ge=0)

@@ -32,6 +32,7 @@ from fellray.platform.messages import Activation, Gradient, Installation, Lease,
 from fellray.platform.packed import Batch
 from fellray.platform.rounds import Rounds
 from fellray.platform.slots import Slots
+from fellray.platform.span import Answer
 from fellray.platform.trunk import Engine
 
 Item = TypeVar("Item")
@@ -361,17 +362,17 @@ class InProcess:
         """See `Remote`."""
         return self._host.begin(run, round, clients)
 
-    def forward(self, activation: Activation) -> np.ndarray:
+    def forward(self, activation: Activation) -> Answer:
         """See `Remote`."""
         output = _only(self._host.forward([activation]))
         self.bytes += payload_bytes(activation, output)
-        return output
+        return lambda: output
 
-    def backward(self, activation: Activation, gradient: Gradient) -> np.ndarray:
+    def backward(self, activation: Activation, gradient: Gradient) -> Answer:
         """See `Remote`."""
         down = _only(self._host.backward([(activation, gradient)]))
         self.bytes += payload_bytes(activation, gradient, down)
-        return down
+        return lambda: down
 
 
 def _check_shape(activation: Activation) -> None:

@@ -19,11 +19,11 @@ class Ledger:
         self._entries: dict[tuple[str, str], list[int]] = {}
         self._digests: dict[tuple[str, str], hashlib.blake2b] = {}
 
-    def enter(self, client: str, kind: str, payload: np.ndarray) -> None:
-        """One payload of one client."""
+    def enter(self, client: str, kind: str, payload: np.ndarray, count: int = 1) -> None:
+        """One payload of one client, or several that lie side by side."""
         key = (client, kind)
         entry = self._entries.setdefault(key, [0, 0])
-        entry[0] += 1
+        entry[0] += count
         entry[1] += payload.nbytes
         digest = self._digests.setdefault(key, hashlib.blake2b(digest_size=16))
         digest.update(np.ascontiguousarray(payload).data)
@@ -40,11 +40,12 @@ class Ledger:
 
     def enter_rows(self, message: Activation, kind: str, packed_Ld: np.ndarray) -> None:
         """A packed tensor, each client's rows under its own name, in the order of the rows."""
-        ends = np.cumsum(message.lengths_N)
-        starts = ends - message.lengths_N
-        for c, client in enumerate(message.clients):
-            for row in np.flatnonzero(message.row_client_N == c):
-                self.enter(client, kind, packed_Ld[starts[row] : ends[row]])
+        owners, bounds = message.row_client_N, np.cumsum([0, *message.lengths_N])
+        # neighbours of one client are one stretch of bytes
+        starts = np.flatnonzero(np.diff(owners, prepend=-1))
+        for row, end in zip(starts, [*starts[1:], len(owners)], strict=True):
+            stretch = packed_Ld[bounds[row] : bounds[end]]
+            self.enter(message.clients[owners[row]], kind, stretch, int(end - row))
 
     def enter_envelope(self, message: Activation) -> None:
         """Lengths and row owners."""

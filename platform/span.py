@@ -1,21 +1,27 @@
-"""Blocks that live somewhere else, used as an ordinary module: autograd crosses the cut by itself.
+"""Both ways over the cut, as a client sees them: ask now, have the answer later.
 
 `Remote` has three peers that are equals: the trunk in this process, the trunk behind Ray, and a
-test's double. Nothing here knows which one it is.
+test's double. Nothing here knows which one it is, nor what is computed between two crossings.
 
 Shapes: L real tokens of all rows together, d width.
 """
 
-from dataclasses import replace
-from typing import Any, Protocol
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from typing import Protocol, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.utils.dlpack import from_dlpack
 
 from fellray.platform.ledger import Ledger
 from fellray.platform.messages import Activation, Gradient, Lease
+
+Result = TypeVar("Result")
+
+Answer = Callable[[], np.ndarray]
+"""Waits for what was asked, once."""
+
+Trip = Generator[Answer, np.ndarray, Result]
+"""Work that hands over what it has asked for and goes on when it is given the answer."""
 
 
 class Remote(Protocol):
@@ -25,60 +31,75 @@ class Remote(Protocol):
         """Put the clients' trunk adapters to the round's start and permit its steps."""
         ...
 
-    def forward(self, activation: Activation) -> np.ndarray:
-        """Run the trunk; hidden states at the upper cut [L, d]."""
+    def forward(self, activation: Activation) -> Answer:
+        """Ask for the trunk's hidden states at the upper cut [L, d]."""
         ...
 
-    def backward(self, activation: Activation, gradient: Gradient) -> np.ndarray:
-        """Backpropagate, step the rows' trunk adapters, and give the gradient at the lower cut.
+    def backward(self, activation: Activation, gradient: Gradient) -> Answer:
+        """Ask to backpropagate and to step the rows' trunk adapters: the gradient at the lower cut.
 
         The activation comes again: the trunk may not have kept the forward pass (recompute).
         """
         ...
 
 
-class RemoteSpan(nn.Module):
-    """The trunk as a module of the client's model; what crosses is entered in a ledger."""
+class Span:
+    """The way to the trunk and back; what crosses is entered in a ledger."""
 
     def __init__(self, remote: Remote, ledger: Ledger):
-        super().__init__()
         self.remote = remote
-        self.ledger = ledger
+        self._ledger = ledger
 
-    def forward(self, h_Ld: Tensor, header: Activation) -> Tensor:
-        """Packed hidden states at the upper cut [L, d]; the header is the message without them."""
-        y: Tensor = _Cross.apply(h_Ld, header, self)  # type: ignore[no-untyped-call]
-        return y
+    def forward(self, activation: Activation) -> Answer:
+        """One crossing up and one down [L, d]."""
+        asked = self.remote.forward(activation)
 
-    def send_forward(self, activation: Activation) -> np.ndarray:
-        """One crossing up and one down."""
-        kind = "" if activation.lease else "evaluation_"
-        output = self.remote.forward(activation)
-        self.ledger.enter_rows(activation, kind + "activation", activation.h_Ld)
-        self.ledger.enter_rows(activation, kind + "output", output)
-        self.ledger.enter_envelope(activation)
-        return output
+        def answer() -> np.ndarray:
+            output = asked()
+            kind = "" if activation.lease else "evaluation_"
+            self._ledger.enter_rows(activation, kind + "activation", activation.h_Ld)
+            self._ledger.enter_rows(activation, kind + "output", output)
+            self._ledger.enter_envelope(activation)
+            return output
 
-    def send_backward(self, activation: Activation, gradient: Gradient) -> np.ndarray:
-        """One crossing up, the activation again, and one down."""
-        down = self.remote.backward(activation, gradient)
-        self.ledger.enter_rows(activation, "gradient", gradient.g_Ld)
-        self.ledger.enter_rows(activation, "activation_repeat", activation.h_Ld)
-        self.ledger.enter_rows(activation, "input_gradient", down)
-        self.ledger.enter_envelope(activation)
-        return down
+        return answer
+
+    def backward(self, activation: Activation, gradient: Gradient) -> Answer:
+        """One crossing up, the activation again, and one down [L, d]."""
+        asked = self.remote.backward(activation, gradient)
+
+        def answer() -> np.ndarray:
+            down = asked()
+            self._ledger.enter_rows(activation, "gradient", gradient.g_Ld)
+            self._ledger.enter_rows(activation, "activation_repeat", activation.h_Ld)
+            self._ledger.enter_rows(activation, "input_gradient", down)
+            self._ledger.enter_envelope(activation)
+            return down
+
+        return answer
 
 
-class _Cross(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, h_Ld: Tensor, header: Activation, span: RemoteSpan) -> Tensor:
-        ctx.span = span
-        ctx.activation = replace(header, h_Ld=h_Ld.detach().cpu().numpy())
-        return from_dlpack(span.send_forward(ctx.activation)).to(h_Ld.device)
+def take_turns(trips: Iterable[Trip[Result]]) -> list[Result]:
+    """All trips to their end, one working here while the others' answers are on their way.
 
-    @staticmethod
-    def backward(ctx: Any, g_Ld: Tensor) -> tuple[Tensor, None, None]:
-        sent: Activation = ctx.activation
-        gradient = Gradient(sent.run, sent.round, sent.step, g_Ld.contiguous().cpu().numpy())
-        down = from_dlpack(ctx.span.send_backward(sent, gradient))
-        return down.to(g_Ld.device), None, None
+    Turns go round in a fixed order, so what a trip sees does not depend on who answers first.
+    """
+    trips = list(trips)
+    results: dict[int, Result] = {}
+    waiting: deque[tuple[int, Answer]] = deque()
+
+    def advance(at: int, answer: np.ndarray | None) -> None:
+        try:
+            # a trip that has not begun takes no answer
+            asked = next(trips[at]) if answer is None else trips[at].send(answer)
+        except StopIteration as end:
+            results[at] = end.value
+        else:
+            waiting.append((at, asked))
+
+    for at in range(len(trips)):
+        advance(at, None)
+    while waiting:
+        at, answer = waiting.popleft()
+        advance(at, answer())
+    return [results[at] for at in range(len(trips))]

@@ -1,6 +1,7 @@
 """The client's side of the model: token ids in, unit vectors out, the trunk somewhere in between.
 
-It does not know where the trunk runs: `cross` takes packed hidden states over the cut and back.
+It does not know where the trunk runs, nor how long it takes: up to the cut is one call, on from it
+another.
 
 Shapes: N rows, n rows of one padded length T, L real tokens of all rows together, d width.
 """
@@ -17,6 +18,9 @@ from fellray.platform.split import Blocks, Bottom, Parts, Top
 Cross = Callable[[Tensor], Tensor]
 """Packed hidden states at the lower cut [L, d] to those at the upper cut [L, d]."""
 
+Used = list[tuple[Tensor, list[Pair]]]
+"""Per group of rows its slots [n] and the adapter leaves it used, the bottom's and the top's."""
+
 
 class Tower:
     """Bottom and top, with a bank that holds both parts' adapters side by side."""
@@ -31,8 +35,13 @@ class Tower:
 
     def encode(
         self, rows: Rows, ids_L: Tensor, slot_N: Tensor, cross: Cross, train: bool
-    ) -> tuple[Tensor, list[tuple[Tensor, list[Pair]]]]:
-        """Unit vectors [N, d], and per group its slots and the adapter leaves it used."""
+    ) -> tuple[Tensor, Used]:
+        """Unit vectors [N, d], where the trunk is at hand; and the adapter leaves."""
+        h_Ld, used = self.rise(rows, ids_L, slot_N, train)
+        return self.finish(rows, cross(h_Ld), used), used
+
+    def rise(self, rows: Rows, ids_L: Tensor, slot_N: Tensor, train: bool) -> tuple[Tensor, Used]:
+        """Packed hidden states at the lower cut [L, d], and the adapter leaves of both parts."""
         used = []
         hidden = []
         for group in rows.groups:
@@ -45,14 +54,17 @@ class Tower:
         h_Ld = rows.pack(hidden)
         if train and not h_Ld.requires_grad:
             h_Ld.requires_grad_()  # a bottom without adapters: the trunk still wants its gradient
-        y_Ld = cross(h_Ld)
+        return h_Ld, used
+
+    def finish(self, rows: Rows, y_Ld: Tensor, used: Used) -> Tensor:
+        """Unit vectors [N, d] from packed hidden states at the upper cut [L, d]."""
         vectors = []
         for group, (_, pairs) in zip(rows.groups, used, strict=True):
             sets = self._sets(pairs[self._split :])
             vectors.append(self._top(rows.pad(y_Ld, group), group.mask_nT, sets))
         order = torch.cat([group.rows_n for group in rows.groups])
         u_nd = torch.cat(vectors)
-        return u_nd.new_zeros(u_nd.shape).index_copy(0, order, u_nd), used
+        return u_nd.new_zeros(u_nd.shape).index_copy(0, order, u_nd)
 
     def _sets(self, pairs: Sequence[Pair]) -> tuple[Sequence[Pair], ...]:
         return (pairs,) if self._bank else ()

@@ -120,25 +120,27 @@ def test_a_row_of_costs() -> None:
 def test_the_whole_model_is_the_split_one(tiny_config: Callable[..., RunConfig]) -> None:
     config = tiny_config()
     world = survey(config)
-    learner = sorted(world.seats)[0]
+    learners = tuple(sorted(world.seats)[:3])
     rounds = Rounds(Storage(config.storage))
-    host = make_host(config, (learner,), world.trunk_side(config), rounds)
+    host = make_host(config, learners, world.trunk_side(config), rounds)
     side = world.client_side(config)
-    seats = {learner: (learner,)}
+    seats = {learner: (learner,) for learner in learners}
     client = Client(config, 0, seats, side, world.catalogue, InProcess(host), rounds)
     rounds.commit(0, [*host.stage_start(), *client.stage_start()], {})
-    whole = Whole(config, learner, world.backbone, world.catalogue)
+    whole = Whole(config, learners, world.backbone, world.catalogue)
     losses = whole.fit(1), whole.fit(2), whole.fit(1)
     assert losses[0] == losses[2] != losses[1]
-    assert (losses[0],) == client.fit(1, (learner,)).losses
-    assert tokens_per_step(config, learner, world.catalogue) > config.train.batch_size
+    assert losses[0] == client.fit(1, learners).losses
+    alone = Whole(config, learners[1:2], world.backbone, world.catalogue)
+    assert alone.fit(1) == losses[0][1:2], "who is beside it decides no bit"
+    assert tokens_per_step(config, learners, world.catalogue) > 3 * config.train.batch_size
 
 
 def test_the_released_order_trains_on_the_same(tiny_config: Callable[..., RunConfig]) -> None:
     """Other code, other padding, other rounding; the same samples from the same start."""
     config = tiny_config()
     world = survey(config)
-    ours = [Whole(config, c, world.backbone, world.catalogue).fit(1) for c in sorted(world.seats)]
+    ours = Whole(config, sorted(world.seats), world.backbone, world.catalogue).fit(1)
     released = Released(config, world, threads=1)
     first = released.train_round(1)
     assert first == pytest.approx(ours, rel=1e-4)

@@ -19,6 +19,7 @@ from fellray.platform.reader import Reader
 from fellray.platform.retrieval import Scorer
 from fellray.platform.rounds import Rounds
 from fellray.platform.shards import Dataset
+from fellray.platform.span import Trip
 from fellray.platform.split import cut_model
 from fellray.platform.storage import Storage
 from fellray.platform.tower import encode_texts
@@ -52,7 +53,8 @@ class Stand:
 @pytest.fixture
 def stand(tiny_config: Make) -> Callable[..., Stand]:
     def make(**overrides: Any) -> Stand:
-        return Stand(tiny_config(clients={"per_actor": 3}, **overrides))
+        clients = {"per_actor": 3} | overrides.pop("clients", {})
+        return Stand(tiny_config(clients=clients, **overrides))
 
     return make
 
@@ -94,12 +96,12 @@ def test_what_is_not_shared_has_no_columns(share: str, stand: Callable[..., Stan
 
 def test_the_loss_is_the_mean_over_the_rounds_histories(stand: Callable[..., Stand]) -> None:
     """Steps of unequal size weigh by their rows."""
-    client = stand(train={"local_samples": 10, "batch_size": 4}).client
+    client = stand(train={"local_samples": 10, "batch_size": 4}, clients={"crews": 1}).client
     steps: list[tuple[torch.Tensor, torch.Tensor]] = []
     sound = client._step
 
-    def heard(desk: Any, batch: Any, *args: Any) -> torch.Tensor:
-        loss = sound(desk, batch, *args)
+    def heard(desk: Any, batch: Any, *args: Any) -> Trip[torch.Tensor]:
+        loss = yield from sound(desk, batch, *args)
         steps.append((loss, torch.bincount(batch.slot_N)))
         return loss
 
@@ -108,6 +110,18 @@ def test_the_loss_is_the_mean_over_the_rounds_histories(stand: Callable[..., Sta
     assert [rows.tolist() for _, rows in steps] == [[4] * 3, [4] * 3, [2] * 3]
     weighted = sum(loss * rows for loss, rows in steps) / 10
     assert update.losses == pytest.approx(weighted.tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize("crews", [2, 3, 8])
+def test_crews_decide_no_bit(crews: int, stand: Callable[..., Stand]) -> None:
+    found = []
+    for many in (1, crews):
+        one = stand(clients={"crews": many})
+        scores = one.client.evaluate(0, 1, None, one.client.learners)
+        update = one.client.fit(1, one.client.learners)
+        rows = one.client.close_ledger()
+        found.append((theta(update), update.losses, update.samples, rows, scores))
+    assert found[0] == found[1]
 
 
 def test_a_round_is_a_function_of_the_committed_state(stand: Callable[..., Stand]) -> None:
@@ -182,7 +196,7 @@ def test_a_restarted_client_does_not_install_what_it_did_not_train(
 
 def test_a_nan_is_refused_with_the_reason(stand: Callable[..., Stand]) -> None:
     client = stand().client
-    client._sit(client.learners).scorer.prior_KI[0] = torch.nan
+    client._sit(client.learners)[0].scorer.prior_KI[0] = torch.nan
     update = client.fit(1, client.learners)
     assert dict(update.refused) == {"c0": "training loss is nan"}
     assert np.isnan(update.losses[0])

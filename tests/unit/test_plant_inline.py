@@ -33,6 +33,7 @@ from fellray.platform.messages import (
 )
 from fellray.platform.metrics import Score
 from fellray.platform.shards import Dataset
+from fellray.platform.span import Answer
 
 EACH = {"per_actor": 1}
 """One client per actor; `tiny_config` puts all five into one."""
@@ -239,15 +240,16 @@ def test_central_is_one_learner_over_all_data(plain: Play) -> None:
 def poison(plant: Plant, *learners: str) -> None:
     """From here on these learners' scores are NaN: loss, gradients and adapters follow."""
     for client in clients_of(plant):
-        desk = client._sit(client.learners)
-        for place, shard in enumerate(desk.reader.shards):
-            if shard.client in learners:
-                desk.scorer.prior_KI[place] = torch.nan
+        for desk in client._sit(client.learners):
+            for place, shard in enumerate(desk.reader.shards):
+                if shard.client in learners:
+                    desk.scorer.prior_KI[place] = torch.nan
 
 
 def heal(plant: Plant) -> None:
     for client in clients_of(plant):
-        client._sit(client.learners).scorer.prior_KI.nan_to_num_(0.0)
+        for desk in client._sit(client.learners):
+            desk.scorer.prior_KI.nan_to_num_(0.0)
 
 
 def poisoned(*learners: str, round: int) -> Callable[[Plant, int], None]:
@@ -511,19 +513,19 @@ def tape(monkeypatch: pytest.MonkeyPatch) -> Tape:
             found.crossed += [("begin", (run, round, clients)), ("lease", lease)]
             return lease
 
-        def forward(self, activation: Activation) -> np.ndarray:
-            output = super().forward(activation)
-            found.crossed += [("forward", activation), ("output", output.copy())]
-            return output
+        def forward(self, activation: Activation) -> Answer:
+            answer = super().forward(activation)
+            found.crossed += [("forward", activation), ("output", answer().copy())]
+            return answer
 
-        def backward(self, activation: Activation, gradient: Gradient) -> np.ndarray:
-            down = super().backward(activation, gradient)
+        def backward(self, activation: Activation, gradient: Gradient) -> Answer:
+            answer = super().backward(activation, gradient)
             found.crossed += [
                 ("backward", activation),
                 ("backward", gradient),
-                ("input gradient", down.copy()),
+                ("input gradient", answer().copy()),
             ]
-            return down
+            return answer
 
     sound = InlinePool.map
 
@@ -580,6 +582,7 @@ def forms(numbers: np.ndarray) -> list[bytes]:
 
 def secrets(config: RunConfig) -> dict[str, list[bytes]]:
     """What must not be sent, as bytes: every title, every token row and target of the run."""
+    config = config.model_copy(update={"clients": config.clients.model_copy(update={"crews": 1})})
     world = survey(config)
     data = Dataset(config.data.path)
     client = plants.Client(
@@ -593,7 +596,8 @@ def secrets(config: RunConfig) -> dict[str, list[bytes]]:
     )
     found: dict[str, list[bytes]] = {"titles": [title.encode() for title in data.titles]}
     found["tokens"], found["targets"], found["histories"] = [], [], []
-    reader = client._sit(client.learners).reader
+    (desk,) = client._sit(client.learners)
+    reader = desk.reader
     batches = [(b, t) for r in (1, 2) for b, t in reader.steps(r)]
     for batch, target_N in batches:
         pieces = batch.ids_L.split(batch.rows.lengths_N.tolist())

@@ -26,7 +26,7 @@ from fellray.platform.retrieval import Scorer, mean_losses
 from fellray.platform.rounds import Rounds
 from fellray.platform.rows import Rows
 from fellray.platform.shard import Shard
-from fellray.platform.span import RemoteSpan
+from fellray.platform.span import Answer, Span, Trip, take_turns
 from fellray.platform.split import Parts, cut_model
 from fellray.platform.storage import Storage
 from fellray.platform.tower import Tower
@@ -121,13 +121,16 @@ def header(step: Step, lease: Lease | None) -> Activation:
 def through_the_cut(s: Setting, step: Step, ledger: Ledger) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [S], gradients of the client's side [S, P] and of the trunk's adapters [S, P]."""
     lease = s.remote.begin("run", 1, CLIENTS)
-    span = RemoteSpan(s.remote, ledger)
+    span = Span(s.remote, ledger)
     tower = Tower(s.parts.bottom, s.parts.top, 0, s.side)
-    u, used = tower.encode(
-        step.rows, step.ids_L, step.slot_N, lambda h: span(h, header(step, lease)), train=True
-    )
-    loss_S = losses(s, u, step)
+    h_Ld, used = tower.rise(step.rows, step.ids_L, step.slot_N, train=True)
+    activation = replace(header(step, lease), h_Ld=h_Ld.detach().numpy())
+    y_Ld = torch.from_numpy(span.forward(activation)()).requires_grad_()
+    loss_S = losses(s, tower.finish(step.rows, y_Ld, used), step)
     loss_S.sum().backward()
+    assert y_Ld.grad is not None
+    gradient_Ld = Gradient("run", 1, 0, y_Ld.grad.numpy())
+    h_Ld.backward(torch.from_numpy(span.backward(activation, gradient_Ld)()))
     for slots_n, pairs in used:
         s.side.gradient.add(slots_n, pairs)
     gradient = s.side.gradient.total_SP.clone()
@@ -229,14 +232,14 @@ def test_a_slots_bits_do_not_depend_on_the_slots_beside_it(threads: int, tmp_pat
 def test_evaluation_through_the_cut_is_the_whole_models(tiny_encoder: Path, tmp_path: Path) -> None:
     s, step = setting(str(tiny_encoder), 1, 1, tmp_path), random_step(0, 6, 40)
     ledger = Ledger()
-    span, tower = RemoteSpan(s.remote, ledger), Tower(s.parts.bottom, s.parts.top, 0, s.side)
+    span, tower = Span(s.remote, ledger), Tower(s.parts.bottom, s.parts.top, 0, s.side)
     asked = replace(header(step, None), round=0)
     with torch.no_grad():
         u, _ = tower.encode(
             step.rows,
             step.ids_L,
             step.slot_N,
-            lambda h: torch.from_numpy(span.send_forward(replace(asked, h_Ld=h.numpy()))),
+            lambda h: torch.from_numpy(span.forward(replace(asked, h_Ld=h.numpy()))()),
             train=False,
         )
     assert torch.equal(losses(s, u, step), uncut(s, step)[0])
@@ -267,45 +270,92 @@ class Double:
     def __init__(self) -> None:
         self.forwards: list[Activation] = []
         self.backwards: list[tuple[Activation, Gradient]] = []
+        self.waited: list[str] = []
 
     def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
         return Lease("double", 1)
 
-    def forward(self, activation: Activation) -> np.ndarray:
+    def forward(self, activation: Activation) -> Answer:
         self.forwards.append(activation)
-        return activation.h_Ld + 1
+        return lambda: self._wait("forward", activation.h_Ld + 1)
 
-    def backward(self, activation: Activation, gradient: Gradient) -> np.ndarray:
+    def backward(self, activation: Activation, gradient: Gradient) -> Answer:
         self.backwards.append((activation, gradient))
-        return gradient.g_Ld * 2
+        return lambda: self._wait("backward", gradient.g_Ld * 2)
+
+    def _wait(self, kind: str, answer: np.ndarray) -> np.ndarray:
+        self.waited.append(kind)
+        return answer
 
 
-def test_autograd_crosses_by_itself() -> None:
+def test_asking_waits_for_nothing_and_is_entered_once_it_is_answered() -> None:
     double, ledger = Double(), Ledger()
     step = random_step(0, 2, 5)
-    span, sent = RemoteSpan(double, ledger), header(step, Lease("double", 1))
-    h = torch.ones(step.rows.num_tokens, 3, requires_grad=True)
-    y = span(h * 3, sent)
-    assert torch.equal(y, torch.full_like(y, 4.0))
-    (y.T * torch.arange(3.0)[:, None]).T.sum().backward()
-    assert torch.equal(h.grad, (torch.arange(3.0) * 6).expand_as(h))
-    (forward,), ((again, gradient),) = double.forwards, double.backwards
-    assert forward is again, "the trunk kept nothing: the activation comes again"
-    assert (forward.h_Ld == 3.0).all()
-    for name in ("run", "round", "step", "lease", "clients"):
-        assert getattr(forward, name) == getattr(sent, name)
-    assert (gradient.run, gradient.round, gradient.step) == ("run", 1, 0)
-    assert gradient.g_Ld.flags.c_contiguous
+    span, sent = Span(double, ledger), header(step, Lease("double", 1))
+    h_Ld = np.ones((step.rows.num_tokens, 3), np.float32)
+    asked = span.forward(replace(sent, h_Ld=h_Ld))
+    assert len(double.forwards) == 1
+    assert double.waited == []
+    assert (asked() == 2).all()
+    assert double.waited == ["forward"]
+    back = span.backward(double.forwards[0], Gradient("run", 1, 0, h_Ld))
+    assert (back() == 2).all()
+    assert double.backwards[0][0] is double.forwards[0], "the activation comes again"
+    assert set(total(ledger.close())) == {
+        "activation",
+        "output",
+        "gradient",
+        "activation_repeat",
+        "input_gradient",
+        "envelope",
+    }
 
 
 def test_a_refusal_of_the_far_side_is_raised_and_not_entered() -> None:
     class Refusing(Double):
-        def forward(self, activation: Activation) -> np.ndarray:
-            raise RuntimeError("not now")
+        def forward(self, activation: Activation) -> Answer:
+            return lambda: refuse()
+
+    def refuse() -> np.ndarray:
+        raise RuntimeError("not now")
 
     ledger, step = Ledger(), random_step(0, 2, 5)
+    h_Ld = np.ones((step.rows.num_tokens, 3), np.float32)
+    asked = Span(Refusing(), ledger).forward(replace(header(step, None), h_Ld=h_Ld))
     with pytest.raises(RuntimeError, match="not now"):
-        RemoteSpan(Refusing(), ledger)(
-            torch.ones(step.rows.num_tokens, 3, requires_grad=True), header(step, None)
-        )
+        asked()
     assert ledger.close() == []
+
+
+def test_one_works_while_the_others_wait() -> None:
+    """Every trip has asked before anyone is waited for; turns go round in a fixed order."""
+    seen: list[str] = []
+
+    def trip(name: str, crossings: int) -> Trip[str]:
+        for at in range(crossings):
+
+            def answer(at: int = at) -> np.ndarray:
+                seen.append(f"wait {name}{at}")
+                return np.array(at)
+
+            seen.append(f"ask {name}{at}")
+            assert (yield answer) == at
+        return name.upper()
+
+    assert take_turns([trip("a", 2), trip("b", 1), trip("c", 0)]) == ["A", "B", "C"]
+    assert seen == [
+        "ask a0", "ask b0", "wait a0", "ask a1", "wait b0", "wait a1"
+    ]  # fmt: skip
+
+
+def test_a_trip_that_fails_ends_all() -> None:
+    def failing() -> Trip[None]:
+        yield lambda: np.array(0)
+        raise RuntimeError("no")
+
+    def endless() -> Trip[None]:
+        while True:
+            yield lambda: np.array(0)
+
+    with pytest.raises(RuntimeError, match="no"):
+        take_turns([endless(), failing()])
