@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fellray.actors.world import Catalogue
-from fellray.platform.adapters import Bank, start
+from fellray.platform.adapters import Bank, finite_rows, start
 from fellray.platform.config import RunConfig
 from fellray.platform.device import own_device
 from fellray.platform.encoder import Backbone
@@ -139,8 +139,8 @@ class Client:
         whole = torch.cat(theta) if len(theta) > 1 else (*theta, torch.empty(0, width))[0]
         refused = {
             learner: reason
-            for learner, loss, values in zip(clients, losses, whole, strict=True)
-            if (reason := _refuse(loss, values))
+            for learner, loss, finite in zip(clients, losses, finite_rows(whole), strict=True)
+            if (reason := _refuse(loss, finite))
         }
         sent = whole if share else whole[:, :0]
         for learner, values, loss in zip(clients, sent, losses, strict=True):
@@ -362,11 +362,10 @@ def _owner(desk: Desk, batch: Batch) -> str:
     return desk.reader.shards[int(batch.shard_N[0])].client
 
 
-def _refuse(loss: float, values_P: Tensor) -> str | None:
+def _refuse(loss: float, finite: bool) -> str | None:
     """Why a learner's round cannot be used."""
     if not math.isfinite(loss):
         return f"training loss is {loss}"
-    # a finite sum says it sooner
-    if not (bool(values_P.sum().isfinite()) or bool(values_P.isfinite().all())):
+    if not finite:
         return "the update holds a NaN or an infinity"
     return None

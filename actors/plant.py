@@ -131,11 +131,9 @@ class Plant:
             self._events.append(f"round {round}: {len(late)} of {len(clients)} were late")
         learners = [c for update in updates for c in update.clients]
         lives = {life for update in updates for life in update.lives}
-        (finite,) = self._servers.map("are_finite", [lives], [learners])
-        parts = [[update.theta_SP for update in updates]]
-        if self._config.train.share != "none":
-            parts.append(self._servers.map("theta", [lives], [learners]))
-        theta = torch.from_numpy(_join(parts))
+        shared = self._config.train.share != "none"
+        ((finite, trunk),) = self._servers.map("report", [lives], [learners], [shared])
+        theta = torch.from_numpy(_join([[update.theta_SP for update in updates], [trunk]]))
         refused = {c: why for update in updates for c, why in update.refused.items()}
         for learner, whole in zip(learners, finite, strict=True):
             if not whole:
@@ -145,7 +143,7 @@ class Plant:
         samples = {c: n for u in updates for c, n in zip(u.clients, u.samples, strict=True)}
         accepted = [c for c in learners if c not in refused]
         # what Ray holds of the answers is as much again
-        del answers, updates, parts
+        del answers, updates, trunk
         if refused:
             theta = theta[[i for i, c in enumerate(learners) if c not in refused]]
         compared = self._config.method.compares()
@@ -185,13 +183,12 @@ class Plant:
             here = tuple(c for c in clients if c in refused)
             return Installation(round, tuple(clients), theta, here, common)
 
-        client_files = self._clients.map(
+        client_files = self._clients.ask(
             "install", [installation(cs, slice(width)) for cs in self._seated(took_part)]
         )
-        server_files = self._servers.map("install", [installation(took_part, slice(width, None))])
-        return self._expect(
-            round, [*client_files, *server_files, self._stage_common(round, common, sent[0])]
-        )
+        server_files = self._servers.ask("install", [installation(took_part, slice(width, None))])
+        common_file = self._stage_common(round, common, sent[0])
+        return self._expect(round, [*client_files(), *server_files(), common_file])
 
     def sample(self, round: int) -> tuple[str, ...]:
         """Who is asked in a round."""

@@ -31,6 +31,10 @@ class Pool(Protocol):
         """
         ...
 
+    def ask(self, method: str, *columns: Sequence[Any]) -> Callable[[], list[Any]]:
+        """As `map`, but the answer is waited for where it is called."""
+        ...
+
     def close(self) -> None:
         """End the actors."""
         ...
@@ -46,6 +50,11 @@ class InlinePool:
         """See `Pool`."""
         rows = zip(*columns, strict=True) if columns else [()] * len(self.members)
         return [getattr(m, method)(*row) for m, row in zip(self.members, rows, strict=True)]
+
+    def ask(self, method: str, *columns: Sequence[Any]) -> Callable[[], list[Any]]:
+        """See `Pool`."""
+        answers = self.map(method, *columns)
+        return lambda: answers
 
     def close(self) -> None:
         """See `Pool`."""
@@ -159,9 +168,13 @@ class RayPool:
 
     def map(self, method: str, *columns: Sequence[Any]) -> list[Any]:
         """See `Pool`."""
+        return self.ask(method, *columns)()
+
+    def ask(self, method: str, *columns: Sequence[Any]) -> Callable[[], list[Any]]:
+        """See `Pool`."""
         rows = list(zip(*columns, strict=True)) if columns else [()] * len(self.handles)
         calls = [getattr(h, method).remote(*row) for h, row in zip(self.handles, rows, strict=True)]
-        return [self._result(i, method, rows[i], call) for i, call in enumerate(calls)]
+        return lambda: [self._result(i, method, rows[i], call) for i, call in enumerate(calls)]
 
     def close(self) -> None:
         """See `Pool`."""

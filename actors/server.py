@@ -77,15 +77,13 @@ class Server:
         down: np.ndarray = await asyncio.wrap_future(future)
         return down
 
-    async def are_finite(self, lives: Collection[str], clients: Sequence[str]) -> list[bool]:
-        """See `TrunkHost.are_finite`."""
-        finite: list[bool] = await self._call(self._host.are_finite, lives, clients)
-        return finite
-
-    async def theta(self, lives: Collection[str], clients: Sequence[str]) -> np.ndarray:
-        """See `TrunkHost.theta`."""
-        theta: np.ndarray = await self._call(self._host.theta, lives, clients)
-        return theta
+    async def report(
+        self, lives: Collection[str], clients: Sequence[str], shared: bool
+    ) -> tuple[list[bool], np.ndarray]:
+        """See `TrunkHost.report`."""
+        call = self._call(self._host.report, lives, clients, shared)
+        report: tuple[list[bool], np.ndarray] = await call
+        return report
 
     async def install(self, installation: Installation) -> tuple[Staged, ...]:
         """See `TrunkHost.install`."""

@@ -64,8 +64,9 @@ class Idle(Client):
         slots = self._slots.hold(round - 1, learners)
         self._slots.train(learners)
         lease = self._span.remote.begin(self._config.name, round, learners)
-        values = self._slots.bank.values_SP[slots].add_(1e-3)
-        return lease, [1.0] * len(learners), [1] * len(learners), {"values": values}
+        state = self._slots.bank.state(slots, False)
+        state["values"] += 1e-3
+        return lease, [1.0] * len(learners), [1] * len(learners), state
 
 
 class IdlePlant(Plant):

@@ -67,7 +67,7 @@ class LedgerRow:
     messages: int
     bytes: int
     digest: str
-    """BLAKE2b over the payloads in order, so that a record can be held against a replay."""
+    """SHA-256 over the payloads in order, its first 128 bits: what holds a record against a replay."""
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def theta(host: TrunkHost, clients: Sequence[str]) -> np.ndarray:
     """Trunk adapters [C, P] as they stand; of those who have no slot, as committed."""
     absent = [c for c in clients if not host._slots.holds([c])]
     host._slots.hold(host._rounds.latest() or 0, absent)
-    return host.theta([], clients).copy()
+    return host.report([], clients, True)[1].copy()
 
 
 def common(host: TrunkHost, clients: Sequence[str]) -> Tensor:
@@ -213,7 +213,7 @@ def train_all(
                 for c, answer in zip(group, answered(getattr(host, run)(asked)), strict=True):
                     seen[c] += bits(answer)
     for client in CLIENTS:
-        seen[client] += bits(host.theta([], [client]))
+        seen[client] += bits(host.report([], [client], True)[1])
     return seen
 
 
@@ -491,9 +491,13 @@ def test_work_done_under_another_life_is_lost_and_said_so(
     config = make_config(str(tiny_encoder))
     before, after = make_host(config, tmp_path / "1"), make_host(config, tmp_path / "2")
     lease = before.begin("run", 1, ["a"])
-    assert before.theta([lease.server], ["a"]).shape[0] == 1
+    finite, theta_CP = before.report([lease.server], ["a"], True)
+    assert finite == [True]
+    assert theta_CP.shape[0] == 1
+    assert theta_CP.shape[1] > 0
+    assert before.report([lease.server], ["a"], False)[1].shape == (1, 0)
     with pytest.raises(StaleLease, match="restarted"):
-        after.theta([lease.server], ["a"])
+        after.report([lease.server], ["a"], True)
 
 
 # --- rounds -------------------------------------------------------------------------------------
@@ -510,7 +514,7 @@ def play(host: TrunkHost, rounds: Rounds, first: int, last: int) -> None:
             ]
             answered(host.forward([activation for activation, _ in sent]))
             answered(host.backward(sent))
-        trained = host.theta([lease.server], CLIENTS)
+        _, trained = host.report([lease.server], CLIENTS, True)
         mixed = 0.75 * trained + 0.25 * trained.mean(0)
         staged = host.install(Installation(round, CLIENTS, mixed, refused=("c",)))
         rounds.commit(round, staged, {})
