@@ -256,9 +256,10 @@ class Client:
         self, round: int, learners: tuple[str, ...]
     ) -> tuple[Lease, list[float], list[int], dict[str, Tensor]]:
         """One round of a few learners side by side: losses, samples and what they came to."""
+        leave = self._span.remote.begin(self._config.name, round, learners)
         slots = self._slots.hold(round - 1, learners).to(self._device)
         self._slots.train(learners)
-        lease = self._span.remote.begin(self._config.name, round, learners)
+        lease = leave()
         crews = zip(self._sit(learners), slots.split(self._crew_size(learners)), strict=True)
         found = take_turns(self._train_crew(desk, own, round, lease) for desk, own in crews)
         weighted, rows = (torch.cat(parts) for parts in zip(*found, strict=True))

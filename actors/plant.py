@@ -62,12 +62,13 @@ class Plant:
         self.learners = _choose(self._learners, config.evaluation.clients)
         """Those who are evaluated, sorted."""
         self._pending: tuple[int, tuple[Staged, ...]] = (-1, ())
-        sites = plan_cut(world.backbone, config.model).sites
-        self._client_columns = (
-            sum(s.num_parameters(config.model.lora.r) for s in sites["bottom"] + sites["top"])
-            if config.train.share == "all"
-            else 0
-        )
+        share, sites = config.train.share, plan_cut(world.backbone, config.model).sites
+        columns = {
+            part: sum(site.num_parameters(config.model.lora.r) for site in sites[part])
+            for part in sites
+        }
+        self._client_columns = columns["bottom"] + columns["top"] if share == "all" else 0
+        self._columns = self._client_columns + (columns["trunk"] if share != "none" else 0)
         self._events: list[str] = []
 
     @classmethod
@@ -131,12 +132,15 @@ class Plant:
             self._events.append(f"round {round}: {len(late)} of {len(clients)} were late")
         learners = [c for update in updates for c in update.clients]
         lives = {life for update in updates for life in update.lives}
-        shared = self._config.train.share != "none"
-        ((finite, trunk),) = self._servers.map("report", [lives], [learners], [shared])
-        theta = torch.from_numpy(_join([[update.theta_SP for update in updates], [trunk]]))
+        width, whole = self._client_columns, np.empty((len(learners), self._columns), np.float32)
+        report = self._servers.ask("report", [lives], [learners], [width < self._columns])
+        np.concatenate([update.theta_SP for update in updates], out=whole[:, :width])
+        ((finite, trunk),) = report()
+        whole[:, width:] = trunk
+        theta = torch.from_numpy(whole)
         refused = {c: why for update in updates for c, why in update.refused.items()}
-        for learner, whole in zip(learners, finite, strict=True):
-            if not whole:
+        for learner, usable in zip(learners, finite, strict=True):
+            if not usable:
                 refused.setdefault(learner, "the trunk's update holds a NaN or an infinity")
         self._events += [f"round {round}: {c} refused: {why}" for c, why in sorted(refused.items())]
         losses = {c: loss for u in updates for c, loss in zip(u.clients, u.losses, strict=True)}
@@ -325,18 +329,6 @@ def _without(update: Update, counted: Collection[str]) -> Update:
         seconds=tuple(update.seconds[i] for i in rows),
         refused={c: why for c, why in update.refused.items() if c in counted},
     )
-
-
-def _join(parts: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-    """Blocks of columns, each of which lies in pieces of rows, as one array."""
-    rows = sum(len(piece) for piece in parts[0])
-    whole = np.empty((rows, sum(pieces[0].shape[1] for pieces in parts)), np.float32)
-    left = 0
-    for pieces in parts:
-        right = left + pieces[0].shape[1]
-        np.concatenate(pieces, out=whole[:, left:right])
-        left = right
-    return whole
 
 
 def _choose(learners: tuple[str, ...], count: int | None) -> tuple[str, ...]:

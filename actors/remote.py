@@ -4,6 +4,7 @@ It counts the bytes that it carries, independently of the ledger. The recomputin
 needs the activation again: it lies in the object store since the forward call and is only named.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,16 @@ class RayRemote:
         # that may be lost, and warns on the terminal. The server outlives its clients.
         return _unpack, (self._packed,)
 
-    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
+    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Callable[[], Lease]:
         """See `Remote`."""
         self._sent.clear()  # of a round that was given up
-        lease: Lease = ray.get(self._server.begin.remote(run, round, clients))
-        return lease
+        asked = self._server.begin.remote(run, round, clients)
+
+        def leave() -> Lease:
+            lease: Lease = ray.get(asked)
+            return lease
+
+        return leave
 
     def forward(self, activation: Activation) -> Answer:
         """See `Remote`."""

@@ -61,11 +61,12 @@ class Idle(Client):
     def _train(
         self, round: int, learners: tuple[str, ...]
     ) -> tuple[Lease, list[float], list[int], dict[str, Tensor]]:
+        leave = self._span.remote.begin(self._config.name, round, learners)
         slots = self._slots.hold(round - 1, learners)
         self._slots.train(learners)
-        lease = self._span.remote.begin(self._config.name, round, learners)
         state = self._slots.bank.state(slots, False)
         state["values"] += 1e-3
+        lease = leave()
         return lease, [1.0] * len(learners), [1] * len(learners), state
 
 

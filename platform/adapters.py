@@ -183,9 +183,7 @@ class Bank:
         place = _place(slots_s)
         self.gradient.total_SP[place] = 0.0
         for name, tensor in self._tensors().items():
-            tensor[place] = (
-                state[name].to(tensor.device) if name in state else tensor.new_zeros(())
-            )
+            tensor[place] = state[name].to(tensor.device) if name in state else tensor.new_zeros(())
 
     def _tensors(self) -> dict[str, Tensor]:
         return {

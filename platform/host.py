@@ -348,9 +348,10 @@ class InProcess:
         self._host = host
         self.bytes = 0
 
-    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
+    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Callable[[], Lease]:
         """See `Remote`."""
-        return self._host.begin(run, round, clients)
+        lease = self._host.begin(run, round, clients)
+        return lambda: lease
 
     def forward(self, activation: Activation) -> Answer:
         """See `Remote`."""

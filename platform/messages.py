@@ -67,7 +67,7 @@ class LedgerRow:
     messages: int
     bytes: int
     digest: str
-    """SHA-256 over the payloads in order, its first 128 bits: what holds a record against a replay."""
+    """SHA-256 over the payloads in order, 128 bits of it: holds a record against a replay."""
 
 
 @dataclass(frozen=True)

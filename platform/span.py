@@ -27,8 +27,8 @@ Trip = Generator[Answer, np.ndarray, Result]
 class Remote(Protocol):
     """The far side of the cut."""
 
-    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
-        """Put the clients' trunk adapters to the round's start and permit its steps."""
+    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Callable[[], Lease]:
+        """Ask to put the clients' trunk adapters to the round's start: the leave for its steps."""
         ...
 
     def forward(self, activation: Activation) -> Answer:

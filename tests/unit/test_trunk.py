@@ -356,7 +356,7 @@ def test_an_absent_client_keeps_every_byte(tiny_encoder: Path, tmp_path: Path) -
 
 def test_the_transport_counts_what_it_carries(tiny_encoder: Path, tmp_path: Path) -> None:
     remote = InProcess(make_host(make_config(str(tiny_encoder)), tmp_path))
-    activation, gradient = message("a", remote.begin("run", 1, ("a",)), 0, [5, 20], seed=0)
+    activation, gradient = message("a", remote.begin("run", 1, ("a",))(), 0, [5, 20], seed=0)
     remote.forward(activation)
     envelope, packed = 2 * 2 * 4, 25 * 32 * 4
     assert remote.bytes == envelope + 2 * packed
