@@ -16,6 +16,7 @@ from fellray.platform.adapters import (
     LoraLinear,
     Pair,
     Site,
+    finite_rows,
     start,
     state_names,
     views,
@@ -306,6 +307,34 @@ def test_reset_puts_slots_back_and_no_others() -> None:
     assert all(torch.equal(one.state(every, True)[n], moved[n]) for n in moved), "moments come back"
     one.reset(every[:0], {n: t[:0] for n, t in held_all.items()})
     assert all(torch.equal(one.state(every, True)[n], moved[n]) for n in moved), "nobody is nobody"
+
+
+@pytest.mark.parametrize("slots", [[1, 2, 3], [3, 2, 1], [1, 3, 4], [2], []])
+def test_neighbours_are_copied_as_others_are(slots: list[int]) -> None:
+    own = bank(5)
+    before, at = own.values_SP.clone(), torch.tensor(slots, dtype=torch.int64)
+    state = own.state(at, True)
+    assert torch.equal(state["values"], before[at])
+    state["values"] += 1
+    assert torch.equal(own.values_SP, before), "a state is a copy"
+    own.moment1_SP += 1
+    own.gradient.total_SP += 1
+    own.reset(at, {"values": state["values"]})
+    before[at] += 1
+    assert torch.equal(own.values_SP, before)
+    fresh = torch.ones(5)
+    fresh[at] = 0
+    assert torch.equal(own.moment1_SP[:, 0], fresh)
+    assert torch.equal(own.gradient.total_SP[:, -1], fresh)
+
+
+def test_finite_rows() -> None:
+    values = numbers(4, 7)
+    assert finite_rows(values) == [True] * 4
+    values[1, 3], values[3, 0] = torch.nan, -torch.inf
+    values[2] = 3e38  # their sum is not finite
+    assert finite_rows(values) == [True, False, True, False]
+    assert finite_rows(values[:0]) == []
 
 
 def test_a_part_without_adapters_is_a_bank_without_columns() -> None:
