@@ -31,7 +31,7 @@ from fellray.platform.manifest import Staged
 from fellray.platform.messages import Activation, Gradient, Installation, Lease, StaleLease
 from fellray.platform.packed import Batch
 from fellray.platform.rounds import Rounds
-from fellray.platform.slots import Slots
+from fellray.platform.slots import WRITTEN, Slots
 from fellray.platform.span import Answer
 from fellray.platform.trunk import Engine
 
@@ -81,6 +81,8 @@ class TrunkHost:
         )
         self._shared = config.server.shared_adapter
         self._shared_gradient = GradientSum(sites, lora.r, 0, device)
+        self._summed: dict[str, Tensor] = {}
+        """The share [P] in the common gradient of clients who are through with the round."""
         self._shared_round = -1
         self._keep = Keep(config.server.keep_graphs_mib * 2**20)
         self._turns: dict[str, _Turn] = {}
@@ -102,6 +104,8 @@ class TrunkHost:
         if self._shared:
             self._fit_shared_gradient()
             self._shared_gradient.total_SP[slots] = 0.0
+            for client in clients:
+                self._summed.pop(client, None)
         return Lease(self._life, self._leases)
 
     def forward(self, activations: Sequence[Activation]) -> list[np.ndarray | Exception]:
@@ -122,10 +126,12 @@ class TrunkHost:
             StaleLease: as `theta`.
         """
         self._check_lives(lives)
-        values = self._slots.bank.values_SP[self._find(clients)]
-        # a finite sum says it sooner
-        sums = values.sum(1).isfinite()
-        finite: list[bool] = (sums if bool(sums.all()) else values.isfinite().all(1)).tolist()
+        finite: list[bool] = []
+        for at in range(0, len(clients), WRITTEN):
+            values = self._slots.values(clients[at : at + WRITTEN])
+            # a finite sum says it sooner
+            sums = values.sum(1).isfinite()
+            finite += (sums if bool(sums.all()) else values.isfinite().all(1)).tolist()
         return finite
 
     def theta(self, lives: Collection[str], clients: Sequence[str]) -> np.ndarray:
@@ -135,7 +141,7 @@ class TrunkHost:
             StaleLease: somebody trained under another life of this server: that work is lost.
         """
         self._check_lives(lives)
-        return self._slots.bank.values_SP[self._find(clients)].cpu().numpy()
+        return self._slots.values(clients).numpy()
 
     def stage_start(self) -> tuple[Staged, ...]:
         """Stage round 0: the one seeded start that every client shares."""
@@ -167,9 +173,10 @@ class TrunkHost:
         accepted = [installation.clients[i] for i in rows]
         mixed = bool(installation.theta_SP.shape[1])
         own = not (mixed and installation.common)
-        if mixed and (own or self._config.train.moments == "keep"):
-            theta = torch.from_numpy(installation.theta_SP[rows])
-            self._slots.bank.values_SP[self._find(accepted)] = theta.to(self._device)
+        self._finish(accepted)
+        if mixed:
+            theta = from_dlpack(installation.theta_SP)
+            self._slots.replace(accepted, theta[rows] if refused else theta)
         if self._shared:
             self._step_shared(sorted(accepted))
             self._shared_round = round
@@ -178,6 +185,7 @@ class TrunkHost:
             *self._stage_shared(round),
         )
         self._slots.release()
+        self._summed.clear()
         self._turns.clear()
         self._installed = round
         return self._staged
@@ -189,6 +197,7 @@ class TrunkHost:
     def forget(self) -> None:
         """Drop what is in memory: the next call starts from the last committed round."""
         self._slots.clear()
+        self._summed.clear()
         self._turns.clear()
         self._shared_round = self._installed = -1
 
@@ -216,10 +225,18 @@ class TrunkHost:
 
     def _step_shared(self, clients: Sequence[str]) -> None:
         """Client ids in order, fp64: neither batches nor arrival change the sum."""
-        rows = self._shared_gradient.total_SP[self._find(clients)].double()
-        if len(rows):
+        if clients:
+            rows = torch.stack([self._summed[c] for c in clients]).double()
             self._engine.step_shared(rows.sum(0).float() / len(rows))
         self._shared_gradient.total_SP.zero_()
+
+    def _finish(self, clients: Sequence[str]) -> None:
+        """They take no further step in this round."""
+        if self._shared:
+            left = [c for c in clients if c not in self._summed]
+            rows = self._shared_gradient.total_SP[self._find(left)]
+            self._summed |= dict(zip(left, rows, strict=True))
+        self._slots.finish(clients)
 
     def _check_lives(self, lives: Collection[str]) -> None:
         if any(life != self._life for life in lives):
@@ -282,6 +299,9 @@ class TrunkHost:
         self._slots.bank.step(stepped)
         for client, _, _ in keys:
             self._turns[client].next_step += 1
+        for activation, gradient in sent:
+            if gradient.last:
+                self._finish(activation.clients)
         return _part(lanes.collect(down_Md), activations)
 
     def _lay(self, activations: Sequence[Activation]) -> tuple[Lanes, Tensor, list[_Key]]:

@@ -176,7 +176,7 @@ def test_a_refused_client_goes_back_to_the_rounds_start(stand: Callable[..., Sta
 def test_without_sharing_everyone_keeps_what_it_trained(stand: Callable[..., Stand]) -> None:
     one = stand(train={"share": "none"})
     update = one.client.fit(1, one.client.learners)
-    trained = one.client._slots.bank.values_SP[one.client._slots.find(update.clients)].clone()
+    trained = one.client._slots.values(update.clients)
     one.rounds.commit(1, one.client.install(Installation(1, update.clients, update.theta_SP)), {})
     held = one.rounds.load(1, update.clients, ["client.values"])["client.values"]
     assert torch.equal(held, trained)

@@ -342,7 +342,7 @@ def test_a_poisoned_trunk_is_refused_too(
         answers = sound(self, sent)
         for activation, _ in sent:
             if "c3" in activation.clients and activation.step == 2:
-                self._slots.bank.values_SP[self._find(["c3"]), 7] = torch.inf
+                self._slots._trained["c3"]["values"][7] = torch.inf
         return answers
 
     monkeypatch.setattr(TrunkHost, "backward", spoilt)
