@@ -21,6 +21,7 @@ from torch.utils.dlpack import from_dlpack
 
 from fellray.actors.world import Catalogue
 from fellray.platform.adapters import Bank, start
+from fellray.platform.allocator import give_back_freed_memory
 from fellray.platform.config import RunConfig
 from fellray.platform.device import own_device
 from fellray.platform.encoder import Backbone
@@ -123,6 +124,7 @@ class Client:
         for learners in deal(clients, self._config.clients.slots):
             lease, own, counted = self._train(round, learners)
             self._slots.finish(learners)
+            give_back_freed_memory()  # else it grows from wave to wave
             done = time.monotonic() - began
             if deadline_s is not None and done > deadline_s:
                 break

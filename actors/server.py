@@ -13,7 +13,7 @@ import torch
 
 from fellray.actors.telemetry import ServerTelemetry
 from fellray.platform.adapters import start
-from fellray.platform.allocator import keep_freed_memory
+from fellray.platform.allocator import give_back_freed_memory, keep_freed_memory
 from fellray.platform.batcher import Batcher
 from fellray.platform.config import RunConfig
 from fellray.platform.device import own_device
@@ -78,7 +78,8 @@ class Server:
         return down
 
     async def are_finite(self, lives: Collection[str], clients: Sequence[str]) -> list[bool]:
-        """See `TrunkHost.are_finite`."""
+        """See `TrunkHost.are_finite`. Training is over, and what only its steps needed goes."""
+        await self._call(give_back_freed_memory)
         finite: list[bool] = await self._call(self._host.are_finite, lives, clients)
         return finite
 
