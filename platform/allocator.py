@@ -31,4 +31,5 @@ def _call(name: str, *numbers: int) -> bool:
         function = getattr(ctypes.CDLL("libc.so.6"), name)
     except (OSError, AttributeError):
         return False
-    return sys.platform == "linux" and function(*numbers) == 1
+    answer: int = function(*numbers)
+    return sys.platform == "linux" and answer == 1
