@@ -65,7 +65,7 @@ def measure_split(config: RunConfig, world: World, threads: int, crews: int) -> 
         rounds = _rounds(config, f"{name}-{threads}-{crews}")
         server = RayPool(Server, [(config, learners, trunk, rounds)], far, console.print)
         servers.append(server)
-        remote = RayRemote(server.handles[0])
+        remote = RayRemote(server.handles)
         client = Client(config, 0, seats, side, world.catalogue, remote, rounds)
         rounds.commit(0, [*server.map("stage_start")[0], *client.stage_start()], {})
         return client

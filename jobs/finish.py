@@ -25,9 +25,9 @@ def finish(run: Run, plant: Plant, world: World, display: Display) -> dict[str, 
             "counts": world.counts,
         },
         model_sha256=world.backbone.sha256,
-        test=plant.evaluate(best, TEST),
-        validation=plant.evaluate(best, VALIDATION),
-        untrained=plant.evaluate(0, TEST),
+        test=plant.replayed(Plant.evaluate, best, TEST),
+        validation=plant.replayed(Plant.evaluate, best, VALIDATION),
+        untrained=plant.replayed(Plant.evaluate, 0, TEST),
         baselines=plant.evaluate_baselines(TEST),
     )
     display.say("writing the report")

@@ -62,8 +62,10 @@ class TrunkHost:
         engine: Engine,
         rounds: Rounds,
         device: torch.device | None = None,
+        index: int = 0,
     ):
-        """Args: learners: sorted ids of everyone who trains, one bank row each."""
+        """Args: learners: ids of everyone who trains. index: names this host's files."""
+        self._holder = f"trunk-{index:05d}"
         self._seeded_P = start(sites, config.model.lora, config.seed)
         self._config = config
         self._device = device
@@ -155,10 +157,31 @@ class TrunkHost:
         self._installed = 0
         return self._staged
 
-    def install(self, installation: Installation) -> tuple[Staged, ...]:
+    def shared_gradient(self, round: int, clients: Sequence[str]) -> np.ndarray:
+        """What each client's round adds to the shared adapter's gradient [C, P].
+
+        Raises:
+            StaleLease: as `install`.
+        """
+        self._check_turns(round, clients)
+        self._finish(clients)
+        width = self._shared_gradient.total_SP.shape[1]
+        rows = [self._summed[c].cpu() for c in clients]
+        return (torch.stack(rows) if rows else torch.empty(0, width)).numpy()
+
+    def install(
+        self,
+        installation: Installation,
+        shared_P: np.ndarray | None = None,
+        stages_shared: bool = True,
+    ) -> tuple[Staged, ...]:
         """Make the mixture the state of `round` and stage it; asked twice, answers the same.
 
         Without columns nothing is mixed: everybody keeps what it trained.
+
+        Args:
+            shared_P: the shared adapter's gradient, where there is one to step.
+            stages_shared: False where another server writes it down.
 
         Raises:
             StaleLease: somebody's round was not trained in this life of the server.
@@ -166,9 +189,7 @@ class TrunkHost:
         round, refused = installation.round, set(installation.refused)
         if round == self._installed:
             return self._staged
-        turns = [self._turns.get(c) for c in installation.clients]
-        if not all(turn and turn.round == round for turn in turns):
-            raise StaleLease("the server was restarted after training")
+        self._check_turns(round, installation.clients)
         rows = [i for i, c in enumerate(installation.clients) if c not in refused]
         accepted = [installation.clients[i] for i in rows]
         mixed = bool(installation.theta_SP.shape[1])
@@ -178,15 +199,18 @@ class TrunkHost:
             theta = from_dlpack(installation.theta_SP)
             self._slots.replace(accepted, theta[rows] if refused else theta)
         if self._shared:
-            self._step_shared(sorted(accepted))
+            if shared_P is not None:
+                self._engine.step_shared(from_dlpack(shared_P).to(self._device))
+            self._shared_gradient.total_SP.zero_()
             self._shared_round = round
         self._staged = (
-            *self._slots.stage(round, "trunk", accepted, own),
-            *self._stage_shared(round),
+            *self._slots.stage(round, self._holder, accepted, own),
+            *(self._stage_shared(round) if stages_shared else ()),
         )
         self._slots.release()
         self._summed.clear()
         self._turns.clear()
+        self._keep.clear()
         self._installed = round
         return self._staged
 
@@ -199,6 +223,7 @@ class TrunkHost:
         self._slots.clear()
         self._summed.clear()
         self._turns.clear()
+        self._keep.clear()
         self._shared_round = self._installed = -1
 
     def _stage_shared(self, round: int) -> tuple[Staged, ...]:
@@ -223,12 +248,10 @@ class TrunkHost:
             self._shared_gradient = GradientSum(self._sites, lora.r, rows, self._device)
             self._shared_gradient.total_SP[: len(old)] = old
 
-    def _step_shared(self, clients: Sequence[str]) -> None:
-        """Client ids in order, fp64: neither batches nor arrival change the sum."""
-        if clients:
-            rows = torch.stack([self._summed[c] for c in clients]).double()
-            self._engine.step_shared(rows.sum(0).float() / len(rows))
-        self._shared_gradient.total_SP.zero_()
+    def _check_turns(self, round: int, clients: Sequence[str]) -> None:
+        turns = [self._turns.get(c) for c in clients]
+        if not all(turn and turn.round == round for turn in turns):
+            raise StaleLease("the server was restarted after training")
 
     def _finish(self, clients: Sequence[str]) -> None:
         """They take no further step in this round."""
@@ -372,11 +395,16 @@ class TrunkHost:
 
 
 class InProcess:
-    """A host in this process as a `Remote`: the peer of the one behind Ray."""
+    """Hosts in this process as a `Remote`: the peer of the one behind Ray."""
 
-    def __init__(self, host: TrunkHost):
-        self._host = host
+    def __init__(self, *hosts: TrunkHost):
+        self._hosts = hosts
+        self._host = hosts[0]
         self.bytes = 0
+
+    def choose(self, server: int) -> None:
+        """See `Remote`."""
+        self._host = self._hosts[server]
 
     def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
         """See `Remote`."""

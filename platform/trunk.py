@@ -9,6 +9,7 @@ Shapes: M tokens of all lanes of a batch, d width, P parameters.
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -99,6 +100,14 @@ class TorchEngine:
     def load_shared(self, state: Mapping[str, Tensor]) -> None:
         """See `Engine`."""
         load_adam_state(self._optimizer, self.module.shared_P, state)
+
+
+def mean_gradient(clients: Sequence[str], rows_CP: np.ndarray) -> np.ndarray:
+    """The mean of the clients' gradients [P]: fp64 in the order of their ids, so that neither
+    batches nor arrival nor the number of servers change it."""
+    order = sorted(range(len(clients)), key=clients.__getitem__)
+    ordered = torch.from_numpy(rows_CP[order]).double()
+    return (ordered.sum(0).float() / len(order)).numpy()
 
 
 def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:

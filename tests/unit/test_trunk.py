@@ -25,7 +25,7 @@ from fellray.platform.messages import Activation, Gradient, Installation, Lease,
 from fellray.platform.rounds import Rounds
 from fellray.platform.split import cut_model
 from fellray.platform.storage import Storage
-from fellray.platform.trunk import Engine, TorchEngine, Trunk
+from fellray.platform.trunk import Engine, TorchEngine, Trunk, mean_gradient
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIENTS = ("a", "b", "c", "d")
@@ -512,7 +512,10 @@ def play(host: TrunkHost, rounds: Rounds, first: int, last: int) -> None:
             answered(host.backward(sent))
         trained = host.theta([lease.server], CLIENTS)
         mixed = 0.75 * trained + 0.25 * trained.mean(0)
-        staged = host.install(Installation(round, CLIENTS, mixed, refused=("c",)))
+        taken = ["a", "b", "d"]
+        own = host.shared_gradient(round, taken) if host._shared else None
+        shared_P = None if own is None else mean_gradient(taken, own)
+        staged = host.install(Installation(round, CLIENTS, mixed, refused=("c",)), shared_P)
         rounds.commit(round, staged, {})
 
 
@@ -621,7 +624,10 @@ def test_the_shared_adapter_steps_once_a_round_on_the_mean_in_client_order(
         gradients = common(host, CLIENTS).clone()
         assert gradients.abs().sum(1).min() > 0
         trained = theta(host, CLIENTS)
-        rounds.commit(round, host.install(Installation(round, CLIENTS, trained, ("c",))), {})
+        accepted = ["d", "a", "b"]
+        shared_P = mean_gradient(accepted, host.shared_gradient(round, accepted))
+        mixture = Installation(round, CLIENTS, trained, ("c",))
+        rounds.commit(round, host.install(mixture, shared_P), {})
         total = torch.zeros(gradients.shape[1], dtype=torch.float64)
         for row in (0, 1, 3):  # client-id order, without the refused one
             total += gradients[row].double()
