@@ -40,7 +40,7 @@ def make_host(
     device = own_device()
     sites = parts.cut.sites["trunk"]
     seeded = start(sites, config.model.lora, config.seed)
-    trunk = Trunk(parts.trunk, seeded).to(device)
+    trunk = Trunk(parts.trunk, seeded, getattr(torch, config.server.dtype)).to(device)
     engine: Engine
     if config.server.engine == "deepspeed":
         from fellray.actors.engine import DeepSpeedEngine

@@ -303,14 +303,16 @@ def _figure(
 ) -> Figure:
     over, under = (taken[arm] for arm in of)
     ratio = ratios(over.wall, under.wall)
+    cpu = [sum(taken[arm].cpu) for arm in of]
     return {
         "name": name,
         "of": of,
         "ratio": asdict(ratio),
+        "ratio_cpu": cpu[0] / cpu[1] if cpu[1] else None,
         "goal": goal,
         "met": is_met(goal, ratio.median),
         "arms": {
-            arm: {"wall": asdict(spread(t.wall)), "cpu_here": asdict(spread(t.cpu))}
+            arm: {"wall": asdict(spread(t.wall)), "cpu": asdict(spread(t.cpu))}
             for arm, t in taken.items()
         },
         **more,

@@ -288,6 +288,9 @@ class ServerConfig(Config):
     keep_graphs_mib: int = Field(default=512, ge=0)
     """Memory for what forward passes leave for their backward; beyond it the oldest are dropped and
     made again, with the same bits. 0: every forward is computed twice, nothing is kept."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """In what the trunk computes. Messages, adapters, their gradients and moments stay float32.
+    bfloat16 is for GPUs (and CPUs with bfloat16 products); elsewhere it is slower."""
     cpus: float = Field(default=1, ge=0)
     """CPUs Ray reserves for one server."""
     gpus: float = Field(default=0, ge=0)

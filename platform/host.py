@@ -370,7 +370,7 @@ class TrunkHost:
         return Batch(lanes, sets)
 
     def _spread(self, lanes: Lanes, arrays: Sequence[np.ndarray]) -> Tensor:
-        return lanes.spread(_join(arrays).to(self._device))
+        return lanes.spread(_join(arrays).to(self._device, self._engine.module.dtype))
 
     def _find(self, clients: Sequence[str]) -> Tensor:
         return self._slots.find(clients).to(self._device)
@@ -453,4 +453,4 @@ def _join(arrays: Sequence[np.ndarray]) -> Tensor:
 def _part(packed_Ld: Tensor, activations: Sequence[Activation]) -> list[np.ndarray]:
     """Each message's own tokens, as views."""
     sizes = [len(a.h_Ld) for a in activations]
-    return [part.numpy() for part in packed_Ld.cpu().split(sizes)]
+    return [part.numpy() for part in packed_Ld.cpu().float().split(sizes)]

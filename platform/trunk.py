@@ -21,9 +21,11 @@ from fellray.platform.split import Blocks
 class Trunk(nn.Module):
     """The frozen blocks, and one adapter shared by all clients [P]."""
 
-    def __init__(self, blocks: Blocks, shared_P: Tensor):
+    def __init__(self, blocks: Blocks, shared_P: Tensor, dtype: torch.dtype = torch.float32):
+        """Args: dtype: in what the blocks compute; the adapter stays as it is."""
         super().__init__()
-        self.blocks = blocks
+        self.blocks = blocks.to(dtype)
+        self.dtype = dtype
         self.packed = PackedBlocks(blocks)
         self.shared_P = nn.Parameter(shared_P.clone())
 

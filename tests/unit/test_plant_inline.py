@@ -99,11 +99,13 @@ def test_any_grouping_gives_the_same_run(server: dict[str, Any], plain: Play) ->
 # --- several servers ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [2, 3, 5])
-def test_any_number_of_servers_gives_the_same_run(count: int, plain: Play) -> None:
+@pytest.mark.parametrize(("count", "kept"), [(2, 512), (3, 0), (5, 512)])
+def test_any_number_of_servers_gives_the_same_run(count: int, kept: int, plain: Play) -> None:
+    """Where what a forward leaves is kept, and where it is computed twice."""
     settings = {"clients": EACH, "train": {"moments": "keep"}}
     one, several = (
-        plain(server={"shared_adapter": True, "count": n}, **settings) for n in (1, count)
+        plain(server={"shared_adapter": True, "count": n, "keep_graphs_mib": mib}, **settings)
+        for n, mib in ((1, 512), (count, kept))
     )
     for t in range(3):
         assert several.hashes(t) == one.hashes(t)
