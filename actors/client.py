@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fellray.actors.world import Catalogue
-from fellray.platform.adapters import Bank, start
+from fellray.platform.adapters import Bank, finite_rows, start
 from fellray.platform.allocator import give_back_freed_memory
 from fellray.platform.config import RunConfig
 from fellray.platform.device import own_device
@@ -146,8 +146,8 @@ class Client:
         whole = self._slots.values(clients)
         refused = {
             learner: reason
-            for learner, loss, values in zip(clients, losses, whole, strict=True)
-            if (reason := _refuse(loss, values))
+            for learner, loss, finite in zip(clients, losses, finite_rows(whole), strict=True)
+            if (reason := _refuse(loss, finite))
         }
         sent = whole if share else whole[:, :0]
         for learner, values, loss in zip(clients, sent, losses, strict=True):
@@ -256,9 +256,10 @@ class Client:
 
     def _train(self, round: int, learners: tuple[str, ...]) -> tuple[Lease, list[float], list[int]]:
         """One round of a few learners side by side: losses and samples."""
+        leave = self._span.remote.begin(self._config.name, round, learners)
         slots = self._slots.hold(round - 1, learners).to(self._device)
         self._slots.train(learners)
-        lease = self._span.remote.begin(self._config.name, round, learners)
+        lease = leave()
         crews = zip(self._sit(learners), slots.split(self._crew_size(learners)), strict=True)
         found = take_turns(self._train_crew(desk, own, round, lease) for desk, own in crews)
         weighted, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -367,11 +368,10 @@ def _owner(desk: Desk, batch: Batch) -> str:
     return desk.reader.shards[int(batch.shard_N[0])].client
 
 
-def _refuse(loss: float, values_P: Tensor) -> str | None:
+def _refuse(loss: float, finite: bool) -> str | None:
     """Why a learner's round cannot be used."""
     if not math.isfinite(loss):
         return f"training loss is {loss}"
-    # a finite sum says it sooner
-    if not (bool(values_P.sum().isfinite()) or bool(values_P.isfinite().all())):
+    if not finite:
         return "the update holds a NaN or an infinity"
     return None

@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -66,12 +65,13 @@ class Plant:
         self.learners = _choose(self._learners, config.evaluation.clients)
         """Those who are evaluated, sorted."""
         self._pending: tuple[int, tuple[Staged, ...]] = (-1, ())
-        sites = plan_cut(world.backbone, config.model).sites
-        self._client_columns = (
-            sum(s.num_parameters(config.model.lora.r) for s in sites["bottom"] + sites["top"])
-            if config.train.share == "all"
-            else 0
-        )
+        share, sites = config.train.share, plan_cut(world.backbone, config.model).sites
+        columns = {
+            part: sum(site.num_parameters(config.model.lora.r) for site in sites[part])
+            for part in sites
+        }
+        self._client_columns = columns["bottom"] + columns["top"] if share == "all" else 0
+        self._columns = self._client_columns + (columns["trunk"] if share != "none" else 0)
         self._events: list[str] = []
 
     @classmethod
@@ -143,21 +143,23 @@ class Plant:
         if late:
             self._events.append(f"round {round}: {len(late)} of {len(clients)} were late")
         learners = [c for update in updates for c in update.clients]
+        width, whole = self._client_columns, np.empty((len(learners), self._columns), np.float32)
+        answered = self._servers.report(updates, width < self._columns)
+        np.concatenate([update.theta_SP for update in updates], out=whole[:, :width])
+        served = answered()
+        np.concatenate([trunk for _, trunk in served], out=whole[:, width:])
+        theta = torch.from_numpy(whole)
         refused = {c: why for update in updates for c, why in update.refused.items()}
-        finite = self._servers.ask("are_finite", updates)
-        parts = [[update.theta_SP for update in updates]]
-        if self._config.train.share != "none":
-            parts.append(self._servers.ask("theta", updates))
-        theta = torch.from_numpy(_join(parts))
-        for learner, whole in zip(learners, chain.from_iterable(finite), strict=True):
-            if not whole:
+        finite = [usable for their, _ in served for usable in their]
+        for learner, usable in zip(learners, finite, strict=True):
+            if not usable:
                 refused.setdefault(learner, "the trunk's update holds a NaN or an infinity")
         self._events += [f"round {round}: {c} refused: {why}" for c, why in sorted(refused.items())]
         losses = {c: loss for u in updates for c, loss in zip(u.clients, u.losses, strict=True)}
         samples = {c: n for u in updates for c, n in zip(u.clients, u.samples, strict=True)}
         accepted = [c for c in learners if c not in refused]
         # what Ray holds of the answers is as much again
-        del answers, updates, parts
+        del answers, updates, answered, served
         if refused:
             theta = theta[[i for i, c in enumerate(learners) if c not in refused]]
         compared = self._config.method.compares()
@@ -197,7 +199,7 @@ class Plant:
             here = tuple(c for c in clients if c in refused)
             return Installation(round, tuple(clients), theta, here, common)
 
-        client_files = self._clients.map(
+        client_files = self._clients.ask(
             "install", [installation(cs, slice(width)) for cs in self._seated(took_part)]
         )
         shared = self._config.server.shared_adapter
@@ -206,9 +208,8 @@ class Plant:
             lambda clients: installation(clients, slice(width, None)),
             self._servers.shared_gradient(round, accepted) if shared else None,
         )
-        return self._expect(
-            round, [*client_files, *server_files, self._stage_common(round, common, sent[0])]
-        )
+        common_file = self._stage_common(round, common, sent[0])
+        return self._expect(round, [*client_files(), *server_files(), common_file])
 
     def sample(self, round: int) -> tuple[str, ...]:
         """Who is asked in a round."""
@@ -346,18 +347,6 @@ def _without(update: Update, counted: Collection[str]) -> Update:
         seconds=tuple(update.seconds[i] for i in rows),
         refused={c: why for c, why in update.refused.items() if c in counted},
     )
-
-
-def _join(parts: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-    """Blocks of columns, each of which lies in pieces of rows, as one array."""
-    rows = sum(len(piece) for piece in parts[0])
-    whole = np.empty((rows, sum(pieces[0].shape[1] for pieces in parts)), np.float32)
-    left = 0
-    for pieces in parts:
-        right = left + pieces[0].shape[1]
-        np.concatenate(pieces, out=whole[:, left:right])
-        left = right
-    return whole
 
 
 def _choose(learners: tuple[str, ...], count: int | None) -> tuple[str, ...]:

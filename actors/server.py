@@ -89,16 +89,14 @@ class Server:
         down: np.ndarray = await asyncio.wrap_future(future)
         return down
 
-    async def are_finite(self, lives: Collection[str], clients: Sequence[str]) -> list[bool]:
-        """See `TrunkHost.are_finite`. Training is over, and what only its steps needed goes."""
+    async def report(
+        self, lives: Collection[str], clients: Sequence[str], shared: bool
+    ) -> tuple[list[bool], np.ndarray]:
+        """See `TrunkHost.report`. Training is over, and what only its steps needed goes."""
         await self._call(give_back_freed_memory)
-        finite: list[bool] = await self._call(self._host.are_finite, lives, clients)
-        return finite
-
-    async def theta(self, lives: Collection[str], clients: Sequence[str]) -> np.ndarray:
-        """See `TrunkHost.theta`."""
-        theta: np.ndarray = await self._call(self._host.theta, lives, clients)
-        return theta
+        call = self._call(self._host.report, lives, clients, shared)
+        report: tuple[list[bool], np.ndarray] = await call
+        return report
 
     async def shared_gradient(self, round: int, clients: Sequence[str]) -> np.ndarray:
         """See `TrunkHost.shared_gradient`."""

@@ -58,11 +58,11 @@ class Idle(Client):
     """A client whose local training is no step at all."""
 
     def _train(self, round: int, learners: tuple[str, ...]) -> tuple[Lease, list[float], list[int]]:
+        leave = self._span.remote.begin(self._config.name, round, learners)
         slots = self._slots.hold(round - 1, learners)
         self._slots.train(learners)
-        lease = self._span.remote.begin(self._config.name, round, learners)
         self._slots.bank.values_SP[slots] += 1e-3
-        return lease, [1.0] * len(learners), [1] * len(learners)
+        return leave(), [1.0] * len(learners), [1] * len(learners)
 
 
 class IdlePlant(Plant):

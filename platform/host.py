@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from fellray.platform.adapters import Bank, GradientSum, Site, start
+from fellray.platform.adapters import Bank, GradientSum, Site, finite_rows, start
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.faults import committed
@@ -121,29 +121,22 @@ class TrunkHost:
         """Gradients at the lower cut [L, d], after stepping the rows' personal adapters."""
         return self._each(sent, self._check_step, self._backward)
 
-    def are_finite(self, lives: Collection[str], clients: Sequence[str]) -> list[bool]:
-        """Whose trained trunk adapter holds neither a NaN nor an infinity.
-
-        Raises:
-            StaleLease: as `theta`.
-        """
-        self._check_lives(lives)
-        finite: list[bool] = []
-        for at in range(0, len(clients), WRITTEN):
-            values = self._slots.values(clients[at : at + WRITTEN])
-            # a finite sum says it sooner
-            sums = values.sum(1).isfinite()
-            finite += (sums if bool(sums.all()) else values.isfinite().all(1)).tolist()
-        return finite
-
-    def theta(self, lives: Collection[str], clients: Sequence[str]) -> np.ndarray:
-        """The clients' trained trunk adapters [C, P].
+    def report(
+        self, lives: Collection[str], clients: Sequence[str], shared: bool
+    ) -> tuple[list[bool], np.ndarray]:
+        """Whose trained trunk adapter is finite, and the adapters [C, P]; no columns if not shared.
 
         Raises:
             StaleLease: somebody trained under another life of this server: that work is lost.
         """
         self._check_lives(lives)
-        return self._slots.values(clients).numpy()
+        if shared:
+            values = self._slots.values(clients)
+            return finite_rows(values), values.numpy()
+        finite: list[bool] = []
+        for at in range(0, len(clients), WRITTEN):
+            finite += finite_rows(self._slots.values(clients[at : at + WRITTEN]))
+        return finite, np.empty((len(clients), 0), np.float32)
 
     def stage_start(self) -> tuple[Staged, ...]:
         """Stage round 0: the one seeded start that every client shares."""
@@ -406,9 +399,10 @@ class InProcess:
         """See `Remote`."""
         self._host = self._hosts[server]
 
-    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
+    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Callable[[], Lease]:
         """See `Remote`."""
-        return self._host.begin(run, round, clients)
+        lease = self._host.begin(run, round, clients)
+        return lambda: lease
 
     def forward(self, activation: Activation) -> Answer:
         """See `Remote`."""

@@ -69,7 +69,7 @@ class LedgerRow:
     messages: int
     bytes: int
     digest: str
-    """BLAKE2b over the payloads in order, so that a record can be held against a replay."""
+    """SHA-256 over the payloads in order, 128 bits of it: holds a record against a replay."""
 
 
 @dataclass(frozen=True)

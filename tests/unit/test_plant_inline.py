@@ -571,10 +571,10 @@ def tape(monkeypatch: pytest.MonkeyPatch) -> Tape:
             Recorder.last = self
             found.remote = self  # type: ignore[attr-defined]
 
-        def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
-            lease = super().begin(run, round, clients)
-            found.crossed += [("begin", (run, round, clients)), ("lease", lease)]
-            return lease
+        def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Callable[[], Lease]:
+            leave = super().begin(run, round, clients)
+            found.crossed += [("begin", (run, round, clients)), ("lease", leave())]
+            return leave
 
         def forward(self, activation: Activation) -> Answer:
             answer = super().forward(activation)
