@@ -48,6 +48,7 @@ class Slots:
 
         Raises:
             StaleLease: as `committed`.
+            Damaged: a page is not what was written; the driver decides.
             FellrayError: as `Rounds.load`.
         """
         if not clients:
@@ -134,6 +135,7 @@ class Slots:
         """Forget what the rows are; they stay where they lie."""
         self._slot.clear()
         self._state.clear()
+        self._rounds.look_again()
 
     def _write(
         self,
