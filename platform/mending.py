@@ -4,7 +4,7 @@ A client whose page is damaged goes back, with all its tensors, to the newest ea
 they are whole; a manifest is made again from its files. It must not know who reads what.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from fellray.platform.manifest import Manifest, Staged, check_claims
@@ -73,8 +73,8 @@ class Mending:
 
     def _trained(self, round: int) -> set[str]:
         """Who has a page of what happened in a round: without everyone's it cannot stand."""
-        files = self.index.manifests[round].files
-        return {c for one in files if not one.file.startswith(CARRIED) for c in one.clients}
+        files = _of_round(self.index.manifests[round].files)
+        return {c for one in files for c in one.clients}
 
     def _leaning_on(
         self, round: int, clients: Collection[str]
@@ -120,9 +120,19 @@ class Mending:
         # a run's rounds have the same facts
         self.shelf.write(Manifest(round, staged, self.shelf.read(latest).facts), name)
         event = f"{folder(round)}/{name} was damaged and made again from the round's files"
+        clients: set[str] = set()
         if lost:
-            event += f", without {', '.join(lost)}, which cannot be read: its clients go back"
-        return Verdict(round, name, (), event)
+            # whose pages they held is not known, and nobody may be here on one side of the cut only
+            clients = {c for one in _of_round(staged) for c in one.clients}
+            self.index.withdraw(round, clients)
+            words = f"{_name(sorted(clients))} to the round before" if clients else "nobody known"
+            event += f", without {', '.join(lost)}, which cannot be read: back goes {words}"
+        return Verdict(round, name, tuple(sorted(clients)), event)
+
+
+def _of_round(files: Sequence[Staged]) -> list[Staged]:
+    """Those that hold what happened in the round."""
+    return [one for one in files if not one.file.startswith(CARRIED)]
 
 
 def _name(clients: list[str]) -> str:
