@@ -17,6 +17,7 @@ test-long: setup  ## the tests that take minutes each
 
 bench: setup  ## ratios against named rivals, arms interleaved
 	$(BIN)/python -m fellray.jobs.bench
+	$(BIN)/python -m fellray.jobs.roofline
 
 check: lint types
 

@@ -106,13 +106,23 @@ class Client:
         self._fitted = self._installed = -1
         self._staged: tuple[Staged, ...] = ()
 
-    def fit(self, round: int, clients: Sequence[str], deadline_s: float | None = None) -> Update:
+    def fit(
+        self,
+        round: int,
+        clients: Sequence[str],
+        deadline_s: float | None = None,
+        server: int = 0,
+    ) -> Update:
         """Local split training of `clients`, who have their seats here, from the committed state.
 
         As many as `clients.slots` says train side by side; the next ones follow. Whoever is not
         done by the deadline is left out.
+
+        Raises:
+            StaleLease: the server was lost, or begins the round again.
         """
         began = time.monotonic()
+        self._span.remote.choose(server)
         self._ledger.void()
         self._trained = {}
         self._fitted = round
@@ -199,12 +209,17 @@ class Client:
         max_users: int | None,
         learners: Sequence[str],
         staged: Sequence[Staged] | None = None,
+        server: int = 0,
     ) -> dict[str, Score]:
         """Full ranking of each learner's held-out users (split 1 validation, 2 test).
 
         Args:
             staged: the files of `round`, where it is not committed yet.
+
+        Raises:
+            StaleLease: as `fit`.
         """
+        self._span.remote.choose(server)
         if staged is not None:
             self._rounds.expect(round, staged)
         scores: dict[str, Score] = {}

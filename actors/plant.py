@@ -1,4 +1,4 @@
-"""The plant: one server, the client actors, and a round that happens wholly or not at all.
+"""The plant: servers, client actors, and a round that happens wholly or not at all.
 
 To the driver it is one thing with verbs: `fit`, `install`, `evaluate`. Where the actors are, and
 what becomes of one that dies, is decided below it. It does not know how updates are mixed.
@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ from fellray.actors.client import Client, deal
 from fellray.actors.pool import Demand, InlinePool, Pool, RayPool, Shared, check_places
 from fellray.actors.remote import RayRemote
 from fellray.actors.server import Server, make_host
+from fellray.actors.servers import Servers, check_servers
 from fellray.actors.world import World
 from fellray.platform.aggregation import Plan, Reports, describe
 from fellray.platform.config import RunConfig
@@ -52,11 +54,13 @@ class Plant:
         self._config = config
         self._learners = tuple(sorted(world.seats))
         self._rounds = rounds
-        self._servers = servers
         self._clients = clients
         hosts = deal(self._learners, config.clients.together)
         self._num_hosts = len(hosts)
         self._host = {c: i for i, host in enumerate(hosts) for c in host}
+        self._servers = Servers(
+            servers, config.server.count, self._host, len(hosts), lambda n: self._events.append(n)
+        )
         sizes = np.array([world.sizes[c] for c in self._learners])
         self._sampler = Sampler(config.sampling, config.seed, self._learners, sizes)
         self.learners = _choose(self._learners, config.evaluation.clients)
@@ -74,11 +78,14 @@ class Plant:
     @classmethod
     def inline(cls, config: RunConfig, world: World, rounds: Rounds) -> "Plant":
         """Everything in this process: for tests and debugging; the same numbers."""
-        learners = tuple(sorted(world.seats))
-        host = make_host(config, learners, world.trunk_side(config), rounds)
-        args = _client_args(config, world, InProcess(host), rounds, lambda name, value: value)
-        clients = InlinePool(Client, args)
-        return cls(config, world, rounds, InlinePool(lambda: host, [()]), clients)
+        learners, trunk = tuple(sorted(world.seats)), world.trunk_side(config)
+        check_servers(config.server.count, len(deal(learners, config.clients.together)))
+        servers = InlinePool(
+            make_host, [(config, learners, trunk, rounds, i) for i in range(config.server.count)]
+        )
+        remote = InProcess(*servers.members)
+        args = _client_args(config, world, remote, rounds, lambda name, value: value)
+        return cls(config, world, rounds, servers, InlinePool(Client, args))
 
     @classmethod
     def on_ray(cls, config: RunConfig, world: World, rounds: Rounds) -> Self:
@@ -91,17 +98,18 @@ class Plant:
         learners = tuple(sorted(world.seats))
         share = config.clients.gpu_denominator
         count = len(deal(learners, config.clients.together))
+        check_servers(config.server.count, count)
         client = Demand("client", count, config.clients.cpus, 1 / share if share else 0.0)
-        server = Demand("server", 1, config.server.cpus, config.server.gpus)
+        server = Demand("server", config.server.count, config.server.cpus, config.server.gpus)
         wait_s = config.cluster.wait_for_nodes_s
         if not wait_s:
             check_places([server, client])
         frozen = Shared(f"trunk {world.key(config)}", world.trunk_side(config))
         everyone = _share_names(Shared, learners)
-        one = [(config, everyone, frozen, rounds)]
-        servers = RayPool(cls._server, one, server, events.append, wait_s)
+        rows = [(config, everyone, frozen, rounds, i) for i in range(config.server.count)]
+        servers = RayPool(cls._server, rows, server, events.append, wait_s)
         try:
-            remote = RayRemote(servers.handles[0])
+            remote = RayRemote(servers.handles)
             args = _client_args(config, world, remote, rounds, Shared)
             clients = RayPool(cls._client, args, client, events.append, wait_s)
         except BaseException:
@@ -114,31 +122,35 @@ class Plant:
     def stage_start(self) -> list[Staged]:
         """Round 0: the start that all clients share, written once."""
         client_files = self._clients.map("stage_start")[:1]
-        return self._expect(0, [*client_files, *self._servers.map("stage_start")])
+        return self._expect(0, [*client_files, self._servers.stage_start()])
 
     def fit(self, round: int, clients: Sequence[str]) -> Reports:
         """Local split training of those who take part, and what they report.
 
         Raises:
-            StaleLease: the server was lost after some had finished: see `replayed`.
+            StaleLease: a server was lost: see `replayed`.
         """
         began = time.perf_counter()
+        self._servers.place()
         rule = self._config.sampling
         answers = self._clients.map(
-            "fit", self._each(round), self._seated(clients), self._each(rule.deadline_s)
+            "fit",
+            self._each(round),
+            self._seated(clients),
+            self._each(rule.deadline_s),
+            self._servers.of_actor,
         )
         updates, late = _on_time(answers, clients, rule.per_round)
         if late:
             self._events.append(f"round {round}: {len(late)} of {len(clients)} were late")
         learners = [c for update in updates for c in update.clients]
-        lives = {life for update in updates for life in update.lives}
-        (finite,) = self._servers.map("are_finite", [lives], [learners])
+        refused = {c: why for update in updates for c, why in update.refused.items()}
+        finite = self._servers.ask("are_finite", updates)
         parts = [[update.theta_SP for update in updates]]
         if self._config.train.share != "none":
-            parts.append(self._servers.map("theta", [lives], [learners]))
+            parts.append(self._servers.ask("theta", updates))
         theta = torch.from_numpy(_join(parts))
-        refused = {c: why for update in updates for c, why in update.refused.items()}
-        for learner, whole in zip(learners, finite, strict=True):
+        for learner, whole in zip(learners, chain.from_iterable(finite), strict=True):
             if not whole:
                 refused.setdefault(learner, "the trunk's update holds a NaN or an infinity")
         self._events += [f"round {round}: {c} refused: {why}" for c, why in sorted(refused.items())]
@@ -189,7 +201,12 @@ class Plant:
         client_files = self._clients.map(
             "install", [installation(cs, slice(width)) for cs in self._seated(took_part)]
         )
-        server_files = self._servers.map("install", [installation(took_part, slice(width, None))])
+        shared = self._config.server.shared_adapter
+        server_files = self._servers.install(
+            took_part,
+            lambda clients: installation(clients, slice(width, None)),
+            self._servers.shared_gradient(round, accepted) if shared else None,
+        )
         return self._expect(
             round, [*client_files, *server_files, self._stage_common(round, common, sent[0])]
         )
@@ -203,7 +220,7 @@ class Plant:
         at, files = self._pending
         staged = files if at == round else None
         if staged is not None:
-            self._servers.map("expect", [round], [staged])
+            self._servers.expect(round, staged)
         answers = self._clients.map(
             "evaluate",
             self._each(round),
@@ -211,6 +228,7 @@ class Plant:
             self._each(max_users),
             self._seated(self.learners),
             self._each(staged),
+            self._servers.of_actor,
         )
         return {client: score for answer in answers for client, score in sorted(answer.items())}
 
@@ -266,7 +284,7 @@ class Plant:
                 time.sleep(decision.pause_s)
                 tries += 1
             self._clients.map("forget")
-            self._servers.map("forget")
+            self._servers.forget()
             self._pending = (-1, ())
 
     def _mend(self, damage: Damaged) -> list[str]:
@@ -285,7 +303,7 @@ class Plant:
     def close(self) -> None:
         """End all actors."""
         self._clients.close()
-        self._servers.close()
+        self._servers.pool.close()
 
     def __enter__(self) -> Self:
         return self

@@ -17,6 +17,9 @@ from fellray.platform.messages import StaleLease
 START_S = 600.0
 """How long placed actors may take to load their model."""
 
+ANSWER_S = 5.0
+"""Who has not answered by then is taken for lost where another can take its place."""
+
 Note = Callable[[str], None]
 """Hears of losses, for the record."""
 
@@ -24,11 +27,20 @@ Note = Callable[[str], None]
 class Pool(Protocol):
     """A fixed row of actors."""
 
-    def map(self, method: str, *columns: Sequence[Any]) -> list[Any]:
-        """Call `method` on every actor, actor i getting item i of each column; order is kept.
+    def map(
+        self, method: str, *columns: Sequence[Any], among: Sequence[int] | None = None
+    ) -> list[Any]:
+        """Call `method` on every actor, the i-th getting item i of each column; order is kept.
 
         A lost actor is restarted and asked again.
+
+        Args:
+            among: only these actors, in this order.
         """
+        ...
+
+    def ready(self) -> list[int]:
+        """Who answers now. All, where nobody does: then there is nothing but to wait for them."""
         ...
 
     def close(self) -> None:
@@ -42,10 +54,17 @@ class InlinePool:
     def __init__(self, cls: Callable[..., Any], args: Sequence[tuple[Any, ...]]):
         self.members = [cls(*a) for a in args]
 
-    def map(self, method: str, *columns: Sequence[Any]) -> list[Any]:
+    def map(
+        self, method: str, *columns: Sequence[Any], among: Sequence[int] | None = None
+    ) -> list[Any]:
         """See `Pool`."""
-        rows = zip(*columns, strict=True) if columns else [()] * len(self.members)
-        return [getattr(m, method)(*row) for m, row in zip(self.members, rows, strict=True)]
+        members = self.members if among is None else [self.members[i] for i in among]
+        rows = zip(*columns, strict=True) if columns else [()] * len(members)
+        return [getattr(m, method)(*row) for m, row in zip(members, rows, strict=True)]
+
+    def ready(self) -> list[int]:
+        """See `Pool`."""
+        return list(range(len(self.members)))
 
     def close(self) -> None:
         """See `Pool`."""
@@ -157,11 +176,30 @@ class RayPool:
             self.close()
             raise
 
-    def map(self, method: str, *columns: Sequence[Any]) -> list[Any]:
+    def map(
+        self, method: str, *columns: Sequence[Any], among: Sequence[int] | None = None
+    ) -> list[Any]:
         """See `Pool`."""
-        rows = list(zip(*columns, strict=True)) if columns else [()] * len(self.handles)
-        calls = [getattr(h, method).remote(*row) for h, row in zip(self.handles, rows, strict=True)]
-        return [self._result(i, method, rows[i], call) for i, call in enumerate(calls)]
+        asked = range(len(self.handles)) if among is None else among
+        rows = list(zip(*columns, strict=True)) if columns else [()] * len(asked)
+        calls = [
+            getattr(self.handles[i], method).remote(*row)
+            for i, row in zip(asked, rows, strict=True)
+        ]
+        return [
+            self._result(i, method, row, call)
+            for i, row, call in zip(asked, rows, calls, strict=True)
+        ]
+
+    def ready(self) -> list[int]:
+        """See `Pool`."""
+        everyone = list(range(len(self.handles)))
+        if len(everyone) == 1:
+            return everyone  # nobody could take its place
+        asked = [handle.__ray_ready__.remote() for handle in self.handles]
+        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)
+        ready = [i for i, ping in enumerate(asked) if ping in answered and _is_there(ping)]
+        return ready or everyone
 
     def close(self) -> None:
         """See `Pool`."""
@@ -217,6 +255,14 @@ class RayPool:
             except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
                 reason = _words_of(error)
                 raise FellrayError(f"{demand.name} actor {index} cannot start: {reason}") from None
+
+
+def _is_there(ping: Any) -> bool:
+    try:
+        ray.get(ping)
+    except ray.exceptions.RayActorError:
+        return False
+    return True
 
 
 def _words_of(error: Exception) -> str:

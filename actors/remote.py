@@ -4,23 +4,25 @@ It counts the bytes that it carries, independently of the ledger. The recomputin
 needs the activation again: it lies in the object store since the forward call and is only named.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from fellray.actors.session import ray
 from fellray.platform.ledger import payload_bytes
-from fellray.platform.messages import Activation, Gradient, Lease
+from fellray.platform.messages import Activation, Gradient, Lease, StaleLease
 from fellray.platform.span import Answer
 
 
 class RayRemote:
-    """A `Remote` whose far side is a server actor."""
+    """A `Remote` whose far side is one of the server actors."""
 
-    def __init__(self, server: Any):
-        """`server` is the actor's handle."""
-        self._server = server
-        self._packed = ray.cloudpickle.dumps(server)
+    def __init__(self, servers: Sequence[Any]):
+        """Args: servers: the actors' handles."""
+        self._servers = list(servers)
+        self._server = self._servers[0]
+        self._packed = ray.cloudpickle.dumps(self._servers)
         self._sent: dict[int, tuple[Activation, Any]] = {}
         """By identity: what waits for its backward pass, and where it lies."""
         self.bytes = 0
@@ -30,10 +32,14 @@ class RayRemote:
         # that may be lost, and warns on the terminal. The server outlives its clients.
         return _unpack, (self._packed,)
 
+    def choose(self, server: int) -> None:
+        """See `Remote`."""
+        self._server = self._servers[server]
+
     def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
         """See `Remote`."""
         self._sent.clear()  # of a round that was given up
-        lease: Lease = ray.get(self._server.begin.remote(run, round, clients))
+        lease: Lease = _wait(self._server.begin.remote(run, round, clients))
         return lease
 
     def forward(self, activation: Activation) -> Answer:
@@ -44,7 +50,7 @@ class RayRemote:
         asked = self._server.forward.remote(reference)
 
         def answer() -> np.ndarray:
-            output: np.ndarray = ray.get(asked)
+            output: np.ndarray = _wait(asked)
             self.bytes += payload_bytes(activation, output)
             return output
 
@@ -56,12 +62,25 @@ class RayRemote:
         asked = self._server.backward.remote(reference or activation, gradient)
 
         def answer() -> np.ndarray:
-            down: np.ndarray = ray.get(asked)
+            down: np.ndarray = _wait(asked)
             self.bytes += payload_bytes(activation, gradient, down)
             return down
 
         return answer
 
 
-def _unpack(handle: bytes) -> RayRemote:
-    return RayRemote(ray.cloudpickle.loads(handle))
+def _wait(asked: Any) -> Any:
+    """The answer.
+
+    Raises:
+        StaleLease: the server was lost, and the round's work on it.
+    """
+    try:
+        return ray.get(asked)
+    except ray.exceptions.RayActorError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise StaleLease(f"a server was lost ({reason})") from None
+
+
+def _unpack(handles: bytes) -> RayRemote:
+    return RayRemote(ray.cloudpickle.loads(handles))

@@ -27,7 +27,11 @@ from fellray.platform.trunk import Engine, TorchEngine, Trunk
 
 
 def make_host(
-    config: RunConfig, learners: Sequence[str], backbone: Backbone, rounds: Rounds
+    config: RunConfig,
+    learners: Sequence[str],
+    backbone: Backbone,
+    rounds: Rounds,
+    index: int = 0,
 ) -> TrunkHost:
     """The trunk with the engine that the config names."""
     torch.set_num_threads(config.server.threads)
@@ -36,7 +40,7 @@ def make_host(
     device = own_device()
     sites = parts.cut.sites["trunk"]
     seeded = start(sites, config.model.lora, config.seed)
-    trunk = Trunk(parts.trunk, seeded).to(device)
+    trunk = Trunk(parts.trunk, seeded, getattr(torch, config.server.dtype)).to(device)
     engine: Engine
     if config.server.engine == "deepspeed":
         from fellray.actors.engine import DeepSpeedEngine
@@ -44,19 +48,27 @@ def make_host(
         engine = DeepSpeedEngine(trunk, config)
     else:
         engine = TorchEngine(trunk, config)
-    return TrunkHost(config, learners, sites, engine, rounds, device)
+    return TrunkHost(config, learners, sites, engine, rounds, device, index)
 
 
 class Server:
     """A plain class: `Pool` makes it an actor."""
 
     def __init__(
-        self, config: RunConfig, learners: Sequence[str], backbone: Backbone, rounds: Rounds
+        self,
+        config: RunConfig,
+        learners: Sequence[str],
+        backbone: Backbone,
+        rounds: Rounds,
+        index: int = 0,
     ):
+        """Args: index: which server of the run's."""
         self._telemetry = ServerTelemetry(config.name)
         self._batcher = Batcher(config.server.max_tokens, self._telemetry.count)
         # made on the thread that will run it: gradients and thread counts belong to a thread
-        self._host = self._batcher.call(make_host, config, learners, backbone, rounds).result()
+        self._host = self._batcher.call(
+            make_host, config, learners, backbone, rounds, index
+        ).result()
 
     async def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
         """See `TrunkHost.begin`."""
@@ -87,9 +99,21 @@ class Server:
         theta: np.ndarray = await self._call(self._host.theta, lives, clients)
         return theta
 
-    async def install(self, installation: Installation) -> tuple[Staged, ...]:
+    async def shared_gradient(self, round: int, clients: Sequence[str]) -> np.ndarray:
+        """See `TrunkHost.shared_gradient`."""
+        gradient: np.ndarray = await self._call(self._host.shared_gradient, round, clients)
+        return gradient
+
+    async def install(
+        self,
+        installation: Installation,
+        shared_P: np.ndarray | None = None,
+        stages_shared: bool = True,
+    ) -> tuple[Staged, ...]:
         """See `TrunkHost.install`."""
-        staged: tuple[Staged, ...] = await self._call(self._host.install, installation)
+        staged: tuple[Staged, ...] = await self._call(
+            self._host.install, installation, shared_P, stages_shared
+        )
         return staged
 
     async def expect(self, round: int, staged: Sequence[Staged]) -> None:

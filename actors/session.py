@@ -42,7 +42,7 @@ def connect(config: RunConfig, actors: int) -> Iterator[None]:
     """Ray for one run: the job's, the one named in `cluster.address`, or one of its own.
 
     A Ray of its own ends with the run. It has as many logical CPUs as `actors` client actors and
-    the server ask for, because on one machine the actors share its cores anyway.
+    servers ask for, because on one machine the actors share its cores anyway.
     """
     if ray.is_initialized():
         yield
@@ -52,7 +52,7 @@ def connect(config: RunConfig, actors: int) -> Iterator[None]:
         ask_for_token()
         # its endpoint would be open to everybody: for Prometheus set it to 1
         os.environ.setdefault("RAY_enable_metrics_collection", "0")
-        needed = config.server.cpus + actors * config.clients.cpus
+        needed = config.server.count * config.server.cpus + actors * config.clients.cpus
         ray.init(
             address=address,
             num_cpus=max(os.cpu_count() or 1, int(needed + 0.999)),

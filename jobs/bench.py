@@ -82,16 +82,14 @@ def bench(folder: Path) -> dict[str, Any]:
 
 def show(results: Mapping[str, Any]) -> None:
     """Two tables: ratios, and bytes."""
-    table = Table("figure", "tokens", "over s", "under s", "ratio", "goal", "bits", box=box.SIMPLE)
+    table = Table("figure", "ratio", "of CPU", "goal", "bits", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for figure in results["figures"]:
-        over, under = (figure["arms"][name]["wall"] for name in figure["of"])
         goal = figure["goal"]
         met = {True: " met", False: " missed", None: ""}[figure["met"]]
         table.add_row(
             figure["name"],
-            f"{figure['tokens']:.0f}" if "tokens" in figure else "",
-            *(f"{arm['median']:.3f}" for arm in (over, under)),
             "{median:.2f} ({low:.2f}-{high:.2f})".format(**figure["ratio"]),
+            f"{figure['ratio_cpu']:.2f}" if figure["ratio_cpu"] else "",
             f"{goal[0]} {goal[1]}{met}" if goal else "",
             {True: "equal", False: "DIFFER", None: ""}[figure.get("equal_bits")],
         )

@@ -221,7 +221,7 @@ def _measure(config: RunConfig, world: World, whole: bool, rounds: Rounds) -> tu
             far = Demand("server", 1, config.server.cpus, 0.0)
             pools.append(RayPool(Server, [(config, (learner,), trunk, rounds)], far, _ignore))
             sides = Shared(f"client {key}", world.client_side(config))
-            remote = RayRemote(pools[0].handles[0])
+            remote = RayRemote(pools[0].handles)
             near = (config, learner, sides, catalogue, remote, rounds)
             pools.append(RayPool(SplitClient, [near], _demand(config), _ignore))
             staged = [one for pool in pools for files in pool.map("stage_start") for one in files]

@@ -65,7 +65,7 @@ def measure_split(config: RunConfig, world: World, threads: int, crews: int) -> 
         rounds = _rounds(config, f"{name}-{threads}-{crews}")
         server = RayPool(Server, [(config, learners, trunk, rounds)], far, console.print)
         servers.append(server)
-        remote = RayRemote(server.handles[0])
+        remote = RayRemote(server.handles)
         client = Client(config, 0, seats, side, world.catalogue, remote, rounds)
         rounds.commit(0, [*server.map("stage_start")[0], *client.stage_start()], {})
         return client
@@ -303,14 +303,16 @@ def _figure(
 ) -> Figure:
     over, under = (taken[arm] for arm in of)
     ratio = ratios(over.wall, under.wall)
+    cpu = [sum(taken[arm].cpu) for arm in of]
     return {
         "name": name,
         "of": of,
         "ratio": asdict(ratio),
+        "ratio_cpu": cpu[0] / cpu[1] if cpu[1] else None,
         "goal": goal,
         "met": is_met(goal, ratio.median),
         "arms": {
-            arm: {"wall": asdict(spread(t.wall)), "cpu_here": asdict(spread(t.cpu))}
+            arm: {"wall": asdict(spread(t.wall)), "cpu": asdict(spread(t.cpu))}
             for arm, t in taken.items()
         },
         **more,

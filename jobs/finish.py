@@ -37,9 +37,9 @@ def _test(plant: Plant, run: Run, world: World, best: int) -> dict[str, Any]:
             "counts": world.counts,
         },
         model_sha256=world.backbone.sha256,
-        test=plant.evaluate(best, TEST),
-        validation=plant.evaluate(best, VALIDATION),
-        untrained=plant.evaluate(0, TEST),
+        test=plant.replayed(Plant.evaluate, best, TEST),
+        validation=plant.replayed(Plant.evaluate, best, VALIDATION),
+        untrained=plant.replayed(Plant.evaluate, 0, TEST),
         baselines=plant.evaluate_baselines(TEST),
     )
 

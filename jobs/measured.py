@@ -51,6 +51,10 @@ class Timed:
         """What the remote has carried."""
         return self._remote.bytes
 
+    def choose(self, server: int) -> None:
+        """See `Remote`."""
+        self._remote.choose(server)
+
     def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
         """See `Remote`."""
         with self._clock():

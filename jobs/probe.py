@@ -120,7 +120,7 @@ def _plant(
             world.seats,
             Shared(f"client {key}", world.client_side(config)),
             Shared(f"catalogue {key}", world.catalogue),
-            RayRemote(servers.handles[0]),
+            RayRemote(servers.handles),
             rounds,
         )
         clients = RayPool(WeighedClient, [row], near, _ignore)

@@ -158,12 +158,30 @@ def measure_ranks(backbone: Backbone, tokens: int, turns: int) -> Figure:
     )
 
 
-def measure_bf16(turns: int) -> Figure:
-    """A product in fp32 over the same in bf16: above one where the processor computes bf16."""
+def measure_bf16(backbone: Backbone, folder: Path, turns: int) -> list[Figure]:
+    """One call per client in fp32 over a merged one in bf16; and a product in either, which says
+    whether the processor computes bf16 at all."""
     x_Ld, w = torch.randn(256, WIDTH), torch.randn(WIDTH, WIDTH)
     short, narrow = x_Ld.bfloat16(), w.bfloat16()
     arms = {"fp32": lambda: F.linear(x_Ld, w), "bf16": lambda: F.linear(short, narrow)}
-    return figure("a product in fp32 / in bf16", interleave(arms, turns), ("fp32", "bf16"), None)
+    alone = open_host(backbone, folder / "fp32", KEPT_MIB)
+    merged = open_host(backbone, folder / "bf16", KEPT_MIB, dtype="bfloat16")
+    taken = interleave(
+        {
+            "alone": repeat(alone, [[one] for one in send(alone, CLIENTS, 1, 16)]),
+            "merged": repeat(merged, [send(merged, CLIENTS, 1, 16)]),
+        },
+        turns,
+    )
+    return [
+        figure("a product in fp32 / in bf16", interleave(arms, turns), ("fp32", "bf16"), None),
+        figure(
+            f"one call per client in fp32 / merged in bf16, {CLIENTS} x 16 tokens",
+            taken,
+            ("alone", "merged"),
+            (">=", 5.0),
+        ),
+    ]
 
 
 def make_backbone() -> Backbone:
@@ -188,9 +206,15 @@ def make_backbone() -> Backbone:
     return Backbone("random", "", shape.to_dict(), arrays)
 
 
-def open_host(backbone: Backbone, folder: Path, kept_mib: int, clients: int = CLIENTS) -> TrunkHost:
+def open_host(
+    backbone: Backbone,
+    folder: Path,
+    kept_mib: int,
+    clients: int = CLIENTS,
+    dtype: str = "float32",
+) -> TrunkHost:
     """A host that stands at round 0."""
-    config = _config(kept_mib)
+    config = _config(kept_mib, dtype)
     host = make_host(config, _names(clients), backbone, Rounds(Storage(str(folder))))
     host.stage_start()
     return host
@@ -235,12 +259,9 @@ def figure(
     }
 
 
-def _config(kept_mib: int) -> RunConfig:
-    tree = {
-        "name": "roofline",
-        "model": {"cut": 0, "top": 0},
-        "server": {"engine": "torch", "threads": THREADS, "keep_graphs_mib": kept_mib},
-    }
+def _config(kept_mib: int, dtype: str = "float32") -> RunConfig:
+    server = {"engine": "torch", "threads": THREADS, "keep_graphs_mib": kept_mib, "dtype": dtype}
+    tree = {"name": "roofline", "model": {"cut": 0, "top": 0}, "server": server}
     return configs.parse(tree, "roofline")
 
 
@@ -266,7 +287,7 @@ def main() -> None:
         for tokens in (16, 64):
             figures += measure_peak(backbone, folder / f"peak-{tokens}", tokens, turns)
         figures.append(measure_ranks(backbone, 16, turns))
-        figures.append(measure_bf16(turns))
+        figures += measure_bf16(backbone, folder / "bf16", turns)
         figures.append(measure_adapters(backbone, folder / "adapters", 1000, turns))
     loads = [before, load_average()]
     results = {"threads": THREADS, "load_average": loads, "busy": max(loads) > BUSY}

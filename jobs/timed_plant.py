@@ -52,10 +52,20 @@ class ServerTimes:
     tokens: list[int] = field(default_factory=list)
     """Tokens in each batch."""
 
+    def add(self, other: "ServerTimes") -> None:
+        """Count another server's in."""
+        self.stayed += other.stayed
+        self.worked += other.worked
+        self.calls += other.calls
+        self.tokens += other.tokens
+
 
 @dataclass(frozen=True)
 class Split:
-    """Where a round's seconds went, on average over the actors that had something to train."""
+    """Where a round's seconds went, on average over the actors that had something to train.
+
+    While one crew waits another works: of transfer, trunk and queue counts what an actor saw.
+    """
 
     seconds: float
     """The round, as the driver sees it; the others add up to it."""
@@ -91,11 +101,17 @@ class TimedClient(Client):
         super().__init__(config, index, seats, backbone, catalogue, self._timed, rounds)
         self._fit_s = 0.0
 
-    def fit(self, round: int, clients: Sequence[str], deadline_s: float | None = None) -> Update:
+    def fit(
+        self,
+        round: int,
+        clients: Sequence[str],
+        deadline_s: float | None = None,
+        server: int = 0,
+    ) -> Update:
         """See `Client.fit`."""
         self._timed.waiting = 0.0
         began = time.perf_counter()
-        update = super().fit(round, clients, deadline_s)
+        update = super().fit(round, clients, deadline_s, server)
         self._fit_s = time.perf_counter() - began if clients else 0.0
         return update
 
@@ -184,13 +200,14 @@ class TimedPlant(Plant):
 
     def ready_at(self) -> float:
         """When the server was there, and the client actors were asked for: `time.time()`."""
-        (at,) = self._servers.map("ready_at")
-        return float(at)
+        return float(max(self._servers.pool.map("ready_at")))
 
     def close_times(self) -> tuple[list[ClientTimes], ServerTimes]:
         """Of the round that has just ended."""
-        (server,) = self._servers.map("close_times")
-        return self._clients.map("times"), server
+        total = ServerTimes()
+        for server in self._servers.pool.map("close_times"):
+            total.add(server)
+        return self._clients.map("times"), total
 
 
 def split_round(seconds: float, clients: Sequence[ClientTimes], server: ServerTimes) -> Split:
@@ -200,7 +217,14 @@ def split_round(seconds: float, clients: Sequence[ClientTimes], server: ServerTi
     fit = sum(one.fit for one in busy) / count
     cut = sum(one.cut for one in busy) / count
     stayed, trunk = server.stayed / count, server.worked / count
+    seen = min(1.0, cut / stayed) if stayed else 0.0
     last = max((one.fit for one in busy), default=0.0)
     return Split(
-        seconds, fit - cut, trunk, cut - stayed, stayed - trunk, last - fit, seconds - last
+        seconds,
+        fit - cut,
+        trunk * seen,
+        max(0.0, cut - stayed),
+        (stayed - trunk) * seen,
+        last - fit,
+        seconds - last,
     )

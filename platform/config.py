@@ -270,8 +270,11 @@ class ClientsConfig(Config):
 
 
 class ServerConfig(Config):
-    """The server actor that runs the trunk."""
+    """The server actors that run the trunk."""
 
+    count: int = Field(default=1, ge=1)
+    """How many. Each serves the clients of some actors; when one is lost, the others take over its
+    actors until it is back. Decides no bit of a personal adapter."""
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     """Who backpropagates through the trunk."""
     zero_stage: Literal[1] = 1
@@ -285,12 +288,15 @@ class ServerConfig(Config):
     keep_graphs_mib: int = Field(default=512, ge=0)
     """Memory for what forward passes leave for their backward; beyond it the oldest are dropped and
     made again, with the same bits. 0: every forward is computed twice, nothing is kept."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """In what the trunk computes. Messages, adapters, their gradients and moments stay float32.
+    bfloat16 is for GPUs (and CPUs with bfloat16 products); elsewhere it is slower."""
     cpus: float = Field(default=1, ge=0)
-    """CPUs Ray reserves for the server."""
+    """CPUs Ray reserves for one server."""
     gpus: float = Field(default=0, ge=0)
-    """GPUs Ray reserves for the server."""
+    """GPUs Ray reserves for one server."""
     threads: int = Field(default=2, ge=1)
-    """Threads torch uses in the server."""
+    """Threads torch uses in one server."""
 
 
 class ClusterConfig(Config):

@@ -62,8 +62,10 @@ class TrunkHost:
         engine: Engine,
         rounds: Rounds,
         device: torch.device | None = None,
+        index: int = 0,
     ):
-        """Args: learners: sorted ids of everyone who trains, one bank row each."""
+        """Args: learners: ids of everyone who trains. index: names this host's files."""
+        self._holder = f"trunk-{index:05d}"
         self._seeded_P = start(sites, config.model.lora, config.seed)
         self._config = config
         self._device = device
@@ -149,10 +151,28 @@ class TrunkHost:
         self._installed = 0
         return self._staged
 
-    def install(self, installation: Installation) -> tuple[Staged, ...]:
+    def shared_gradient(self, round: int, clients: Sequence[str]) -> np.ndarray:
+        """What each client's round adds to the shared adapter's gradient [C, P].
+
+        Raises:
+            StaleLease: as `install`.
+        """
+        self._check_turns(round, clients)
+        return self._shared_gradient.total_SP[self._find(clients)].cpu().numpy()
+
+    def install(
+        self,
+        installation: Installation,
+        shared_P: np.ndarray | None = None,
+        stages_shared: bool = True,
+    ) -> tuple[Staged, ...]:
         """Make the mixture the state of `round` and stage it; asked twice, answers the same.
 
         Without columns nothing is mixed: everybody keeps what it trained.
+
+        Args:
+            shared_P: the shared adapter's gradient, where there is one to step.
+            stages_shared: False where another server writes it down.
 
         Raises:
             StaleLease: somebody's round was not trained in this life of the server.
@@ -160,9 +180,7 @@ class TrunkHost:
         round, refused = installation.round, set(installation.refused)
         if round == self._installed:
             return self._staged
-        turns = [self._turns.get(c) for c in installation.clients]
-        if not all(turn and turn.round == round for turn in turns):
-            raise StaleLease("the server was restarted after training")
+        self._check_turns(round, installation.clients)
         rows = [i for i, c in enumerate(installation.clients) if c not in refused]
         accepted = [installation.clients[i] for i in rows]
         mixed = bool(installation.theta_SP.shape[1])
@@ -171,14 +189,17 @@ class TrunkHost:
             theta = torch.from_numpy(installation.theta_SP[rows])
             self._slots.bank.values_SP[self._find(accepted)] = theta.to(self._device)
         if self._shared:
-            self._step_shared(sorted(accepted))
+            if shared_P is not None:
+                self._engine.step_shared(from_dlpack(shared_P).to(self._device))
+            self._shared_gradient.total_SP.zero_()
             self._shared_round = round
         self._staged = (
-            *self._slots.stage(round, "trunk", accepted, own),
-            *self._stage_shared(round),
+            *self._slots.stage(round, self._holder, accepted, own),
+            *(self._stage_shared(round) if stages_shared else ()),
         )
         self._slots.release()
         self._turns.clear()
+        self._keep.clear()
         self._installed = round
         return self._staged
 
@@ -190,6 +211,7 @@ class TrunkHost:
         """Drop what is in memory: the next call starts from the last committed round."""
         self._slots.clear()
         self._turns.clear()
+        self._keep.clear()
         self._shared_round = self._installed = -1
 
     def _stage_shared(self, round: int) -> tuple[Staged, ...]:
@@ -214,12 +236,10 @@ class TrunkHost:
             self._shared_gradient = GradientSum(self._sites, lora.r, rows, self._device)
             self._shared_gradient.total_SP[: len(old)] = old
 
-    def _step_shared(self, clients: Sequence[str]) -> None:
-        """Client ids in order, fp64: neither batches nor arrival change the sum."""
-        rows = self._shared_gradient.total_SP[self._find(clients)].double()
-        if len(rows):
-            self._engine.step_shared(rows.sum(0).float() / len(rows))
-        self._shared_gradient.total_SP.zero_()
+    def _check_turns(self, round: int, clients: Sequence[str]) -> None:
+        turns = [self._turns.get(c) for c in clients]
+        if not all(turn and turn.round == round for turn in turns):
+            raise StaleLease("the server was restarted after training")
 
     def _check_lives(self, lives: Collection[str]) -> None:
         if any(life != self._life for life in lives):
@@ -327,7 +347,7 @@ class TrunkHost:
         return Batch(lanes, sets)
 
     def _spread(self, lanes: Lanes, arrays: Sequence[np.ndarray]) -> Tensor:
-        return lanes.spread(_join(arrays).to(self._device))
+        return lanes.spread(_join(arrays).to(self._device, self._engine.module.dtype))
 
     def _find(self, clients: Sequence[str]) -> Tensor:
         return self._slots.find(clients).to(self._device)
@@ -352,11 +372,16 @@ class TrunkHost:
 
 
 class InProcess:
-    """A host in this process as a `Remote`: the peer of the one behind Ray."""
+    """Hosts in this process as a `Remote`: the peer of the one behind Ray."""
 
-    def __init__(self, host: TrunkHost):
-        self._host = host
+    def __init__(self, *hosts: TrunkHost):
+        self._hosts = hosts
+        self._host = hosts[0]
         self.bytes = 0
+
+    def choose(self, server: int) -> None:
+        """See `Remote`."""
+        self._host = self._hosts[server]
 
     def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
         """See `Remote`."""
@@ -405,4 +430,4 @@ def _join(arrays: Sequence[np.ndarray]) -> Tensor:
 def _part(packed_Ld: Tensor, activations: Sequence[Activation]) -> list[np.ndarray]:
     """Each message's own tokens, as views."""
     sizes = [len(a.h_Ld) for a in activations]
-    return [part.numpy() for part in packed_Ld.cpu().split(sizes)]
+    return [part.numpy() for part in packed_Ld.cpu().float().split(sizes)]

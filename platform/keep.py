@@ -72,6 +72,12 @@ class Keep:
             self._forget(key)
         return saved if saved and torch.equal(saved[0].x_Md, h_Md) else None
 
+    def clear(self) -> None:
+        """Drop all."""
+        self._passes.clear()
+        self._lanes.clear()
+        self.used = 0
+
     def _forget(self, key: Hashable) -> None:
         lane = self._lanes.pop(key, None)
         if lane is None:

@@ -2,7 +2,8 @@
 
 Adapters are rows, one for each slot; every product here is a batched one over the lanes of a stack,
 so nothing is copied per row of a client, and a client's gradient is one product over its own tokens
-in their order. Nothing here knows blocks or clients.
+in their order. Products are in the tokens' dtype; adapters and their gradients keep their own.
+Nothing here knows blocks or clients.
 
 Shapes: S slots, P parameters of one slot's adapters, K lanes, s lanes of one stack, M tokens of all
 lanes, i and o widths of a projection, r rank.
@@ -11,6 +12,7 @@ lanes, i and o widths of a projection, r rank.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fellray.platform.adapters import Pair, Site, views
@@ -61,7 +63,7 @@ class Loras:
 def add_product(y_Mo: Tensor, x_Mi: Tensor, pieces: Sequence[Piece]) -> None:
     """Add scaling * B (A x) to y, each lane its own."""
     for piece in pieces:
-        a, b = (values.index_select(0, piece.slots_s) for values in piece.values)
+        a, b = _take(piece, x_Mi.dtype)
         low = piece.stack.cut(x_Mi).bmm(a.mT)
         piece.stack.cut(y_Mo).baddbmm_(low, b.mT, alpha=piece.scaling)
 
@@ -69,12 +71,18 @@ def add_product(y_Mo: Tensor, x_Mi: Tensor, pieces: Sequence[Piece]) -> None:
 def backpropagate(dx_Mi: Tensor, dy_Mo: Tensor, x_Mi: Tensor, pieces: Sequence[Piece]) -> None:
     """Add the low-rank part's input gradient to dx, and those of A and B to their slots."""
     for piece in pieces:
-        a, b = (values.index_select(0, piece.slots_s) for values in piece.values)
+        a, b = _take(piece, x_Mi.dtype)
         x, dy = piece.stack.cut(x_Mi), piece.stack.cut(dy_Mo)
         dlow = dy.bmm(b).mul_(piece.scaling)
         piece.stack.cut(dx_Mi).baddbmm_(dlow, a)
         if piece.gradient:
             da, db = piece.gradient
-            da.index_add_(0, piece.slots_s, dlow.mT.bmm(x))
+            da.index_add_(0, piece.slots_s, dlow.mT.bmm(x).to(da.dtype))
             low = x.bmm(a.mT).mul_(piece.scaling)
-            db.index_add_(0, piece.slots_s, dy.mT.bmm(low))
+            db.index_add_(0, piece.slots_s, dy.mT.bmm(low).to(db.dtype))
+
+
+def _take(piece: Piece, dtype: torch.dtype) -> Pair:
+    """Every lane's A and B."""
+    a, b = (values.index_select(0, piece.slots_s).to(dtype) for values in piece.values)
+    return a, b

@@ -69,6 +69,8 @@ def _try(
     config: RunConfig, probe: Probe, work: Workload, nodes: Sequence[Node], per_actor: int
 ) -> Layout:
     actors = -(-work.clients // per_actor)
+    if actors < config.server.count:
+        raise _Misfit(f"{actors} client actors cannot use {config.server.count} servers")
     taking_part = min(per_actor, work.asked)
     side = min(config.clients.slots, taking_part)
     shares = _place(config, probe, work, nodes, actors, per_actor, side)
@@ -103,12 +105,14 @@ def _place(
     """The most that each node may get.
 
     Ray knows CPUs and GPUs and not what a client weighs: a node must hold as many actors as its
-    CPUs and GPUs let Ray put there, and the server too where that fits.
+    CPUs and GPUs let Ray put there, and as many servers.
     """
     client = _client_memory(probe, work, per_actor, side)
-    batch = _batch(config, probe, work, actors, side)
+    servers = config.server.count
+    its_asked, its_actors = -(-work.asked // servers), -(-actors // servers)
+    batch = _batch(config, probe, its_asked, its_actors, side)
     server = probe.server_bytes.at(batch) + probe.waiting_server_bytes * max(
-        0, max(work.asked, min(work.clients, KEPT)) - batch
+        0, max(its_asked, min(-(-work.clients // servers), KEPT)) - batch
     )
     once = {
         "weights, catalogue and messages": probe.store_bytes
@@ -123,20 +127,24 @@ def _place(
     )
     shares = []
     placed = 0
-    for node in nodes:
-        served = node.cpus >= config.server.cpus and node.gpus >= config.server.gpus
+    places = [_server_places(config, node) for node in nodes]
+    if sum(places) < servers:
+        if servers == 1:
+            raise _Misfit("no node has a place for the server")
+        raise _Misfit(f"the nodes have places for {sum(places)} of {servers} servers")
+    for node, served in zip(nodes, places, strict=True):
         fixed = dict(once)
         if node.driver:
             fixed["driver and Ray"] = driver
         if served:
-            fixed["server"] = server
-        # on the only node the server takes its part of what Ray gives out
-        alone = served and len(nodes) == 1
-        most = _places(config, node, actors, alone)
+            fixed["server" if served == 1 else f"{served} servers"] = served * server
+        # on the only node the servers take their part of what Ray gives out
+        most = _places(config, node, actors, served if len(nodes) == 1 else 0)
         per_gpu = min(most, config.clients.gpu_denominator)
-        gpu = per_gpu * probe.client_gpu_bytes.at(side) + (
-            probe.server_gpu_bytes.at(batch) if served and config.server.gpus else 0.0
-        )
+        gpu = per_gpu * probe.client_gpu_bytes.at(side)
+        if config.server.gpus:
+            on_it = min(served, max(1, int(1 / config.server.gpus + 1e-6)))
+            gpu += on_it * probe.server_gpu_bytes.at(batch)
         if per_gpu and node.gpu_bytes and gpu * MARGIN > node.gpu_bytes:
             raise _Misfit(
                 f"{node.name}: {per_gpu} client actors on a GPU need about "
@@ -151,8 +159,6 @@ def _place(
         placed += most
     if placed < actors:
         raise _Misfit(f"the nodes have places for {placed} of {actors} client actors")
-    if not any(n.cpus >= config.server.cpus and n.gpus >= config.server.gpus for n in nodes):
-        raise _Misfit("no node has a place for the server")
     return tuple(shares)
 
 
@@ -162,16 +168,25 @@ def _client_memory(probe: Probe, work: Workload, per_actor: int, side: int) -> f
     return probe.client_bytes.at(side) + probe.waiting_client_bytes * (held - side)
 
 
-def _batch(config: RunConfig, probe: Probe, work: Workload, actors: int, side: int) -> int:
-    """Clients in the server's largest batch: one actor's request is never divided."""
+def _batch(config: RunConfig, probe: Probe, asked: int, actors: int, side: int) -> int:
+    """Clients in a server's largest batch: one actor's request is never divided."""
     merged = int(config.server.max_tokens / probe.tokens)
-    return min(work.asked, max(side, min(actors * side, merged)))
+    return min(asked, max(side, min(actors * side, merged)))
 
 
-def _places(config: RunConfig, node: Node, actors: int, with_server: bool) -> int:
-    """How many client actors Ray can put on a node."""
-    cpus = node.cpus - (config.server.cpus if with_server else 0.0)
-    gpus = node.gpus - (config.server.gpus if with_server else 0.0)
+def _server_places(config: RunConfig, node: Node) -> int:
+    """How many servers Ray can put on a node."""
+    most = float(config.server.count)
+    for has, asked in ((node.cpus, config.server.cpus), (node.gpus, config.server.gpus)):
+        if asked:
+            most = min(most, has / asked + 1e-6)
+    return int(most)
+
+
+def _places(config: RunConfig, node: Node, actors: int, servers: int) -> int:
+    """How many client actors Ray can put on a node, beside so many servers."""
+    cpus = node.cpus - servers * config.server.cpus
+    gpus = node.gpus - servers * config.server.gpus
     most = float(actors)
     if config.clients.cpus:
         most = min(most, cpus / config.clients.cpus + 1e-6)
@@ -215,7 +230,7 @@ def _longest(
     work = actors * (own * config.clients.threads + served * config.server.threads)
     bounds = {
         "one actor's clients, which follow each other": own + served,
-        "the server, one batch after the other": actors * served,
+        "the server, one batch after the other": -(-actors // config.server.count) * served,
         "the cores": work / cores,
     }
     if config.clients.gpu_denominator:

@@ -27,6 +27,10 @@ Trip = Generator[Answer, np.ndarray, Result]
 class Remote(Protocol):
     """The far side of the cut."""
 
+    def choose(self, server: int) -> None:
+        """Ask this server from now on, where there are several."""
+        ...
+
     def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
         """Put the clients' trunk adapters to the round's start and permit its steps."""
         ...

@@ -9,6 +9,7 @@ Shapes: M tokens of all lanes of a batch, d width, P parameters.
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,9 +21,11 @@ from fellray.platform.split import Blocks
 class Trunk(nn.Module):
     """The frozen blocks, and one adapter shared by all clients [P]."""
 
-    def __init__(self, blocks: Blocks, shared_P: Tensor):
+    def __init__(self, blocks: Blocks, shared_P: Tensor, dtype: torch.dtype = torch.float32):
+        """Args: dtype: in what the blocks compute; the adapter stays as it is."""
         super().__init__()
-        self.blocks = blocks
+        self.blocks = blocks.to(dtype)
+        self.dtype = dtype
         self.packed = PackedBlocks(blocks)
         self.shared_P = nn.Parameter(shared_P.clone())
 
@@ -99,6 +102,14 @@ class TorchEngine:
     def load_shared(self, state: Mapping[str, Tensor]) -> None:
         """See `Engine`."""
         load_adam_state(self._optimizer, self.module.shared_P, state)
+
+
+def mean_gradient(clients: Sequence[str], rows_CP: np.ndarray) -> np.ndarray:
+    """The mean of the clients' gradients [P]: fp64 in the order of their ids, so that neither
+    batches nor arrival nor the number of servers change it."""
+    order = sorted(range(len(clients)), key=clients.__getitem__)
+    ordered = torch.from_numpy(rows_CP[order]).double()
+    return (ordered.sum(0).float() / len(order)).numpy()
 
 
 def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:

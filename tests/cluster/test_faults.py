@@ -235,6 +235,26 @@ def test_actors_are_killed_at_any_time(
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(3))
+def test_one_of_three_servers_is_killed_at_any_time(
+    seed: int,
+    tiny_config: Configure,
+    undisturbed_with_moments: dict[str, Any],
+    local_ray: None,
+) -> None:
+    """Its clients move to the others or wait for it, whichever is sooner; no bit tells."""
+    draw = np.random.default_rng([seed, 3])
+    made = settings(per_actor=1, moments="keep", engine="deepspeed")
+    made["server"] |= {"count": 3, "cpus": 0.5}
+    config = tiny_config(**made)
+    striker = Striker(config, ["Server"], int(draw.integers(0, 3)), draw.uniform(0, 0.8))
+    train(config)
+    striker.finish()
+    assert "begun again" in " ".join(e for row in rows_of(config) for e in row["events"])
+    assert_same(config, undisturbed_with_moments)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(3))
 def test_the_driver_is_killed_at_any_time(
     seed: int,
     tiny_config: Configure,

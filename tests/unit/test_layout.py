@@ -198,6 +198,23 @@ def test_no_place_for_the_server() -> None:
         lay_out(config(per_actor=8), PROBE, WORK, [gpu_node(cpus=0.5, gpus=0)])
 
 
+def test_several_servers_share_the_clients_and_the_batches() -> None:
+    made = config(per_actor=2, slots=2)
+    two = made.model_copy(update={"server": made.server.model_copy(update={"count": 2})})
+    slow = replace(PROBE, served_s=Line(4.0))
+    one_layout, layout = (lay_out(c, slow, WORK, [HERE]) for c in (made, two))
+    assert (one_layout.bound, layout.bound) == ("the server, one batch after the other",) * 2
+    assert layout.training_s == one_layout.training_s / 2
+    # each: four of eight clients, three of them in a batch
+    assert layout.shares[0].parts["2 servers"] / MIB == 2 * (700 + 2 * 30 + 1 * 2)
+    with pytest.raises(FellrayError, match="1 client actors cannot use 2 servers"):
+        lay_out(
+            two.model_copy(update={"clients": config(per_actor=8).clients}), PROBE, WORK, [HERE]
+        )
+    with pytest.raises(FellrayError, match="places for 1 of 2 servers"):
+        lay_out(two, PROBE, WORK, [gpu_node(cpus=1.5, gpus=0)])
+
+
 @given(
     clients=st.integers(1, 3000),
     asked=st.integers(1, 3000),

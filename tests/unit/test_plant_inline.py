@@ -62,7 +62,7 @@ def clients_of(plant: Plant) -> list[Any]:
 
 
 def host_of(plant: Plant) -> TrunkHost:
-    (host,) = plant._servers.members  # type: ignore[attr-defined]
+    (host,) = plant._servers.pool.members  # type: ignore[attr-defined]
     return host
 
 
@@ -96,6 +96,68 @@ def test_any_grouping_gives_the_same_run(server: dict[str, Any], plain: Play) ->
             if server:
                 same = [r.rounds.load_shared(t, "shared.values") for r in (one, other)]
                 assert torch.equal(*same)
+
+
+# --- several servers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "kept"), [(2, 512), (3, 0), (5, 512)])
+def test_any_number_of_servers_gives_the_same_run(count: int, kept: int, plain: Play) -> None:
+    """Where what a forward leaves is kept, and where it is computed twice."""
+    settings = {"clients": EACH, "train": {"moments": "keep"}}
+    one, several = (
+        plain(server={"shared_adapter": True, "count": n, "keep_graphs_mib": mib}, **settings)
+        for n, mib in ((1, 512), (count, kept))
+    )
+    for t in range(3):
+        assert several.hashes(t) == one.hashes(t)
+        assert several.outcomes[t].validation == one.outcomes[t].validation
+        assert several.ledger[t] == one.ledger[t]
+    for t in (1, 2):
+        same = [r.rounds.load_shared(t, "shared.values") for r in (one, several)]
+        assert torch.equal(*same)
+
+
+def test_a_lost_servers_clients_move_and_come_back(
+    tiny_config: Make, play: Play, plain: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of three servers answers neither in round 2 nor in round 3."""
+    settings = {"clients": EACH, "train": {"rounds": 5, "moments": "keep"}}
+    settings |= {"server": {"shared_adapter": True}}
+    wanted = plain(**settings)
+    at, asked = [0], []
+
+    def ready(pool: InlinePool) -> list[int]:
+        everyone = list(range(len(pool.members)))
+        return [i for i in everyone if i != 1] if at[0] in (2, 3) else everyone
+
+    sound = TrunkHost.begin
+
+    def begin(self: TrunkHost, run: str, round: int, clients: Sequence[str]) -> Lease:
+        asked.append((round, self._holder, tuple(clients)))
+        return sound(self, run, round, clients)
+
+    monkeypatch.setattr(InlinePool, "ready", ready)
+    monkeypatch.setattr(TrunkHost, "begin", begin)
+
+    def note(_: Plant, t: int) -> None:
+        at[0] = t
+
+    settings["server"] |= {"count": 3}
+    found = play(tiny_config(**settings), before=note)
+    for t in range(6):
+        assert found.hashes(t) == wanted.hashes(t)
+    of_second = {r for r, holder, _ in asked if holder == "trunk-00001"}
+    assert of_second == {1, 4, 5}
+    moved = "2 of 5 client actors moved to another server: {} of 3 servers answer"
+    assert found.events[2] == [moved.format(2)]
+    assert found.events[4] == [moved.format(3)]
+
+
+def test_a_server_without_an_actor_is_refused(tiny_config: Make) -> None:
+    config = tiny_config(server={"count": 3}, clients={"per_actor": 3})
+    with pytest.raises(FellrayError, match=r"server.count=3.*in 2 actor\(s\).*server.count=2"):
+        Plant.inline(config, survey(config), None)  # type: ignore[arg-type]
 
 
 def test_a_run_learns_something(plain: Play) -> None:
@@ -139,7 +201,7 @@ def test_any_order_of_arrival_gives_the_same_run(
     server = {"shared_adapter": True}
     wanted = plain(server=server, clients=EACH)
 
-    def shuffled(pool: InlinePool, method: str, *columns: Sequence[Any]) -> list[Any]:
+    def shuffled(pool: InlinePool, method: str, *columns: Sequence[Any], **_: Any) -> list[Any]:
         places = order if len(pool.members) == 5 else range(len(pool.members))
         answers: dict[int, Any] = {}
         for i in places:
@@ -364,8 +426,9 @@ def restart_server(plant: Plant) -> None:
     """A new life under the same handle, as Ray gives it."""
     config = plant._config
     fresh = make_host(config, plant._learners, survey(config).trunk_side(config), plant._rounds)
-    plant._servers.members[0] = fresh  # type: ignore[attr-defined]
+    plant._servers.pool.members[0] = fresh  # type: ignore[attr-defined]
     for client in clients_of(plant):
+        client._span.remote._hosts = (fresh,)
         client._span.remote._host = fresh
 
 
@@ -531,8 +594,8 @@ def tape(monkeypatch: pytest.MonkeyPatch) -> Tape:
 
     sound = InlinePool.map
 
-    def recorded(pool: InlinePool, method: str, *columns: Sequence[Any]) -> list[Any]:
-        answers = sound(pool, method, *columns)
+    def recorded(pool: InlinePool, method: str, *columns: Sequence[Any], **few: Any) -> list[Any]:
+        answers = sound(pool, method, *columns, **few)
         if not isinstance(pool.members[0], TrunkHost):
             found.crossed += [(method, item) for column in columns for item in column]
             # as bytes at once: later rounds write into the same memory

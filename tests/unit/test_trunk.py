@@ -25,7 +25,7 @@ from fellray.platform.messages import Activation, Gradient, Installation, Lease,
 from fellray.platform.rounds import Rounds
 from fellray.platform.split import cut_model
 from fellray.platform.storage import Storage
-from fellray.platform.trunk import Engine, TorchEngine, Trunk
+from fellray.platform.trunk import Engine, TorchEngine, Trunk, mean_gradient
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIENTS = ("a", "b", "c", "d")
@@ -51,7 +51,8 @@ def make_host(config: RunConfig, folder: Path, engine: type[Any] = TorchEngine) 
     rounds = Rounds(Storage(str(folder)))
     if rounds.latest() is None:
         commit_start(rounds, config, width)
-    running: Engine = engine(Trunk(parts.trunk, torch.zeros(width)), config)
+    dtype = getattr(torch, config.server.dtype)
+    running: Engine = engine(Trunk(parts.trunk, torch.zeros(width), dtype), config)
     host = TrunkHost(config, CLIENTS, sites, running, rounds)
     host.begin("run", 1, ())  # stand at round 0
     return host
@@ -512,7 +513,10 @@ def play(host: TrunkHost, rounds: Rounds, first: int, last: int) -> None:
             answered(host.backward(sent))
         trained = host.theta([lease.server], CLIENTS)
         mixed = 0.75 * trained + 0.25 * trained.mean(0)
-        staged = host.install(Installation(round, CLIENTS, mixed, refused=("c",)))
+        taken = ["a", "b", "d"]
+        own = host.shared_gradient(round, taken) if host._shared else None
+        shared_P = None if own is None else mean_gradient(taken, own)
+        staged = host.install(Installation(round, CLIENTS, mixed, refused=("c",)), shared_P)
         rounds.commit(round, staged, {})
 
 
@@ -621,7 +625,10 @@ def test_the_shared_adapter_steps_once_a_round_on_the_mean_in_client_order(
         gradients = common(host, CLIENTS).clone()
         assert gradients.abs().sum(1).min() > 0
         trained = theta(host, CLIENTS)
-        rounds.commit(round, host.install(Installation(round, CLIENTS, trained, ("c",))), {})
+        accepted = ["d", "a", "b"]
+        shared_P = mean_gradient(accepted, host.shared_gradient(round, accepted))
+        mixture = Installation(round, CLIENTS, trained, ("c",))
+        rounds.commit(round, host.install(mixture, shared_P), {})
         total = torch.zeros(gradients.shape[1], dtype=torch.float64)
         for row in (0, 1, 3):  # client-id order, without the refused one
             total += gradients[row].double()
@@ -651,10 +658,10 @@ def compare_engines(encoder: str, folder: Path) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
-    for shared in (True, False):
+    for shared, dtype in ((True, "float32"), (False, "float32"), (False, "bfloat16")):
         config = make_config(
             encoder,
-            server={"shared_adapter": shared, "shared_learning_rate": 0.02},
+            server={"shared_adapter": shared, "shared_learning_rate": 0.02, "dtype": dtype},
             train={"weight_decay": 0.1},
         )
         runs = {}
@@ -665,7 +672,7 @@ def compare_engines(encoder: str, folder: Path) -> dict[str, Any]:
         ):
             first = 0
             for stop in stops:
-                host, rounds = open_host(config, folder / f"{name}-{shared}", engine)
+                host, rounds = open_host(config, folder / f"{name}-{shared}-{dtype}", engine)
                 play(host, rounds, first + 1, stop)
                 first = stop
             runs[name] = rounds
@@ -674,7 +681,7 @@ def compare_engines(encoder: str, folder: Path) -> dict[str, Any]:
             for name, r in runs.items()
         }
         for name in ("deepspeed", "restarted"):
-            found[f"{name}, shared {shared}: personal"] = [
+            found[f"{name}, shared {shared}, {dtype}: personal"] = [
                 bool(torch.equal(x, y)) for x, y in zip(loads["torch"], loads[name], strict=True)
             ]
         if shared:
@@ -689,8 +696,50 @@ def compare_engines(encoder: str, folder: Path) -> dict[str, Any]:
                         )
                         for t in range(4)
                     ]
-        found[f"shared {shared}: moved"] = not torch.equal(loads["torch"][0], loads["torch"][3])
+        found[f"shared {shared}, {dtype}: moved"] = not torch.equal(
+            loads["torch"][0], loads["torch"][3]
+        )
     return found
+
+
+def test_bfloat16_computes_what_float32_does_and_keeps_the_adapters(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        host = make_host(make_config(str(tiny_encoder), server={"dtype": dtype}), tmp_path / dtype)
+        before = theta(host, CLIENTS)
+        sent = message(CLIENTS, host.begin("run", 1, CLIENTS), 0, [5, 20, 7, 8], seed=0)
+        (up,) = answered(host.forward([sent[0]]))
+        (down,) = answered(host.backward([sent]))
+        assert up.dtype == down.dtype == np.float32
+        found[dtype] = (up, down, theta(host, CLIENTS) - before)
+    for name, exact, rounded in zip(("up", "down", "step"), *found.values(), strict=True):
+        assert not np.array_equal(exact, rounded), name
+        near = np.linalg.norm(exact - rounded) / np.linalg.norm(exact)
+        assert near < (0.4 if name == "step" else 0.1), (name, near)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"])
+def test_in_bfloat16_too_nobody_beside_a_client_changes_its_bits(
+    dtype: str, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    config = make_config(str(tiny_encoder), server={"dtype": dtype})
+    together, alone = (make_host(config, tmp_path / name) for name in ("together", "alone"))
+    for step in range(3):
+        for host, groups in ((together, [CLIENTS]), (alone, [(c,) for c in CLIENTS])):
+            if not step:
+                host.begin("run", 1, CLIENTS)
+            lease = host._turns["a"].lease
+            for group in groups:
+                own = [
+                    message(c, Lease(host._life, lease), step, [5 + i, 20], seed=i)
+                    for i, c in enumerate(CLIENTS)
+                    if c in group
+                ]
+                answered(host.forward([activation for activation, _ in own]))
+                answered(host.backward(own))
+    assert bits(theta(together, CLIENTS)) == bits(theta(alone, CLIENTS))
 
 
 def test_deepspeeds_engine_equals_torchs(tiny_encoder: Path, tmp_path: Path) -> None:
@@ -703,7 +752,7 @@ def test_deepspeeds_engine_equals_torchs(tiny_encoder: Path, tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 2 * 2 + 2 * 4 + 2
+    assert len(found) == 3 * 2 + 2 * 4 + 3
     unequal = {name: equal for name, equal in found.items() if not np.all(equal)}
     assert unequal == {}
 
