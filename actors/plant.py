@@ -297,7 +297,7 @@ class Plant:
         # the start follows from the seed: all can write it once more
         self._start_restored = True
         self._clients.map("stage_start")
-        self._servers.map("stage_start")
+        self._servers.stage_start()
         return [f"{damage.file} of round 0 was damaged: the start was made again"]
 
     def close(self) -> None:

@@ -46,7 +46,8 @@ class Shelf:
 
     def held(self) -> list[int]:
         """The rounds up to the last that counts that have a manifest, damaged or not."""
-        numbers, last = self.numbers(), self.latest()
+        numbers = self.numbers()
+        last = next((n for n in reversed(numbers) if self.counts(n)), None)
         if last is None:
             return []
         old = [n for n in numbers if n < last and n not in self.given_up]

@@ -119,7 +119,7 @@ def test_which_process_reads_first_changes_no_bit(tiny_config: Make) -> None:
                     if t == 3:
                         flip_page(files_of(config, 2, "c2", "trunk.values"), "c2")
                         plant._clients.map("forget")
-                        plant._servers.map("forget")
+                        plant._servers.forget()
                     outcome = plant.replayed(one_round, t, config)
                     run.commit(t, outcome, plant.close_ledger(), plant.take_events())
         found.append([hashes(config, t) for t in (2, 3, 4)])
@@ -171,7 +171,7 @@ def test_the_end_of_a_run_survives_and_says_it(tiny_config: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", ["manifest.json", "trunk.safetensors", "clients-00001.safetensors"]
+    "file", ["manifest.json", "trunk-00000.safetensors", "clients-00001.safetensors"]
 )
 def test_a_last_round_that_is_dropped_is_said(
     file: str, tiny_config: Make, undisturbed: RunConfig, capsys: pytest.CaptureFixture[str]
