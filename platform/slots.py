@@ -51,6 +51,7 @@ class Slots:
 
         Raises:
             StaleLease: as `committed`.
+            Damaged: a page is not what was written; the driver decides.
             FellrayError: as `Rounds.load`.
         """
         if not clients:
@@ -155,6 +156,7 @@ class Slots:
         self._slot.clear()
         self._state.clear()
         self._trained.clear()
+        self._rounds.look_again()
 
     def _write(
         self,
