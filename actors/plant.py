@@ -29,7 +29,7 @@ from fellray.platform.errors import FellrayError
 from fellray.platform.faults import Stop, decide
 from fellray.platform.host import InProcess
 from fellray.platform.manifest import Staged
-from fellray.platform.messages import Installation, LedgerRow, StaleLease, Update
+from fellray.platform.messages import Damaged, Installation, LedgerRow, StaleLease, Update
 from fellray.platform.metrics import Score
 from fellray.platform.rounds import EVERYONE, Rounds
 from fellray.platform.sampling import Sampler
@@ -73,6 +73,7 @@ class Plant:
         self._client_columns = columns["bottom"] + columns["top"] if share == "all" else 0
         self._columns = self._client_columns + (columns["trunk"] if share != "none" else 0)
         self._events: list[str] = []
+        self._start_restored = False
 
     @classmethod
     def inline(cls, config: RunConfig, world: World, rounds: Rounds) -> "Plant":
@@ -258,22 +259,47 @@ class Plant:
         return events
 
     def replayed(self, work: Callable[..., Answer], *args: Any) -> Answer:
-        """Run a round; if a holder was lost in it, everyone goes back to its start and again."""
+        """Run a round; if a holder was lost in it, everyone goes back to its start and again.
+
+        So it is where a page is damaged, once it is decided who goes back to an earlier one.
+
+        Raises:
+            FellrayError: it was lost too often, or what is damaged cannot be replaced.
+        """
         tries = 1
         while True:
+            mended: list[str] = []
             try:
                 return work(self, *args)
             except StaleLease as lost:
                 reason = str(lost)
-            decision = decide(tries, False, reason)
-            if isinstance(decision, Stop):
-                raise FellrayError(f"{decision.reason}; `fellray train` resumes the run")
-            self._events.append(f"the round was begun again: {reason}")
-            time.sleep(decision.pause_s)
+            except Damaged as damage:
+                reason = str(damage)
+                mended = self._mend(damage)
+            self._events += mended
+            if not mended:  # whoever decides finds new damage each time, so that it has an end
+                decision = decide(tries, False, reason)
+                if isinstance(decision, Stop):
+                    raise FellrayError(f"{decision.reason}; `fellray train` resumes the run")
+                self._events.append(f"the round was begun again: {reason}")
+                time.sleep(decision.pause_s)
+                tries += 1
             self._clients.map("forget")
             self._servers.forget()
             self._pending = (-1, ())
-            tries += 1
+
+    def _mend(self, damage: Damaged) -> list[str]:
+        """What was decided, in words; nothing where the file is whole by now."""
+        try:
+            return self._rounds.mend(damage)
+        except Damaged as hopeless:
+            if hopeless.round or self._start_restored:
+                raise
+        # the start follows from the seed: all can write it once more
+        self._start_restored = True
+        self._clients.map("stage_start")
+        self._servers.stage_start()
+        return [f"{damage.file} of round 0 was damaged: the start was made again"]
 
     def close(self) -> None:
         """End all actors."""

@@ -31,7 +31,7 @@ from fellray.platform.manifest import Staged
 from fellray.platform.messages import Activation, Gradient, Installation, Lease, StaleLease
 from fellray.platform.packed import Batch
 from fellray.platform.rounds import Rounds
-from fellray.platform.slots import Slots
+from fellray.platform.slots import WRITTEN, Slots
 from fellray.platform.span import Answer
 from fellray.platform.trunk import Engine
 
@@ -83,6 +83,8 @@ class TrunkHost:
         )
         self._shared = config.server.shared_adapter
         self._shared_gradient = GradientSum(sites, lora.r, 0, device)
+        self._summed: dict[str, Tensor] = {}
+        """The share [P] in the common gradient of clients who are through with the round."""
         self._shared_round = -1
         self._keep = Keep(config.server.keep_graphs_mib * 2**20)
         self._turns: dict[str, _Turn] = {}
@@ -104,6 +106,8 @@ class TrunkHost:
         if self._shared:
             self._fit_shared_gradient()
             self._shared_gradient.total_SP[slots] = 0.0
+            for client in clients:
+                self._summed.pop(client, None)
         return Lease(self._life, self._leases)
 
     def forward(self, activations: Sequence[Activation]) -> list[np.ndarray | Exception]:
@@ -126,8 +130,13 @@ class TrunkHost:
             StaleLease: somebody trained under another life of this server: that work is lost.
         """
         self._check_lives(lives)
-        values = self._slots.bank.values_SP[self._find(clients)]
-        return finite_rows(values), (values if shared else values[:, :0]).cpu().numpy()
+        if shared:
+            values = self._slots.values(clients)
+            return finite_rows(values), values.numpy()
+        finite: list[bool] = []
+        for at in range(0, len(clients), WRITTEN):
+            finite += finite_rows(self._slots.values(clients[at : at + WRITTEN]))
+        return finite, np.empty((len(clients), 0), np.float32)
 
     def stage_start(self) -> tuple[Staged, ...]:
         """Stage round 0: the one seeded start that every client shares."""
@@ -148,7 +157,10 @@ class TrunkHost:
             StaleLease: as `install`.
         """
         self._check_turns(round, clients)
-        return self._shared_gradient.total_SP[self._find(clients)].cpu().numpy()
+        self._finish(clients)
+        width = self._shared_gradient.total_SP.shape[1]
+        rows = [self._summed[c].cpu() for c in clients]
+        return (torch.stack(rows) if rows else torch.empty(0, width)).numpy()
 
     def install(
         self,
@@ -175,9 +187,10 @@ class TrunkHost:
         accepted = [installation.clients[i] for i in rows]
         mixed = bool(installation.theta_SP.shape[1])
         own = not (mixed and installation.common)
-        if mixed and (own or self._config.train.moments == "keep"):
-            theta = torch.from_numpy(installation.theta_SP[rows])
-            self._slots.bank.values_SP[self._find(accepted)] = theta.to(self._device)
+        self._finish(accepted)
+        if mixed:
+            theta = from_dlpack(installation.theta_SP)
+            self._slots.replace(accepted, theta[rows] if refused else theta)
         if self._shared:
             if shared_P is not None:
                 self._engine.step_shared(from_dlpack(shared_P).to(self._device))
@@ -188,6 +201,7 @@ class TrunkHost:
             *(self._stage_shared(round) if stages_shared else ()),
         )
         self._slots.release()
+        self._summed.clear()
         self._turns.clear()
         self._keep.clear()
         self._installed = round
@@ -200,6 +214,7 @@ class TrunkHost:
     def forget(self) -> None:
         """Drop what is in memory: the next call starts from the last committed round."""
         self._slots.clear()
+        self._summed.clear()
         self._turns.clear()
         self._keep.clear()
         self._shared_round = self._installed = -1
@@ -230,6 +245,14 @@ class TrunkHost:
         turns = [self._turns.get(c) for c in clients]
         if not all(turn and turn.round == round for turn in turns):
             raise StaleLease("the server was restarted after training")
+
+    def _finish(self, clients: Sequence[str]) -> None:
+        """They take no further step in this round."""
+        if self._shared:
+            left = [c for c in clients if c not in self._summed]
+            rows = self._shared_gradient.total_SP[self._find(left)]
+            self._summed |= dict(zip(left, rows, strict=True))
+        self._slots.finish(clients)
 
     def _check_lives(self, lives: Collection[str]) -> None:
         if any(life != self._life for life in lives):
@@ -292,6 +315,9 @@ class TrunkHost:
         self._slots.bank.step(stepped)
         for client, _, _ in keys:
             self._turns[client].next_step += 1
+        for activation, gradient in sent:
+            if gradient.last:
+                self._finish(activation.clients)
         return _part(lanes.collect(down_Md), activations)
 
     def _lay(self, activations: Sequence[Activation]) -> tuple[Lanes, Tensor, list[_Key]]:

@@ -111,12 +111,17 @@ class Reader:
         """Histories a learner reads in a round: `train.local_samples` for each of its shards."""
         return self._config.train.local_samples * self._slot_of_shard.count(slot)
 
+    def num_steps(self) -> int:
+        """Steps of a round: those of whoever has the most."""
+        most = max(map(self.samples, range(len(self.learners))))
+        return -(-most // self._config.train.batch_size)
+
     def steps(self, round: int) -> Iterator[tuple[Batch, Tensor]]:
         """The round's batches of all learners side by side, with each row's target item [N]."""
         size = self._config.train.batch_size
         orders = [self._order(slot, round) for slot in range(len(self.learners))]
-        for at in range(0, max(map(len, orders)), size):
-            parts = [order[at : at + size] for order in orders]
+        for step in range(self.num_steps()):
+            parts = [order[step * size : (step + 1) * size] for order in orders]
             slots = np.repeat(np.arange(len(parts)), [len(p) for p in parts])
             positions = np.concatenate(parts)
             history = self._history(positions)

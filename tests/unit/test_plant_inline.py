@@ -32,8 +32,10 @@ from fellray.platform.messages import (
     Update,
 )
 from fellray.platform.metrics import Score
+from fellray.platform.rounds import Rounds
 from fellray.platform.shards import Dataset
 from fellray.platform.span import Answer
+from fellray.platform.storage import Storage
 
 EACH = {"per_actor": 1}
 """One client per actor; `tiny_config` puts all five into one."""
@@ -404,7 +406,7 @@ def test_a_poisoned_trunk_is_refused_too(
         answers = sound(self, sent)
         for activation, _ in sent:
             if "c3" in activation.clients and activation.step == 2:
-                self._slots.bank.values_SP[self._find(["c3"]), 7] = torch.inf
+                self._slots._trained["c3"]["values"][7] = torch.inf
         return answers
 
     monkeypatch.setattr(TrunkHost, "backward", spoilt)
@@ -534,7 +536,7 @@ def test_a_round_that_is_lost_again_and_again_ends_the_run(
         raise StaleLease("gone")
 
     with (
-        Plant.inline(config, survey(config), None) as plant,  # type: ignore[arg-type]
+        Plant.inline(config, survey(config), Rounds(Storage(config.storage))) as plant,
         pytest.raises(FellrayError, match=r"gone.*`fellray train` resumes the run"),
     ):
         plant.replayed(hopeless)

@@ -96,7 +96,7 @@ def message(
 
 def theta(host: TrunkHost, clients: Sequence[str]) -> np.ndarray:
     """Trunk adapters [C, P] as they stand; of those who have no slot, as committed."""
-    absent = [c for c in clients if not host._slots.holds([c])]
+    absent = [c for c in clients if c not in host._slots._slot]
     host._slots.hold(host._rounds.latest() or 0, absent)
     return host.report([], clients, True)[1].copy()
 
