@@ -36,6 +36,7 @@ from fellray.platform.messages import (
     Update,
 )
 from fellray.platform.metrics import Evaluator, Score
+from fellray.platform.own import ALIKE, Own
 from fellray.platform.reader import Batch, Reader
 from fellray.platform.retrieval import Scorer, mean_losses
 from fellray.platform.rounds import Rounds
@@ -73,12 +74,14 @@ class Client:
         catalogue: Catalogue,
         remote: Remote,
         rounds: Rounds,
+        own: Own = ALIKE,
     ):
         """Args: index: names this actor's files. seats: learner -> whose shards it reads."""
         torch.set_num_threads(config.clients.threads)
         self._config = config
         self._holder = f"clients-{index:05d}"
         self._rounds = rounds
+        self._own = own
         self._catalogue = catalogue
         self._data = Dataset(config.data.path)
         self._seats = dict(sorted(seats.items()))
@@ -97,6 +100,7 @@ class Client:
             "client",
             config.train.moments == "keep",
             rounds,
+            own,
         )
         self._ends = (bottom, top, catalogue.tokens.pad)
         self._ledger = Ledger()
@@ -324,13 +328,16 @@ class Client:
     def _header(
         self, desk: Desk, batch: Batch, round: int, step: int, lease: Lease | None
     ) -> Activation:
+        # who is done with its histories has no row, and the server expects no step of it
+        present, owner_N = np.unique(batch.slot_N.cpu().numpy(), return_inverse=True)
+        learners = desk.reader.learners
         return Activation(
             run=self._config.name,
             round=round,
             step=step,
             lease=lease,
-            clients=desk.reader.learners,
-            row_client_N=batch.slot_N.cpu().numpy().astype(np.int32),
+            clients=tuple(learners[i] for i in present.tolist()) if lease else learners,
+            row_client_N=(owner_N if lease else present[owner_N]).astype(np.int32),
             lengths_N=batch.rows.lengths_N.numpy().astype(np.int32),
             h_Ld=np.empty((0, 0), np.float32),
         )
@@ -364,7 +371,7 @@ class Client:
 
     def _desk(self, crew: tuple[str, ...]) -> Desk:
         shards = {c: [self._data.shard(own) for own in self._seats[c]] for c in crew}
-        reader = Reader(self._config, self._catalogue.tokens, shards, self._device)
+        reader = Reader(self._config, self._catalogue.tokens, shards, self._device, self._own)
         model = self._config.model
         return Desk(
             reader,

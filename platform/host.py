@@ -29,6 +29,7 @@ from fellray.platform.lanes import Lanes
 from fellray.platform.ledger import payload_bytes
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import Activation, Gradient, Installation, Lease, StaleLease
+from fellray.platform.own import ALIKE, Own
 from fellray.platform.packed import Batch
 from fellray.platform.rounds import Rounds
 from fellray.platform.slots import Slots
@@ -63,6 +64,7 @@ class TrunkHost:
         rounds: Rounds,
         device: torch.device | None = None,
         index: int = 0,
+        own: Own = ALIKE,
     ):
         """Args: learners: ids of everyone who trains. index: names this host's files."""
         self._holder = f"trunk-{index:05d}"
@@ -80,6 +82,7 @@ class TrunkHost:
             "trunk",
             config.train.moments == "keep",
             rounds,
+            own,
         )
         self._shared = config.server.shared_adapter
         self._shared_gradient = GradientSum(sites, lora.r, 0, device)
@@ -187,7 +190,7 @@ class TrunkHost:
         own = not (mixed and installation.common)
         if mixed and (own or self._config.train.moments == "keep"):
             theta = torch.from_numpy(installation.theta_SP[rows])
-            self._slots.bank.values_SP[self._find(accepted)] = theta.to(self._device)
+            self._slots.bank.put(self._find(accepted), theta)
         if self._shared:
             if shared_P is not None:
                 self._engine.step_shared(from_dlpack(shared_P).to(self._device))

@@ -18,6 +18,7 @@ from torch import Tensor
 from fellray.platform.config import RunConfig
 from fellray.platform.encoder import Tokens
 from fellray.platform.errors import FellrayError
+from fellray.platform.own import ALIKE, Own
 from fellray.platform.rows import Rows
 from fellray.platform.shard import Shard
 
@@ -76,9 +77,11 @@ class Reader:
         tokens: Tokens,
         seats: Mapping[str, Sequence[Shard]],
         device: torch.device | None = None,
+        own: Own = ALIKE,
     ):
         """Args: seats: learner -> the shards it reads; learners sorted, slot i is the i-th."""
         self._config = config
+        self._own = own
         self._tokens = tokens
         self._device = device
         self.learners = tuple(seats)
@@ -100,19 +103,25 @@ class Reader:
             )
             for i in range(len(self.learners))
         ]
-        for learner, own in zip(self.learners, self._targets, strict=True):
-            if not len(own):
+        for learner, targets_M in zip(self.learners, self._targets, strict=True):
+            if not len(targets_M):
                 raise FellrayError(
                     f"client {learner}: has no history to learn from (a user with two training "
                     "interactions); prepare with fewer clients"
                 )
 
     def samples(self, slot: int) -> int:
-        """Histories a learner reads in a round: `train.local_samples` for each of its shards."""
-        return self._config.train.local_samples * self._slot_of_shard.count(slot)
+        """Histories a learner reads in a round: for each of its shards `train.local_samples`, or
+        what that client has of its own."""
+        shards = zip(self.shards, self._slot_of_shard, strict=True)
+        clients = [shard.client for shard, of in shards if of == slot]
+        return self._own.samples_of(clients, self._config.train.local_samples)
 
     def steps(self, round: int) -> Iterator[tuple[Batch, Tensor]]:
-        """The round's batches of all learners side by side, with each row's target item [N]."""
+        """The round's batches of all learners side by side, with each row's target item [N].
+
+        Who has fewer histories to read than others has no row in the last ones.
+        """
         size = self._config.train.batch_size
         orders = [self._order(slot, round) for slot in range(len(self.learners))]
         for at in range(0, max(map(len, orders)), size):
