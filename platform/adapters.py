@@ -102,6 +102,17 @@ def cut_(pairs: Sequence[Pair], rows_s: Tensor, ranks_s: Tensor) -> None:
                 b[rows, :, rank:] = 0.0
 
 
+def rescale(pairs: Sequence[Pair], spec: LoraSpec, ranks: Sequence[int]) -> list[Pair]:
+    """Stacked adapters as `LoraLinear` takes them: it scales all rows as of rank `spec.r`, and the
+    B of a smaller rank carries the difference.
+
+    Args:
+        pairs: row i has rank `ranks[i]`.
+    """
+    scales = [spec.scaling_of(rank) / spec.scaling for rank in ranks]
+    return [(a, b * b.new_tensor(scales)[:, None, None]) for a, b in pairs]
+
+
 class GradientSum:
     """Gradients of S slots, added up row by row.
 
@@ -142,8 +153,6 @@ class Bank:
         self._train = train
         self.spec = spec
         self.ranks_S = torch.full((num_slots,), spec.r, device=device)
-        self._scale_S = torch.ones(num_slots, device=device)
-        """By what a slot's own scale differs from that of the largest rank."""
         self._mixed = False
         self.gradient = GradientSum(sites, spec.r, num_slots, device)
         self.values_SP = torch.zeros_like(self.gradient.total_SP)
@@ -154,12 +163,9 @@ class Bank:
 
     def set_ranks(self, slots_s: Tensor, ranks: Sequence[int]) -> None:
         """Give slots ranks of their own, before anything else is put there."""
-        spec = self.spec
-        assert all(1 <= rank <= spec.r for rank in ranks), ranks
-        scales = [spec.scaling_of(rank) / spec.scaling for rank in ranks]
+        assert all(1 <= rank <= self.spec.r for rank in ranks), ranks
         self.ranks_S[slots_s] = self.ranks_S.new_tensor(ranks)
-        self._scale_S[slots_s] = self._scale_S.new_tensor(scales)
-        self._mixed = self._mixed or any(rank != spec.r for rank in ranks)
+        self._mixed = self._mixed or any(rank != self.spec.r for rank in ranks)
 
     def gather(self, slots_N: Tensor, train: bool) -> list[Pair]:
         """Each row's own adapters, one pair per site; leaves that collect gradients if `train`."""
@@ -169,12 +175,8 @@ class Bank:
         ]
 
     def scale(self, slots_N: Tensor, pairs: Sequence[Pair]) -> Sequence[Pair]:
-        """Gathered adapters as `LoraLinear` takes them: it scales all as of the largest rank, and
-        the B of a smaller one carries the difference."""
-        if not self._mixed:
-            return pairs
-        scale_N = self._scale_S[slots_N][:, None, None]
-        return [(a, b * scale_N) for a, b in pairs]
+        """Gathered adapters as `LoraLinear` takes them: see `rescale`."""
+        return rescale(pairs, self.spec, self.ranks_S[slots_N].tolist()) if self._mixed else pairs
 
     def step(self, slots_s: Tensor) -> None:
         """One AdamW step of the named slots only; nobody else changes by a bit.

@@ -104,7 +104,7 @@ def _pack(pairs: Mapping[str, Pair]) -> bytes:
     """`adapter_model.safetensors` of one learner, under the names that peft gives."""
     tensors: dict[str, Tensor] = {}
     for path, (a, b) in pairs.items():
-        tensors[f"base_model.model.{path}.lora_A.weight"] = a.contiguous()
-        tensors[f"base_model.model.{path}.lora_B.weight"] = b.contiguous()
+        tensors[f"base_model.model.{path}.lora_A.weight"] = a.clone(memory_format=torch.contiguous_format)
+        tensors[f"base_model.model.{path}.lora_B.weight"] = b.clone(memory_format=torch.contiguous_format)
     data: bytes = safetensors.torch.save(tensors, metadata={"format": "pt"})
     return data

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fellray.platform.adapters import Bank, cut_, views
+from fellray.platform.adapters import Bank, cut_, rescale, views
 from fellray.platform.encoder import Backbone, Tokens, load_backbone, load_tokenizer, tokenize
 from fellray.platform.errors import FellrayError
 from fellray.platform.reader import EVALUATION_ROWS, assemble
@@ -74,16 +74,20 @@ class Recommender:
         parts = cut_model(backbone, config.model)
         sites, lora = parts.cut.sites, config.model.lora
         loaded = run.rounds.load(round, learners, ["client.values", "trunk.values"])
-        ranks, everyone = run.own().ranks_of(learners, lora.r), torch.arange(len(learners))
+        own, everyone = run.own(), torch.arange(len(learners))
+        ranks = own.ranks_of(learners, lora.r)
         bank = Bank(sites["bottom"] + sites["top"], lora, config.train, len(learners))
         bank.set_ranks(everyone, ranks)
         bank.put(everyone, loaded["client.values"])
         self._tower = Tower(parts.bottom, parts.top, self._tokens.pad, bank)
         self._trunk = parts.trunk
         personal = views(loaded["trunk.values"], sites["trunk"], lora.r)
-        cut_(personal, everyone, torch.tensor(ranks))
-        scale_S = torch.tensor([lora.scaling_of(rank) / lora.scaling for rank in ranks])
-        self._trunk_sets = [[(a, b * scale_S[:, None, None]) for a, b in personal]]
+        if own.ranks:
+            # a page that is everyone's came as one row for all: no two could be cut apart
+            personal = [(a.clone(), b.clone()) for a, b in personal]
+            cut_(personal, everyone, torch.tensor(ranks))
+            personal = rescale(personal, lora, ranks)
+        self._trunk_sets = [personal]
         if config.server.shared_adapter:
             shared_SP = run.rounds.load_shared(round, "shared.values").expand(len(learners), -1)
             self._trunk_sets.append(views(shared_SP, sites["trunk"], lora.r))
