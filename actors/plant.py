@@ -31,7 +31,7 @@ from fellray.platform.errors import FellrayError
 from fellray.platform.faults import Stop, decide
 from fellray.platform.host import InProcess
 from fellray.platform.manifest import Staged
-from fellray.platform.messages import Installation, LedgerRow, StaleLease, Update
+from fellray.platform.messages import Damaged, Installation, LedgerRow, StaleLease, Update
 from fellray.platform.metrics import Score
 from fellray.platform.own import ALIKE, Own
 from fellray.platform.rounds import EVERYONE, Rounds
@@ -68,12 +68,15 @@ class Plant:
         self.learners = _choose(self._learners, config.evaluation.clients)
         """Those who are evaluated, sorted."""
         self._pending: tuple[int, tuple[Staged, ...]] = (-1, ())
-        sites = plan_cut(world.backbone, config.model).sites
+        sites, lora = plan_cut(world.backbone, config.model).sites, config.model.lora
         self._own = world.own
         ends = sites["bottom"] + sites["top"] if config.train.share == "all" else []
         self._sent_sites = ends + (sites["trunk"] if config.train.share != "none" else [])
-        self._client_columns = sum(s.num_parameters(config.model.lora.r) for s in ends)
+        self._client_columns, self._columns = (
+            sum(site.num_parameters(lora.r) for site in own) for own in (ends, self._sent_sites)
+        )
         self._events: list[str] = []
+        self._start_restored = False
 
     @classmethod
     def inline(cls, config: RunConfig, world: World, rounds: Rounds) -> "Plant":
@@ -146,21 +149,23 @@ class Plant:
         if late:
             self._events.append(f"round {round}: {len(late)} of {len(clients)} were late")
         learners = [c for update in updates for c in update.clients]
+        width, whole = self._client_columns, np.empty((len(learners), self._columns), np.float32)
+        answered = self._servers.report(updates, width < self._columns)
+        np.concatenate([update.theta_SP for update in updates], out=whole[:, :width])
+        served = answered()
+        np.concatenate([trunk for _, trunk in served], out=whole[:, width:])
+        theta = torch.from_numpy(whole)
         refused = {c: why for update in updates for c, why in update.refused.items()}
-        finite = self._servers.ask("are_finite", updates)
-        parts = [[update.theta_SP for update in updates]]
-        if self._config.train.share != "none":
-            parts.append(self._servers.ask("theta", updates))
-        theta = torch.from_numpy(_join(parts))
-        for learner, whole in zip(learners, chain.from_iterable(finite), strict=True):
-            if not whole:
+        finite = [usable for their, _ in served for usable in their]
+        for learner, usable in zip(learners, finite, strict=True):
+            if not usable:
                 refused.setdefault(learner, "the trunk's update holds a NaN or an infinity")
         self._events += [f"round {round}: {c} refused: {why}" for c, why in sorted(refused.items())]
         losses = {c: loss for u in updates for c, loss in zip(u.clients, u.losses, strict=True)}
         samples = {c: n for u in updates for c, n in zip(u.clients, u.samples, strict=True)}
         accepted = [c for c in learners if c not in refused]
         # what Ray holds of the answers is as much again
-        del answers, updates, parts
+        del answers, updates, answered, served
         if refused:
             theta = theta[[i for i, c in enumerate(learners) if c not in refused]]
         compared = self._config.method.compares()
@@ -205,7 +210,7 @@ class Plant:
             here = tuple(c for c in clients if c in refused)
             return Installation(round, tuple(clients), theta, here, common)
 
-        client_files = self._clients.map(
+        client_files = self._clients.ask(
             "install", [installation(cs, slice(width)) for cs in self._seated(took_part)]
         )
         shared = self._config.server.shared_adapter
@@ -214,9 +219,8 @@ class Plant:
             lambda clients: installation(clients, slice(width, None)),
             self._servers.shared_gradient(round, accepted) if shared else None,
         )
-        return self._expect(
-            round, [*client_files, *server_files, self._stage_common(round, common, sent[0])]
-        )
+        common_file = self._stage_common(round, common, sent[0])
+        return self._expect(round, [*client_files(), *server_files(), common_file])
 
     def sample(self, round: int) -> tuple[str, ...]:
         """Who is asked in a round."""
@@ -265,22 +269,47 @@ class Plant:
         return events
 
     def replayed(self, work: Callable[..., Answer], *args: Any) -> Answer:
-        """Run a round; if a holder was lost in it, everyone goes back to its start and again."""
+        """Run a round; if a holder was lost in it, everyone goes back to its start and again.
+
+        So it is where a page is damaged, once it is decided who goes back to an earlier one.
+
+        Raises:
+            FellrayError: it was lost too often, or what is damaged cannot be replaced.
+        """
         tries = 1
         while True:
+            mended: list[str] = []
             try:
                 return work(self, *args)
             except StaleLease as lost:
                 reason = str(lost)
-            decision = decide(tries, False, reason)
-            if isinstance(decision, Stop):
-                raise FellrayError(f"{decision.reason}; `fellray train` resumes the run")
-            self._events.append(f"the round was begun again: {reason}")
-            time.sleep(decision.pause_s)
+            except Damaged as damage:
+                reason = str(damage)
+                mended = self._mend(damage)
+            self._events += mended
+            if not mended:  # whoever decides finds new damage each time, so that it has an end
+                decision = decide(tries, False, reason)
+                if isinstance(decision, Stop):
+                    raise FellrayError(f"{decision.reason}; `fellray train` resumes the run")
+                self._events.append(f"the round was begun again: {reason}")
+                time.sleep(decision.pause_s)
+                tries += 1
             self._clients.map("forget")
             self._servers.forget()
             self._pending = (-1, ())
-            tries += 1
+
+    def _mend(self, damage: Damaged) -> list[str]:
+        """What was decided, in words; nothing where the file is whole by now."""
+        try:
+            return self._rounds.mend(damage)
+        except Damaged as hopeless:
+            if hopeless.round or self._start_restored:
+                raise
+        # the start follows from the seed: all can write it once more
+        self._start_restored = True
+        self._clients.map("stage_start")
+        self._servers.stage_start()
+        return [f"{damage.file} of round 0 was damaged: the start was made again"]
 
     def close(self) -> None:
         """End all actors."""
@@ -362,18 +391,6 @@ def _without(update: Update, counted: Collection[str]) -> Update:
         seconds=tuple(update.seconds[i] for i in rows),
         refused={c: why for c, why in update.refused.items() if c in counted},
     )
-
-
-def _join(parts: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-    """Blocks of columns, each of which lies in pieces of rows, as one array."""
-    rows = sum(len(piece) for piece in parts[0])
-    whole = np.empty((rows, sum(pieces[0].shape[1] for pieces in parts)), np.float32)
-    left = 0
-    for pieces in parts:
-        right = left + pieces[0].shape[1]
-        np.concatenate(pieces, out=whole[:, left:right])
-        left = right
-    return whole
 
 
 def _choose(learners: tuple[str, ...], count: int | None) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import torch
 
 from fellray.actors.telemetry import ServerTelemetry
 from fellray.platform.adapters import start
-from fellray.platform.allocator import keep_freed_memory
+from fellray.platform.allocator import give_back_freed_memory, keep_freed_memory
 from fellray.platform.batcher import Batcher
 from fellray.platform.config import RunConfig
 from fellray.platform.device import own_device
@@ -92,15 +92,14 @@ class Server:
         down: np.ndarray = await asyncio.wrap_future(future)
         return down
 
-    async def are_finite(self, lives: Collection[str], clients: Sequence[str]) -> list[bool]:
-        """See `TrunkHost.are_finite`."""
-        finite: list[bool] = await self._call(self._host.are_finite, lives, clients)
-        return finite
-
-    async def theta(self, lives: Collection[str], clients: Sequence[str]) -> np.ndarray:
-        """See `TrunkHost.theta`."""
-        theta: np.ndarray = await self._call(self._host.theta, lives, clients)
-        return theta
+    async def report(
+        self, lives: Collection[str], clients: Sequence[str], shared: bool
+    ) -> tuple[list[bool], np.ndarray]:
+        """See `TrunkHost.report`. Training is over, and what only its steps needed goes."""
+        await self._call(give_back_freed_memory)
+        call = self._call(self._host.report, lives, clients, shared)
+        report: tuple[list[bool], np.ndarray] = await call
+        return report
 
     async def shared_gradient(self, round: int, clients: Sequence[str]) -> np.ndarray:
         """See `TrunkHost.shared_gradient`."""

@@ -211,24 +211,18 @@ class Bank:
     def state(self, slots_s: Tensor, moments: bool) -> dict[str, Tensor]:
         """Copies of the slots' rows: values, and AdamW's moments and step counts if asked."""
         tensors = self._tensors() if moments else {"values": self.values_SP}
-        return {name: tensor[slots_s] for name, tensor in tensors.items()}
+        place = _place(slots_s)
+        if isinstance(place, slice):
+            return {name: tensor[place].clone() for name, tensor in tensors.items()}
+        return {name: tensor[place] for name, tensor in tensors.items()}
 
     def reset(self, slots_s: Tensor, state: Mapping[str, Tensor]) -> None:
         """Put slots to the rows of a `state`, in their order, values cut to each slot's rank; what
         it does not hold starts anew."""
-        self.gradient.total_SP[slots_s] = 0.0
+        place = _place(slots_s)
+        self.gradient.total_SP[place] = 0.0
         for name, tensor in self._tensors().items():
-            tensor[slots_s] = (
-                state[name].to(tensor.device) if name in state else tensor.new_zeros(())
-            )
-        self._cut(slots_s)
-
-    def put(self, slots_s: Tensor, values_sP: Tensor) -> None:
-        """Put slots' values alone, cut to each slot's rank."""
-        self.values_SP[slots_s] = values_sP.to(self.values_SP.device)
-        self._cut(slots_s)
-
-    def _cut(self, slots_s: Tensor) -> None:
+            tensor[place] = state[name].to(tensor.device) if name in state else tensor.new_zeros(())
         if self._mixed:
             slots = slots_s.to(self.ranks_S.device)
             cut_(self._values, slots, self.ranks_S[slots])
@@ -246,6 +240,24 @@ def state_names(part: str, moments: bool) -> list[str]:
     """Names under which a bank's `state` is kept in a round."""
     kinds = ["values", "moment1", "moment2", "steps"] if moments else ["values"]
     return [f"{part}.{kind}" for kind in kinds]
+
+
+def finite_rows(values_SP: Tensor) -> list[bool]:
+    """Which rows hold neither a NaN nor an infinity."""
+    # a finite sum says it sooner
+    finite_S = values_SP.sum(1).isfinite()
+    finite: list[bool] = (finite_S if finite_S.all() else values_SP.isfinite().all(1)).tolist()
+    return finite
+
+
+def _place(slots_s: Tensor) -> Tensor | slice:
+    """Slots that follow one another as a slice: copied several times as fast as by index."""
+    if slots_s.device.type != "cpu" or not len(slots_s):
+        return slots_s
+    first = int(slots_s[0])
+    if not torch.equal(slots_s, torch.arange(first, first + len(slots_s))):
+        return slots_s
+    return slice(first, first + len(slots_s))
 
 
 def _mix(seed: int, path: str) -> int:

@@ -103,8 +103,9 @@ def _describe(
 def _pack(pairs: Mapping[str, Pair]) -> bytes:
     """`adapter_model.safetensors` of one learner, under the names that peft gives."""
     tensors: dict[str, Tensor] = {}
-    for path, (a, b) in pairs.items():
-        tensors[f"base_model.model.{path}.lora_A.weight"] = a.clone(memory_format=torch.contiguous_format)
-        tensors[f"base_model.model.{path}.lora_B.weight"] = b.clone(memory_format=torch.contiguous_format)
+    for path, pair in pairs.items():
+        for letter, part in zip("AB", pair, strict=True):
+            name = f"base_model.model.{path}.lora_{letter}.weight"
+            tensors[name] = part.clone(memory_format=torch.contiguous_format)
     data: bytes = safetensors.torch.save(tensors, metadata={"format": "pt"})
     return data

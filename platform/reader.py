@@ -81,11 +81,13 @@ class Reader:
     ):
         """Args: seats: learner -> the shards it reads; learners sorted, slot i is the i-th."""
         self._config = config
-        self._own = own
         self._tokens = tokens
         self._device = device
         self.learners = tuple(seats)
         self.shards = [shard for shards in seats.values() for shard in shards]
+        usual, size = config.train.local_samples, config.train.batch_size
+        self._samples = [own.samples_of((s.client for s in of), usual) for of in seats.values()]
+        self._steps = [-(-samples // size) for samples in self._samples]
         self._slot_of_shard = [s for s, shards in enumerate(seats.values()) for _ in shards]
         bases = np.cumsum([0, *(len(shard.items) for shard in self.shards)])
         self._items = np.concatenate([shard.items for shard in self.shards])
@@ -113,9 +115,11 @@ class Reader:
     def samples(self, slot: int) -> int:
         """Histories a learner reads in a round: for each of its shards `train.local_samples`, or
         what that client has of its own."""
-        shards = zip(self.shards, self._slot_of_shard, strict=True)
-        clients = [shard.client for shard, of in shards if of == slot]
-        return self._own.samples_of(clients, self._config.train.local_samples)
+        return self._samples[slot]
+
+    def ends(self, step: int) -> list[int]:
+        """The slots whose last step of a round this is."""
+        return [slot for slot, steps in enumerate(self._steps) if steps == step + 1]
 
     def steps(self, round: int) -> Iterator[tuple[Batch, Tensor]]:
         """The round's batches of all learners side by side, with each row's target item [N].
@@ -124,8 +128,8 @@ class Reader:
         """
         size = self._config.train.batch_size
         orders = [self._order(slot, round) for slot in range(len(self.learners))]
-        for at in range(0, max(map(len, orders)), size):
-            parts = [order[at : at + size] for order in orders]
+        for step in range(max(self._steps)):
+            parts = [order[step * size : (step + 1) * size] for order in orders]
             slots = np.repeat(np.arange(len(parts)), [len(p) for p in parts])
             positions = np.concatenate(parts)
             history = self._history(positions)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import fellray
 from fellray.platform import config as configs
@@ -29,11 +29,13 @@ from fellray.platform.errors import FellrayError
 from fellray.platform.journal import Journal
 from fellray.platform.ledger import total
 from fellray.platform.manifest import Staged
-from fellray.platform.messages import LedgerRow
+from fellray.platform.messages import Damaged, LedgerRow
 from fellray.platform.metrics import Score, balance
 from fellray.platform.own import ALIKE, Own, read_own
 from fellray.platform.rounds import Rounds
 from fellray.platform.storage import Storage
+
+Answer = TypeVar("Answer")
 
 LIBRARIES = ("torch", "transformers", "peft", "ray", "deepspeed", "numpy", "pyarrow")
 HASHED = [*state_names("client", False), *state_names("trunk", False)]
@@ -76,6 +78,8 @@ class Run:
         self._clock = time.monotonic()
         self._best: tuple[int, float] | None = None
         """Round and quality, once this process has committed a round."""
+        self.events: list[str] = []
+        """What was found damaged and stands in no row yet."""
 
     def to_go(self) -> range:
         """Rounds still to be trained: those after the last committed one."""
@@ -90,26 +94,46 @@ class Run:
         Returns:
             The round's row of metrics.jsonl.
         """
+        carried = self._mended(lambda: self.rounds.carry(round, outcome.staged))
         now = time.monotonic()
         row = {"round": round, "seconds": round_seconds(now - self._clock)}
         row |= _describe(outcome) | {
             "bytes": sum(entry.bytes for entry in ledger),
             "bytes_by_kind": total(ledger),
-            "events": list(events),
+            "events": [*self.events, *events],
         }
+        self.events.clear()
         self._clock = now
         self.journal.record("metrics", [row])
         self.journal.record("ledger", [{"round": round, **vars(entry)} for entry in ledger])
         self._still_locked()
-        staged = [*outcome.staged, *self.rounds.carry(round, outcome.staged)]
+        staged = [*outcome.staged, *carried]
         self.rounds.commit(round, staged, {"data_sha256": self._data_sha256})
         self._best = self._best_of([row], self._best) if self._best else self._read_best()
-        self.rounds.prune(self.config.keep_last, keep=[0, self._best[0]])
+        keep = [0, self._best[0]]
+        self._mended(lambda: self.rounds.prune(self.config.keep_last, keep))
         return row
 
     def best_round(self) -> int:
         """The round with the best validation by `evaluation.select`; the earliest among equals."""
         return self._read_best()[0]
+
+    def look_for_damage(self) -> None:
+        """Note in `events` what was decided without a row that says so, and what does not count."""
+        self.events += [f"{why}; the round is done again" for why in self.rounds.dropped()]
+        if verdicts := self.rounds.verdicts():
+            told = {event for row in self.journal.rows("metrics") for event in row["events"]}
+            self.events += [event for event in verdicts if event not in told]
+
+    def _mended(self, work: Callable[[], Answer]) -> Answer:
+        """Do it, once more after each decision on a damaged file."""
+        while True:
+            try:
+                return work()
+            except Damaged as damage:
+                if not (mended := self.rounds.mend(damage)):
+                    raise
+                self.events += mended
 
     def _read_best(self) -> tuple[int, float]:
         # rows are written before their round is committed
@@ -165,6 +189,7 @@ def open_run(config: RunConfig, data_sha256: str) -> Iterator[Run]:
         storage.write("config.json", configs.dump(config).encode())
         run.journal.write_json("environment.json", environment())
         run.journal.resume(run.rounds.latest())
+        run.look_for_damage()
         yield run
 
 
@@ -289,7 +314,7 @@ def summarise(
         "data": dict(data),
         "model": {"name": config.model.name, "sha256": model_sha256},
         "environment": environment(),
-        "events": [e for row in run.journal.rows("metrics") for e in row["events"]],
+        "events": [e for row in run.journal.rows("metrics") for e in row["events"]] + run.events,
     }
 
 

@@ -78,7 +78,7 @@ class Recommender:
         ranks = own.ranks_of(learners, lora.r)
         bank = Bank(sites["bottom"] + sites["top"], lora, config.train, len(learners))
         bank.set_ranks(everyone, ranks)
-        bank.put(everyone, loaded["client.values"])
+        bank.reset(everyone, {"values": loaded["client.values"]})
         self._tower = Tower(parts.bottom, parts.top, self._tokens.pad, bank)
         self._trunk = parts.trunk
         personal = views(loaded["trunk.values"], sites["trunk"], lora.r)

@@ -327,7 +327,7 @@ def test_what_is_behind_a_rank_stays_zero_through_training() -> None:
     both = [Bank(SITES[:1], LoraSpec(r=3), train, 2) for _ in range(2)]
     for one, ranks in zip(both, ([2, 3], [3, 3]), strict=True):
         one.set_ranks(torch.arange(2), ranks)
-        one.put(torch.arange(2), numbers(2, 21, seed=9))
+        one.reset(torch.arange(2), {"values": numbers(2, 21, seed=9)})
     base = torch.nn.Linear(3, 4)
     layer, slots = LoraLinear(base, both[0].spec.scaling), torch.tensor([0, 1, 1])
     for step in range(10):
@@ -356,7 +356,7 @@ def test_a_smaller_rank_has_its_own_scale(rslora: bool) -> None:
     pairs = one.gather(slots, train=False)
     assert one.scale(slots, pairs) is pairs, "nothing is computed where all have one rank"
     one.set_ranks(torch.tensor([0]), [1])
-    one.put(torch.arange(2), numbers(2, 2 * WIDTH))
+    one.reset(torch.arange(2), {"values": numbers(2, 2 * WIDTH)})
     for (a, b), (a_0, b_0) in zip(
         one.scale(slots, one.gather(slots, False)), one.gather(slots, False), strict=True
     ):

@@ -24,6 +24,7 @@ from fellray.platform.errors import FellrayError
 from fellray.platform.own import ALIKE, Own, read_own
 from fellray.platform.rounds import Rounds
 from fellray.platform.run import Outcome, open_run, read_run
+from fellray.platform.slots import Slots
 from fellray.platform.split import plan_cut
 from fellray.platform.storage import Storage
 
@@ -252,6 +253,24 @@ def test_own_histories_are_own_steps(tiny_config: Make, tmp_path: Path) -> None:
     for samples, row, client in ((5, 1, "c1"), (20, 4, "c4")):
         _, all_alike = fit(tiny_config(train={"local_samples": samples}), (client,))
         assert torch.equal(all_alike.theta_CP[0], some.theta_CP[row])
+
+
+def test_who_is_done_leaves_its_slot(
+    tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the server, while others of its crew go on."""
+    left: list[tuple[str, ...]] = []
+    sound = Slots.finish
+
+    def heard(self: Slots, clients: Sequence[str]) -> None:
+        if self._part == "trunk" and clients:
+            left.append(tuple(clients))
+        sound(self, clients)
+
+    monkeypatch.setattr(Slots, "finish", heard)
+    own = str(table(tmp_path / "own.csv", client=["c1", "c4"], local_samples=[5, 20]))
+    fit(tiny_config(clients={"own": own, "crews": 1}), CLIENTS)
+    assert left == [("c1",), ("c0", "c2", "c3"), ("c4",)]
 
 
 def test_who_reads_for_all_reads_what_they_would_and_has_the_runs_rank(

@@ -168,6 +168,7 @@ def test_who_has_own_histories_reads_those_and_nobody_else_other_ones() -> None:
     assert [one.samples(slot) for slot in range(3)] == [3, 10, 13]
     counts = [torch.bincount(b.slot_N, minlength=3).tolist() for b, _ in one.steps(1)]
     assert counts == [[3, 4, 4], [0, 4, 4], [0, 2, 4], [0, 0, 1]]
+    assert [one.ends(step) for step in range(4)] == [[0], [], [1], [2]]
     assert read(one, 0, 1) == read(alike, 0, 1)[:3]
     assert read(one, 1, 1) == read(alike, 1, 1)
     assert read(one, 2, 1) == read(reader("c", local_samples=13), 0, 1)

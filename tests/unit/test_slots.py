@@ -86,3 +86,41 @@ def test_a_row_has_the_rank_of_who_stands_in_it(
         for row, client in zip(rows.tolist(), clients, strict=True):
             assert slots.bank.values_SP[row].tolist() == (first if client == "a" else whole)
             assert slots.bank.ranks_S[row] == (1 if client == "a" else 2)
+
+
+def test_who_has_finished_needs_no_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fellray.platform.slots.KEPT", 4)
+    monkeypatch.setattr("fellray.platform.slots.WRITTEN", 3)
+    slots, rounds = make_slots(tmp_path)
+    clients = [f"{i:02d}" for i in range(12)]
+    for few in (clients[:2], clients[2:4], clients[4:6], clients[6:8], clients[8:10], clients[10:]):
+        rows = slots.hold(0, few)
+        slots.train(few)
+        slots.bank.values_SP[rows] += torch.tensor([[float(c)] for c in few])
+        slots.finish(few)
+        slots.finish(few)
+    assert len(slots.bank.values_SP) <= 4
+    trained = SEEDED + torch.arange(12.0)[:, None]
+    assert torch.equal(slots.values(clients), trained)
+    slots.replace(clients[:1], SEEDED[None] + 100)
+    trained[0] = SEEDED + 100
+    rounds.commit(1, slots.stage(1, "h", clients, True), {})
+    slots.release()
+    assert len(slots.bank.values_SP) <= 4
+    assert torch.equal(rounds.load(1, clients, ["client.values"])["client.values"], trained)
+    assert not slots.have_finished(clients[:1])
+    for few in (clients[:4], clients[8:]):
+        assert torch.equal(slots.bank.values_SP[slots.hold(1, few)], trained[list(map(int, few))])
+
+
+def test_who_trains_again_has_not_finished(tmp_path: Path) -> None:
+    slots, _ = make_slots(tmp_path)
+    rows = slots.hold(0, ["a"])
+    slots.train(["a"])
+    slots.bank.values_SP[rows] += 1
+    slots.finish(["a"])
+    again = slots.hold(0, ["a"])
+    slots.train(["a"])
+    assert not slots.have_finished(["a"])
+    assert torch.equal(slots.bank.values_SP[again], SEEDED[None])
+    assert torch.equal(slots.values(["a"]), SEEDED[None])
