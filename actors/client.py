@@ -37,6 +37,7 @@ from fellray.platform.messages import (
     Update,
 )
 from fellray.platform.metrics import Evaluator, Score
+from fellray.platform.own import ALIKE, Own
 from fellray.platform.reader import Batch, Reader
 from fellray.platform.retrieval import Scorer, mean_losses
 from fellray.platform.rounds import Rounds
@@ -74,12 +75,14 @@ class Client:
         catalogue: Catalogue,
         remote: Remote,
         rounds: Rounds,
+        own: Own = ALIKE,
     ):
         """Args: index: names this actor's files. seats: learner -> whose shards it reads."""
         torch.set_num_threads(config.clients.threads)
         self._config = config
         self._holder = f"clients-{index:05d}"
         self._rounds = rounds
+        self._own = own
         self._catalogue = catalogue
         self._data = Dataset(config.data.path)
         self._seats = dict(sorted(seats.items()))
@@ -98,6 +101,7 @@ class Client:
             "client",
             config.train.moments == "keep",
             rounds,
+            own,
         )
         self._ends = (bottom, top, catalogue.tokens.pad)
         self._ledger = Ledger()
@@ -275,8 +279,10 @@ class Client:
         for step, (batch, target_N) in enumerate(desk.reader.steps(round)):
             count_S = torch.bincount(batch.slot_N.cpu(), minlength=num)
             header = self._header(desk, batch, round, step, lease)
-            last = step + 1 == desk.reader.num_steps()
-            loss_S = yield from self._step(desk, batch, slots[batch.slot_N], target_N, header, last)
+            # of one's own, not of the crew's: who has fewer histories is done before the others
+            learners = desk.reader.learners
+            done = tuple(learners[slot] for slot in desk.reader.ends(step))
+            loss_S = yield from self._step(desk, batch, slots[batch.slot_N], target_N, header, done)
             weighted += loss_S * count_S
             rows += count_S
         return weighted, rows
@@ -288,7 +294,7 @@ class Client:
         slot_N: Tensor,
         target_N: Tensor,
         header: Activation,
-        last: bool,
+        done: tuple[str, ...],
     ) -> Trip[Tensor]:
         """One local step, twice over the cut: each learner's loss."""
         bank, tower = self._slots.bank, self._tower()
@@ -301,7 +307,7 @@ class Client:
         loss_S.sum().backward()
         assert y_Ld.grad is not None
         g_Ld = y_Ld.grad.contiguous().cpu().numpy()
-        gradient = Gradient(header.run, header.round, header.step, g_Ld, last)
+        gradient = Gradient(header.run, header.round, header.step, g_Ld, done)
         down = yield self._span.backward(activation, gradient)
         h_Ld.backward(from_dlpack(down).to(h_Ld.device))
         for slots_n, pairs in used:
@@ -315,13 +321,16 @@ class Client:
     def _header(
         self, desk: Desk, batch: Batch, round: int, step: int, lease: Lease | None
     ) -> Activation:
+        # who is done with its histories has no row, and the server expects no step of it
+        present, owner_N = np.unique(batch.slot_N.cpu().numpy(), return_inverse=True)
+        learners = desk.reader.learners
         return Activation(
             run=self._config.name,
             round=round,
             step=step,
             lease=lease,
-            clients=desk.reader.learners,
-            row_client_N=batch.slot_N.cpu().numpy().astype(np.int32),
+            clients=tuple(learners[i] for i in present.tolist()) if lease else learners,
+            row_client_N=(owner_N if lease else present[owner_N]).astype(np.int32),
             lengths_N=batch.rows.lengths_N.numpy().astype(np.int32),
             h_Ld=np.empty((0, 0), np.float32),
         )
@@ -355,7 +364,7 @@ class Client:
 
     def _desk(self, crew: tuple[str, ...]) -> Desk:
         shards = {c: [self._data.shard(own) for own in self._seats[c]] for c in crew}
-        reader = Reader(self._config, self._catalogue.tokens, shards, self._device)
+        reader = Reader(self._config, self._catalogue.tokens, shards, self._device, self._own)
         model = self._config.model
         return Desk(
             reader,

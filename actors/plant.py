@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -23,6 +24,7 @@ from fellray.actors.remote import RayRemote
 from fellray.actors.server import Server, make_host
 from fellray.actors.servers import Servers, check_servers
 from fellray.actors.world import World
+from fellray.platform.adapters import cut_, views
 from fellray.platform.aggregation import Plan, Reports, describe
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
@@ -31,6 +33,7 @@ from fellray.platform.host import InProcess
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import Damaged, Installation, LedgerRow, StaleLease, Update
 from fellray.platform.metrics import Score
+from fellray.platform.own import ALIKE, Own
 from fellray.platform.rounds import EVERYONE, Rounds
 from fellray.platform.sampling import Sampler
 from fellray.platform.slots import WRITTEN
@@ -65,13 +68,13 @@ class Plant:
         self.learners = _choose(self._learners, config.evaluation.clients)
         """Those who are evaluated, sorted."""
         self._pending: tuple[int, tuple[Staged, ...]] = (-1, ())
-        share, sites = config.train.share, plan_cut(world.backbone, config.model).sites
-        columns = {
-            part: sum(site.num_parameters(config.model.lora.r) for site in sites[part])
-            for part in sites
-        }
-        self._client_columns = columns["bottom"] + columns["top"] if share == "all" else 0
-        self._columns = self._client_columns + (columns["trunk"] if share != "none" else 0)
+        sites, lora = plan_cut(world.backbone, config.model).sites, config.model.lora
+        self._own = world.own
+        ends = sites["bottom"] + sites["top"] if config.train.share == "all" else []
+        self._sent_sites = ends + (sites["trunk"] if config.train.share != "none" else [])
+        self._client_columns, self._columns = (
+            sum(site.num_parameters(lora.r) for site in own) for own in (ends, self._sent_sites)
+        )
         self._events: list[str] = []
         self._start_restored = False
 
@@ -81,7 +84,8 @@ class Plant:
         learners, trunk = tuple(sorted(world.seats)), world.trunk_side(config)
         check_servers(config.server.count, len(deal(learners, config.clients.together)))
         servers = InlinePool(
-            make_host, [(config, learners, trunk, rounds, i) for i in range(config.server.count)]
+            make_host,
+            [(config, learners, trunk, rounds, i, world.own) for i in range(config.server.count)],
         )
         remote = InProcess(*servers.members)
         args = _client_args(config, world, remote, rounds, lambda name, value: value)
@@ -106,7 +110,8 @@ class Plant:
             check_places([server, client])
         frozen = Shared(f"trunk {world.key(config)}", world.trunk_side(config))
         everyone = _share_names(Shared, learners)
-        rows = [(config, everyone, frozen, rounds, i) for i in range(config.server.count)]
+        own = _share_own(Shared, world.own)
+        rows = [(config, everyone, frozen, rounds, i, own) for i in range(config.server.count)]
         servers = RayPool(cls._server, rows, server, events.append, wait_s)
         try:
             remote = RayRemote(servers.handles)
@@ -179,6 +184,9 @@ class Plant:
     def install(self, reports: Reports, plan: Plan, mixed_CP: Tensor) -> list[Staged]:
         """Give every accepted learner its row of the mixture, the others their round's start.
 
+        A row is cut to its learner's own rank, in place. A mixture that is everyone's stays whole:
+        each learner cuts what it reads.
+
         Raises:
             StaleLease: a holder lost what it trained: see `replayed`.
         """
@@ -189,6 +197,8 @@ class Plant:
         # who is refused has no row; any will do, nobody reads it
         row = {c: i for i, c in enumerate(accepted)} | dict.fromkeys(refused, 0)
         took_part = tuple(sorted(row))
+        if not common:
+            self._cut_(accepted, mixed_CP)
         sent = mixed_CP if len(accepted) else mixed_CP.new_zeros(1, mixed_CP.shape[1])
 
         def installation(clients: Sequence[str], columns: slice) -> Installation:
@@ -324,7 +334,15 @@ class Plant:
             if not at:
                 found = torch.empty(len(clients), loaded.shape[1])
             found[at * WRITTEN : at * WRITTEN + len(some)] = loaded
+        self._cut_(clients, found)
         return found
+
+    def _cut_(self, clients: Sequence[str], sent_CP: Tensor) -> None:
+        """Leave each of the clients' sent rows what its own rank has, in place."""
+        if self._own.ranks:
+            largest = self._config.model.lora.r
+            ranks_C = torch.tensor(self._own.ranks_of(clients, largest), dtype=torch.int64)
+            cut_(views(sent_CP, self._sent_sites, largest), torch.arange(len(clients)), ranks_C)
 
     def _stage_common(self, round: int, common: bool, theta_P: Tensor) -> tuple[Staged, ...]:
         """Everyone's page, where the mixture is one for all."""
@@ -397,10 +415,22 @@ def _client_args(
     backbone = share(f"client {world.key(config)}", world.client_side(config))
     catalogue = share(f"catalogue {world.key(config)}", world.catalogue)
     hosts = deal(sorted(world.seats), config.clients.together)
-    seats = [_share_names(share, {c: world.seats[c] for c in host}) for host in hosts]
-    return [(config, i, own, backbone, catalogue, remote, rounds) for i, own in enumerate(seats)]
+    seats = [{c: world.seats[c] for c in host} for host in hosts]
+    owns = [world.own.select([*seat, *chain.from_iterable(seat.values())]) for seat in seats]
+    common = (backbone, catalogue, remote, rounds)
+    return [
+        (config, i, _share_names(share, seat), *common, _share_own(share, own))
+        for i, (seat, own) in enumerate(zip(seats, owns, strict=True))
+    ]
 
 
 def _share_names(share: Callable[[str, Any], Any], names: Any) -> Any:
     """Ids or seats, under a name that follows from them: an actor's plain arguments must be few."""
     return share(f"names {hashlib.sha256(json.dumps(names).encode()).hexdigest()}", names)
+
+
+def _share_own(share: Callable[[str, Any], Any], own: Own) -> Any:
+    """As `_share_names`; nothing is shared where nothing is own."""
+    if own == ALIKE:
+        return own
+    return share(f"own {hashlib.sha256(json.dumps(own.tree()).encode()).hexdigest()}", own)

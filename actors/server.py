@@ -21,6 +21,7 @@ from fellray.platform.encoder import Backbone
 from fellray.platform.host import TrunkHost
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import Activation, Gradient, Installation, Lease
+from fellray.platform.own import ALIKE, Own
 from fellray.platform.rounds import Rounds
 from fellray.platform.split import cut_model
 from fellray.platform.trunk import Engine, TorchEngine, Trunk
@@ -32,6 +33,7 @@ def make_host(
     backbone: Backbone,
     rounds: Rounds,
     index: int = 0,
+    own: Own = ALIKE,
 ) -> TrunkHost:
     """The trunk with the engine that the config names."""
     torch.set_num_threads(config.server.threads)
@@ -48,7 +50,7 @@ def make_host(
         engine = DeepSpeedEngine(trunk, config)
     else:
         engine = TorchEngine(trunk, config)
-    return TrunkHost(config, learners, sites, engine, rounds, device, index)
+    return TrunkHost(config, learners, sites, engine, rounds, device, index, own)
 
 
 class Server:
@@ -61,13 +63,14 @@ class Server:
         backbone: Backbone,
         rounds: Rounds,
         index: int = 0,
+        own: Own = ALIKE,
     ):
         """Args: index: which server of the run's."""
         self._telemetry = ServerTelemetry(config.name)
         self._batcher = Batcher(config.server.max_tokens, self._telemetry.count)
         # made on the thread that will run it: gradients and thread counts belong to a thread
         self._host = self._batcher.call(
-            make_host, config, learners, backbone, rounds, index
+            make_host, config, learners, backbone, rounds, index, own
         ).result()
 
     async def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:

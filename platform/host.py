@@ -29,6 +29,7 @@ from fellray.platform.lanes import Lanes
 from fellray.platform.ledger import payload_bytes
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import Activation, Gradient, Installation, Lease, StaleLease
+from fellray.platform.own import ALIKE, Own
 from fellray.platform.packed import Batch
 from fellray.platform.rounds import Rounds
 from fellray.platform.slots import WRITTEN, Slots
@@ -63,6 +64,7 @@ class TrunkHost:
         rounds: Rounds,
         device: torch.device | None = None,
         index: int = 0,
+        own: Own = ALIKE,
     ):
         """Args: learners: ids of everyone who trains. index: names this host's files."""
         self._holder = f"trunk-{index:05d}"
@@ -80,6 +82,7 @@ class TrunkHost:
             "trunk",
             config.train.moments == "keep",
             rounds,
+            own,
         )
         self._shared = config.server.shared_adapter
         self._shared_gradient = GradientSum(sites, lora.r, 0, device)
@@ -316,8 +319,8 @@ class TrunkHost:
         for client, _, _ in keys:
             self._turns[client].next_step += 1
         for activation, gradient in sent:
-            if gradient.last:
-                self._finish(activation.clients)
+            if gradient.done:
+                self._finish([c for c in activation.clients if c in gradient.done])
         return _part(lanes.collect(down_Md), activations)
 
     def _lay(self, activations: Sequence[Activation]) -> tuple[Lanes, Tensor, list[_Key]]:

@@ -71,8 +71,9 @@ class Gradient:
     step: int
     g_Ld: np.ndarray
     """fp32."""
-    last: bool = False
-    """No step follows: the trunk may lay aside what only a further one would need."""
+    done: tuple[str, ...] = ()
+    """Clients for whom no step follows: the trunk may lay aside what only a further one would need.
+    """
 
 
 @dataclass(frozen=True)

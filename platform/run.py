@@ -4,8 +4,8 @@ It does not know how a round comes about. Order of events at a round's end: hold
 their state, then the records are appended, then the manifest is renamed into place: now the round
 happened. Records of rounds that did not happen are dropped when the run is opened again.
 
-Layout: config.json, environment.json, metrics.jsonl, ledger.jsonl, rounds/NNNNNN/, summary.json,
-costs.json, report.html, adapters/.
+Layout: config.json, own.json, environment.json, metrics.jsonl, ledger.jsonl, rounds/NNNNNN/,
+summary.json, costs.json, report.html, adapters/.
 """
 
 import hashlib
@@ -31,6 +31,7 @@ from fellray.platform.ledger import total
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import Damaged, LedgerRow
 from fellray.platform.metrics import Score, balance
+from fellray.platform.own import ALIKE, Own, read_own
 from fellray.platform.rounds import Rounds
 from fellray.platform.storage import Storage
 
@@ -152,6 +153,14 @@ class Run:
                     best = (row["round"], float(value))
         return best
 
+    def own(self) -> Own:
+        """What clients have of their own in this run, whatever has become of the file since.
+
+        Raises:
+            FellrayError: as `read_json`.
+        """
+        return ALIKE if self.config.clients.own is None else Own(**self.read_json("own.json"))
+
     def read_json(self, name: str) -> dict[str, Any]:
         """One of the run's JSON files.
 
@@ -166,13 +175,17 @@ def open_run(config: RunConfig, data_sha256: str) -> Iterator[Run]:
     """Hold the run's folder: a new run, or the same config's interrupted one.
 
     Raises:
-        FellrayError: another process holds it, or it was begun with another config or other data.
+        FellrayError: another process holds it, it was begun with another config or other data, or
+            as `read_own`.
     """
+    own = read_own(config)
     storage = Storage(config.storage).sub(config.name)
     with storage.lock("train") as still_locked:
         run = Run(config, data_sha256, still_locked)
         if storage.exists("config.json"):
-            _refuse_other(run, data_sha256)
+            _refuse_other(run, data_sha256, own)
+        if own != ALIKE:
+            run.journal.write_json("own.json", own.tree())
         storage.write("config.json", configs.dump(config).encode())
         run.journal.write_json("environment.json", environment())
         run.journal.resume(run.rounds.latest())
@@ -331,7 +344,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _refuse_other(run: Run, data_sha256: str) -> None:
+def _refuse_other(run: Run, data_sha256: str, own: Own) -> None:
     """A run goes on with the config and data it began with; its length and place may change."""
     held = _flatten(_read_json(run.storage, "config.json"))
     wanted = _flatten(json.loads(configs.dump(run.config)))
@@ -343,6 +356,8 @@ def _refuse_other(run: Run, data_sha256: str) -> None:
     latest = run.rounds.latest()
     if latest is not None and run.rounds.facts(latest)["data_sha256"] != data_sha256:
         changed.append(f"the prepared data in {run.config.data.path}")
+    if "clients.own" not in changed and run.own() != own:
+        changed.append(f"what {run.config.clients.own} holds")
     if changed:
         raise FellrayError(
             f"{run.storage}: was begun with another config (differs in {', '.join(changed)}); "

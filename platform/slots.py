@@ -16,6 +16,7 @@ from torch import Tensor
 from fellray.platform.adapters import Bank, state_names
 from fellray.platform.faults import committed
 from fellray.platform.manifest import Staged
+from fellray.platform.own import ALIKE, Own
 from fellray.platform.rounds import EVERYONE, Rounds
 
 KEPT = 256
@@ -31,9 +32,18 @@ State = tuple[int, ...]
 class Slots:
     """The rows of a bank as a cache of committed pages. `bank` is replaced when it grows."""
 
-    def __init__(self, make: Callable[[int], Bank], part: str, moments: bool, rounds: Rounds):
-        """Args: make: a bank of so many slots. part: `client` or `trunk`, names the pages."""
+    def __init__(
+        self,
+        make: Callable[[int], Bank],
+        part: str,
+        moments: bool,
+        rounds: Rounds,
+        own: Own = ALIKE,
+    ):
+        """Args: make: a bank of so many slots. part: `client` or `trunk`, names the pages. own:
+        whose rows have a rank of their own."""
         self.bank = make(0)
+        self._own = own
         self._make = make
         self._part = part
         self._moments = moments
@@ -196,10 +206,13 @@ class Slots:
             free += range(rows, grown)
             self._grow(grown)
         self._slot |= dict(zip(new, free, strict=False))
+        if self._own.ranks:
+            self.bank.set_ranks(self.find(new), self._own.ranks_of(new, self.bank.spec.r))
 
     def _grow(self, rows: int) -> None:
         old, self.bank = self.bank, self._make(rows)
         held = torch.arange(len(old.values_SP))
+        self.bank.set_ranks(held, old.ranks_S.tolist())
         self.bank.reset(held, old.state(held, True))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fellray.platform.adapters import Bank, views
+from fellray.platform.adapters import Bank, cut_, rescale, views
 from fellray.platform.encoder import Backbone, Tokens, load_backbone, load_tokenizer, tokenize
 from fellray.platform.errors import FellrayError
 from fellray.platform.reader import EVALUATION_ROWS, assemble
@@ -74,11 +74,20 @@ class Recommender:
         parts = cut_model(backbone, config.model)
         sites, lora = parts.cut.sites, config.model.lora
         loaded = run.rounds.load(round, learners, ["client.values", "trunk.values"])
+        own, everyone = run.own(), torch.arange(len(learners))
+        ranks = own.ranks_of(learners, lora.r)
         bank = Bank(sites["bottom"] + sites["top"], lora, config.train, len(learners))
-        bank.values_SP.copy_(loaded["client.values"])
+        bank.set_ranks(everyone, ranks)
+        bank.reset(everyone, {"values": loaded["client.values"]})
         self._tower = Tower(parts.bottom, parts.top, self._tokens.pad, bank)
         self._trunk = parts.trunk
-        self._trunk_sets = [views(loaded["trunk.values"], sites["trunk"], lora.r)]
+        personal = views(loaded["trunk.values"], sites["trunk"], lora.r)
+        if own.ranks:
+            # a page that is everyone's came as one row for all: no two could be cut apart
+            personal = [(a.clone(), b.clone()) for a, b in personal]
+            cut_(personal, everyone, torch.tensor(ranks))
+            personal = rescale(personal, lora, ranks)
+        self._trunk_sets = [personal]
         if config.server.shared_adapter:
             shared_SP = run.rounds.load_shared(round, "shared.values").expand(len(learners), -1)
             self._trunk_sets.append(views(shared_SP, sites["trunk"], lora.r))

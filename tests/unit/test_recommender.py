@@ -99,7 +99,27 @@ def ndcgs(recommender: Recommender, data: Dataset, client: str) -> list[float]:
 def test_the_rankings_are_those_of_the_evaluation(
     tiny_config: Callable[..., RunConfig], tiny_data: Path, overrides: dict[str, object]
 ) -> None:
-    trained = train(tiny_config(clients={"per_actor": 5}, **overrides))
+    check_rankings(train(tiny_config(clients={"per_actor": 5}, **overrides)), tiny_data)
+
+
+def test_clients_of_their_own_rank_are_evaluated_alike(
+    tiny_config: Callable[..., RunConfig], tiny_data: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.csv"
+    own.write_text("client,rank\nc0,1\nc3,2\n")
+    config = tiny_config(
+        clients={"own": str(own)},
+        model={"lora": {"r": 4}},
+        method={"kind": "fedavg"},
+        server={"shared_adapter": True},
+        train={"learning_rate": 0.05},
+    )
+    trained = train(config)
+    own.unlink()  # the run has written it down
+    check_rankings(trained, tiny_data)
+
+
+def check_rankings(trained: Trained, tiny_data: Path) -> None:
     recommender = Recommender.open(trained.folder, LAST)
     data = Dataset(tiny_data)
     assert recommender.clients == data.clients
@@ -242,11 +262,11 @@ def test_only_committed_rounds_are_opened(run_copy: Path) -> None:
             Recommender.open(str(run_copy), round)
     with pytest.raises(FellrayError, match="holds no run"):
         Recommender.open(str(run_copy / "rounds"))
-    trunk = run_copy / "rounds/000002/trunk.safetensors"
+    trunk = run_copy / "rounds/000002/trunk-00000.safetensors"
     damaged = bytearray(trunk.read_bytes())
     damaged[-1] ^= 1
     trunk.write_bytes(damaged)
-    with pytest.raises(FellrayError, match=r"trunk\.safetensors: is damaged"):
+    with pytest.raises(FellrayError, match=r"trunk-00000\.safetensors: is damaged"):
         Recommender.open(str(run_copy), 2)
     shutil.rmtree(run_copy / "rounds")
     with pytest.raises(FellrayError, match="no round is committed yet"):

@@ -7,6 +7,7 @@ import torch
 
 from fellray.platform.adapters import Bank, Site
 from fellray.platform.config import LoraSpec, TrainConfig
+from fellray.platform.own import ALIKE, Own
 from fellray.platform.rounds import Rounds
 from fellray.platform.slots import Slots
 from fellray.platform.storage import Storage
@@ -15,10 +16,14 @@ SITES = [Site("one", 2, 3)]
 SEEDED = torch.arange(5.0)
 
 
-def make_slots(folder: Path, moments: bool = False) -> tuple[Slots, Rounds]:
+def make_slots(
+    folder: Path, moments: bool = False, r: int = 1, own: Own = ALIKE
+) -> tuple[Slots, Rounds]:
     rounds = Rounds(Storage(folder))
-    slots = Slots(lambda n: Bank(SITES, LoraSpec(r=1), TrainConfig(), n), "client", moments, rounds)
-    rounds.commit(0, slots.stage_start(SEEDED), {})
+    slots = Slots(
+        lambda n: Bank(SITES, LoraSpec(r=r), TrainConfig(), n), "client", moments, rounds, own
+    )
+    rounds.commit(0, slots.stage_start(SEEDED if r == 1 else torch.arange(1.0, 5 * r + 1)), {})
     return slots, rounds
 
 
@@ -65,6 +70,22 @@ def test_pages_of_many_lie_in_files_of_few(tmp_path: Path, monkeypatch: pytest.M
     loaded = rounds.load(1, ["e", "b"], ["client.values", "client.steps"])
     assert torch.equal(loaded["client.values"], SEEDED + torch.tensor([[4.0], [1.0]]))
     assert loaded["client.steps"].tolist() == [4, 1]
+
+
+def test_a_row_has_the_rank_of_who_stands_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after others stood there, and after the bank has grown."""
+    monkeypatch.setattr("fellray.platform.slots.KEPT", 2)
+    slots, _ = make_slots(tmp_path, r=2, own=Own({"a": 1, "b": 2}))
+    whole = [float(i) for i in range(1, 11)]
+    # A is 2 x 2, B is 3 x 2: the first component is A's first row and B's first column
+    first = [1.0, 2.0, 0.0, 0.0, 5.0, 0.0, 7.0, 0.0, 9.0, 0.0]
+    for clients in (["a"], ["b", "c"], ["d", "a"], ["c", "d"], ["a", "b", "c", "d"], ["e", "a"]):
+        rows = slots.hold(0, clients)
+        for row, client in zip(rows.tolist(), clients, strict=True):
+            assert slots.bank.values_SP[row].tolist() == (first if client == "a" else whole)
+            assert slots.bank.ranks_S[row] == (1 if client == "a" else 2)
 
 
 def test_who_has_finished_needs_no_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
