@@ -242,11 +242,11 @@ def test_only_committed_rounds_are_opened(run_copy: Path) -> None:
             Recommender.open(str(run_copy), round)
     with pytest.raises(FellrayError, match="holds no run"):
         Recommender.open(str(run_copy / "rounds"))
-    trunk = run_copy / "rounds/000002/trunk.safetensors"
+    trunk = run_copy / "rounds/000002/trunk-00000.safetensors"
     damaged = bytearray(trunk.read_bytes())
     damaged[-1] ^= 1
     trunk.write_bytes(damaged)
-    with pytest.raises(FellrayError, match=r"trunk\.safetensors: is damaged"):
+    with pytest.raises(FellrayError, match=r"trunk-00000\.safetensors: is damaged"):
         Recommender.open(str(run_copy), 2)
     shutil.rmtree(run_copy / "rounds")
     with pytest.raises(FellrayError, match="no round is committed yet"):
