@@ -124,3 +124,10 @@ def test_who_trains_again_has_not_finished(tmp_path: Path) -> None:
     assert not slots.have_finished(["a"])
     assert torch.equal(slots.bank.values_SP[again], SEEDED[None])
     assert torch.equal(slots.values(["a"]), SEEDED[None])
+
+
+def test_a_bank_that_grows_keeps_everyones_rank(tmp_path: Path) -> None:
+    slots, _ = make_slots(tmp_path, r=2, own=Own({"a": 1}))
+    slots.hold(0, ["a"])
+    slots.hold(0, ["b", "c", "d"])
+    assert slots.bank.ranks_S[slots.hold(0, ["a", "b", "c", "d"])].tolist() == [1, 2, 2, 2]
