@@ -138,7 +138,8 @@ class Client:
         for learners in deal(clients, self._config.clients.slots):
             lease, own, counted = self._train(round, learners)
             self._slots.finish(learners)
-            give_back_freed_memory()  # else it grows from wave to wave
+            if len(clients) > len(learners):  # else it grows from wave to wave
+                give_back_freed_memory()
             done = time.monotonic() - began
             if deadline_s is not None and done > deadline_s:
                 break

@@ -23,6 +23,7 @@ from fellray.platform.manifest import Staged
 from fellray.platform.messages import Activation, Gradient, Installation, Lease
 from fellray.platform.own import ALIKE, Own
 from fellray.platform.rounds import Rounds
+from fellray.platform.slots import WRITTEN
 from fellray.platform.split import cut_model
 from fellray.platform.trunk import Engine, TorchEngine, Trunk
 
@@ -95,8 +96,9 @@ class Server:
     async def report(
         self, lives: Collection[str], clients: Sequence[str], shared: bool
     ) -> tuple[list[bool], np.ndarray]:
-        """See `TrunkHost.report`. Training is over, and what only its steps needed goes."""
-        await self._call(give_back_freed_memory)
+        """See `TrunkHost.report`. Training is over: what only the steps of many needed goes."""
+        if len(clients) > WRITTEN:
+            await self._call(give_back_freed_memory)
         call = self._call(self._host.report, lives, clients, shared)
         report: tuple[list[bool], np.ndarray] = await call
         return report
