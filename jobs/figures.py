@@ -322,8 +322,9 @@ def _figure(
 def _open_host(
     config: RunConfig, world: World, names: tuple[str, ...], figure: str
 ) -> tuple[TrunkHost, Lease]:
-    host = make_host(config, names, world.trunk_side(config), _rounds(config, figure))
-    host.stage_start()
+    rounds = _rounds(config, figure)
+    host = make_host(config, names, world.trunk_side(config), rounds)
+    rounds.commit(0, host.stage_start(), {})
     return host, host.begin(config.name, 1, names)
 
 

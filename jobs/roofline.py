@@ -216,8 +216,9 @@ def open_host(
 ) -> TrunkHost:
     """A host that stands at round 0."""
     config = _config(kept_mib, dtype)
-    host = make_host(config, _names(clients), backbone, Rounds(Storage(str(folder))))
-    host.stage_start()
+    rounds = Rounds(Storage(str(folder)))
+    host = make_host(config, _names(clients), backbone, rounds)
+    rounds.commit(0, host.stage_start(), {})
     return host
 
 

@@ -146,3 +146,11 @@ def test_the_released_order_trains_on_the_same(tiny_config: Callable[..., RunCon
     assert first == pytest.approx(ours, rel=1e-4)
     assert released.loading > 0
     assert released.train_round(2) != pytest.approx(first, rel=1e-4)
+
+
+def test_merged_calls_are_measured_on_equal_bits(tiny_config: Callable[..., RunConfig]) -> None:
+    config = tiny_config()
+    figure = figures.measure_batching(config, survey(config), tokens=16, threads=1)
+    assert figure["equal_bits"]
+    assert figure["ratio"]["count"] >= figures.TURNS
+    assert figure["ratio_cpu"] > 0
