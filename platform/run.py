@@ -31,6 +31,7 @@ from fellray.platform.ledger import total
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import LedgerRow
 from fellray.platform.metrics import Score, balance
+from fellray.platform.promotion import read_promotion
 from fellray.platform.rounds import Rounds
 from fellray.platform.storage import Storage
 
@@ -103,7 +104,8 @@ class Run:
         staged = [*outcome.staged, *self.rounds.carry(round, outcome.staged)]
         self.rounds.commit(round, staged, {"data_sha256": self._data_sha256})
         self._best = self._best_of([row], self._best) if self._best else self._read_best()
-        self.rounds.prune(self.config.keep_last, keep=[0, self._best[0]])
+        promoted = read_promotion(self.storage).rounds
+        self.rounds.prune(self.config.keep_last, keep=[0, self._best[0], *promoted])
         return row
 
     def best_round(self) -> int:

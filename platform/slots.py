@@ -30,9 +30,18 @@ State = tuple[int, ...]
 class Slots:
     """The rows of a bank as a cache of committed pages. `bank` is replaced when it grows."""
 
-    def __init__(self, make: Callable[[int], Bank], part: str, moments: bool, rounds: Rounds):
-        """Args: make: a bank of so many slots. part: `client` or `trunk`, names the pages."""
+    def __init__(
+        self,
+        make: Callable[[int], Bank],
+        part: str,
+        moments: bool,
+        rounds: Rounds,
+        kept: int = KEPT,
+    ):
+        """Args: make: a bank of so many slots. part: `client` or `trunk`, names the pages. kept:
+        clients that have a place at least, whoever is asked for."""
         self.bank = make(0)
+        self._kept = kept
         self._make = make
         self._part = part
         self._moments = moments
@@ -161,7 +170,7 @@ class Slots:
             return
         rows = len(self.bank.values_SP)
         free = sorted(set(range(rows)) - set(self._slot.values()))
-        if len(self._slot) + len(new) > KEPT:
+        if len(self._slot) + len(new) > self._kept:
             asked = set(clients)
             leaving = [c for c in self._slot if c in self._state and c not in asked]
             for client in leaving[: max(0, len(new) - len(free))]:
@@ -169,7 +178,7 @@ class Slots:
                 del self._state[client]
         if len(new) > len(free):
             # by half as much again: growing wave by wave copies what is there only now and then
-            grown = max(rows + len(new) - len(free), min(rows + rows // 2, KEPT))
+            grown = max(rows + len(new) - len(free), min(rows + rows // 2, self._kept))
             free += range(rows, grown)
             self._grow(grown)
         self._slot |= dict(zip(new, free, strict=False))
