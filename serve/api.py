@@ -4,7 +4,6 @@ Every answer that is none has one shape, `{"error": {code, message, field}}`. It
 ranking comes about, nor Ray.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -21,7 +20,6 @@ from fellray.serve.gate import CALLER, Gate, headers_of
 from fellray.serve.recommender import Recommender
 from fellray.serve.refusal import Refusal
 from fellray.serve.schema import (
-    TAGS,
     Answer,
     Answers,
     ClientState,
@@ -34,7 +32,6 @@ from fellray.serve.schema import (
 )
 from fellray.serve.tokens import Bucket, Caller, Tokens
 
-_log = logging.getLogger("fellray.serve")
 _WORDS = {
     401: "The token is missing or wrong.",
     403: "The token is another client's.",
@@ -136,12 +133,11 @@ def make_api(
     return api
 
 
+_BRANCHES = ("ByUser", "ByHistory", "int", "str", "constrained-int", "constrained-str")
 _PROMETHEUS = "text/plain; version=0.0.4"
 
 
-def _check(
-    request: Request, recommender: Recommender, clients: Sequence[str], field: str
-) -> None:
+def _check(request: Request, recommender: Recommender, clients: Sequence[str], field: str) -> None:
     """That the caller may ask for all of these clients, and that they are there.
 
     Who is nobody's client yet is answered to the operator, from the ladder's lower rungs.
@@ -149,13 +145,9 @@ def _check(
     caller: Caller = request.scope[CALLER]
     for place, client in enumerate(clients):
         if not caller.may_ask_for(client):
-            raise Refusal(
-                403, "not_allowed", "the token is another client's", field.format(place)
-            )
+            raise Refusal(403, "not_allowed", "the token is another client's", field.format(place))
         if caller.client is not None and not recommender.has_client(client):
-            raise Refusal(
-                404, "unknown_client", "the run has no such client", field.format(place)
-            )
+            raise Refusal(404, "unknown_client", "the run has no such client", field.format(place))
 
 
 def _explain(api: FastAPI) -> None:
@@ -173,7 +165,8 @@ def _explain(api: FastAPI) -> None:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return respond(Refusal(422, "no_json", "the body is not JSON"))
-        place = [str(part) for part in first["loc"][1:] if part not in TAGS]
+        # pydantic names the branches of a union as well
+        place = [str(part) for part in first["loc"][1:] if part not in _BRANCHES]
         return respond(Refusal(422, "invalid", first["msg"], ".".join(place) or None))
 
     @api.exception_handler(HTTPException)
@@ -183,8 +176,3 @@ def _explain(api: FastAPI) -> None:
         words = "the body is not JSON" if status == 422 else str(error.detail)
         refusal = Refusal(status, codes.get(error.status_code, "refused"), words)
         return JSONResponse(refusal.body(), status, headers=error.headers)
-
-    @api.exception_handler(Exception)
-    async def hide(request: Request, error: Exception) -> JSONResponse:
-        _log.error("a request failed", exc_info=error)
-        return respond(Refusal(503, "failed", "something went wrong here; the log has it"))

@@ -63,7 +63,13 @@ class Ends:
     """Bottom and top of every client's model."""
 
     def __init__(
-        self, config: RunConfig, backbone: Backbone, items: Items, rounds: Rounds, kept: int, rows: int
+        self,
+        config: RunConfig,
+        backbone: Backbone,
+        items: Items,
+        rounds: Rounds,
+        kept: int,
+        rows: int,
     ):
         """Args: kept: clients whose adapters are held. rows: most questions in a crossing."""
         device = own_device()
@@ -101,7 +107,7 @@ class Ends:
 
     @torch.no_grad()
     def finish(self, sent: Sequence[tuple[Crossing, np.ndarray]]) -> list[list[Ranking]]:
-        """The rankings of each crossing's questions, given hidden states at the upper cut [L, d]."""
+        """Rankings of each crossing's questions, given hidden states at the upper cut [L, d]."""
         return [self._finish(crossing, output) for crossing, output in sent]
 
     def _deal(self, questions: Sequence[Question], places: Sequence[int]) -> Iterator[list[int]]:

@@ -28,6 +28,7 @@ CALLER = "fellray.caller"
 """Where in a request's scope its caller stands."""
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"})
 
+_log = logging.getLogger("fellray.serve")
 access = logging.getLogger("fellray.access")
 
 
@@ -73,6 +74,11 @@ class Gate:
             await self._app(scope, _replay(body, receive), watched)
         except Refusal as refusal:
             await answer(refusal, watched)
+        except Exception:
+            _log.exception("a request failed")
+            if status:
+                raise
+            await answer(Refusal(503, "failed", "something went wrong; the log has it"), watched)
         finally:
             route = getattr(scope.get("route"), "path", OTHER)
             method = scope["method"] if scope["method"] in _METHODS else OTHER
@@ -106,7 +112,8 @@ class Gate:
         # what is said to be too large is not read at all
         if declared.isdigit() and int(declared[:12]) > self._body_bytes:
             raise self._too_large()
-        parts, size = [], 0
+        parts: list[bytes] = []
+        size = 0
         while True:
             message = await receive()
             if message["type"] != "http.request":  # gone before all was said

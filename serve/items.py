@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fellray.platform.config import ModelConfig
@@ -56,8 +55,14 @@ class Items:
     def __len__(self) -> int:
         return len(self.titles)
 
-    def find(self, item_ids: Sequence[int], field: str) -> np.ndarray:
+    def find(
+        self, item_ids: Sequence[int], field: str, places: Sequence[int] | None = None
+    ) -> np.ndarray:
         """Indices of items by their ids.
+
+        Args:
+            field: where the ids stand in the request.
+            places: of each id in that field; by default one after the other.
 
         Raises:
             Refusal: one is not there.
@@ -66,9 +71,8 @@ class Items:
         at = np.searchsorted(self.ids, wanted).clip(max=len(self.ids) - 1)
         if (unknown := np.flatnonzero(self.ids[at] != wanted)).size:
             first = int(unknown[0])
-            raise Refusal(
-                404, "unknown_item", f"no item has the id {wanted[first]}", f"{field}.{first}"
-            )
+            place = f"{field}.{places[first] if places else first}"
+            raise Refusal(404, "unknown_item", f"no item has the id {wanted[first]}", place)
         return at
 
     def in_categories(self, names: Sequence[str], field: str) -> np.ndarray:
@@ -79,8 +83,10 @@ class Items:
         """
         for place, name in enumerate(names):
             if name not in self._of_category:
-                has = "these items have no such category" if self._of_category else (
-                    "the items of this run have no categories"
+                has = (
+                    "these items have no such category"
+                    if self._of_category
+                    else ("the items of this run have no categories")
                 )
                 raise Refusal(404, "unknown_category", has, f"{field}.{place}")
         return np.unique(np.concatenate([self._of_category[name] for name in names]))
@@ -110,13 +116,8 @@ class Items:
             Refusal: an id is not there.
         """
         places = [place for place, entry in enumerate(history) if isinstance(entry, int)]
-        try:
-            found = self.find([entry for entry in history if isinstance(entry, int)], field)
-        except Refusal as refusal:
-            assert refusal.field is not None
-            among_ids = int(refusal.field.rpartition(".")[2])
-            place = f"{field}.{places[among_ids]}"
-            raise Refusal(refusal.status, refusal.code, refusal.message, place) from None
+        ids = [entry for entry in history if isinstance(entry, int)]
+        found = self.find(ids, field, places)
         item_at = dict(zip(places, found.tolist(), strict=True))
         met = set(item_at.values())
         for entry in history:
@@ -149,8 +150,6 @@ class Items:
         own = Tokens(np.concatenate(pieces), offsets, known.prefix, known.suffix, known.pad)
         ids_L, _ = assemble(own, np.arange(len(pieces))[None], self._model.max_tokens)
         return ids_L
-
-
 
 
 def _fold(title: str) -> str:

@@ -47,6 +47,8 @@ from fellray.serve.trunk import plain_config
 
 TRIES = 3
 """Times a query is begun before it is refused: a round may be deleted while it is served."""
+CHECK_S = 5.0
+"""Seconds that the trunk has to say that it is there."""
 _log = logging.getLogger("fellray.serve")
 
 
@@ -55,6 +57,10 @@ class Far(Protocol):
 
     async def forward(self, activation: Activation) -> np.ndarray:
         """Hidden states at the upper cut [L, d]."""
+        ...
+
+    async def ready(self) -> bool:
+        """True, once it can be asked."""
         ...
 
 
@@ -203,9 +209,31 @@ class Recommender:
             items=len(self.items),
         )
 
-    async def _answer(
-        self, queries: Sequence[ByUser | ByHistory], served: Served
-    ) -> list[Answer]:
+    def has_client(self, client: str) -> bool:
+        """Whether it is a client of the run."""
+        return client in self._learner
+
+    async def check(self) -> None:
+        """Raises:
+        Refusal: the trunk does not answer.
+        """
+        try:
+            async with asyncio.timeout(CHECK_S):
+                await self._trunk.ready()
+        except Exception as error:
+            _log.warning("the trunk does not answer: %r", error)
+            raise Refusal(503, "not_ready", "the trunk does not answer") from None
+
+    def gauges(self) -> dict[str, float]:
+        """What a scrape shows besides requests."""
+        sizes = self._batcher.sizes
+        return {
+            "round": self.served.round,
+            "clients_held": len(self._histories),
+            "batch_size_mean": sum(sizes) / len(sizes) if sizes else 0.0,
+        }
+
+    async def _answer(self, queries: Sequence[ByUser | ByHistory], served: Served) -> list[Answer]:
         asked = []
         for place, query in enumerate(queries):
             try:
@@ -255,7 +283,8 @@ class Recommender:
             self._crossings[crossing] = asyncio.create_task(self._cross(crossing))
         # whoever gives up must not end the others' crossing
         rankings = await asyncio.shield(self._crossings[crossing])
-        return rankings[place]
+        ranking: Ranking = rankings[place]
+        return ranking
 
     async def _cross(self, crossing: Crossing) -> list[Ranking]:
         output = await self._trunk.forward(crossing.activation)

@@ -68,13 +68,13 @@ class ByHistory(_Query):
 
 def _tell(value: Any) -> str:
     by_user = "user_id" in value if isinstance(value, dict) else isinstance(value, ByUser)
-    return "user" if by_user else "history"
+    return "ByUser" if by_user else "ByHistory"
 
 
 Query = Annotated[
-    Annotated[ByUser, Tag("user")] | Annotated[ByHistory, Tag("history")], Discriminator(_tell)
+    Annotated[ByUser, Tag("ByUser")] | Annotated[ByHistory, Tag("ByHistory")],
+    Discriminator(_tell),
 ]
-TAGS = ("user", "history")
 
 
 class Queries(Closed):

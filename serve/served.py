@@ -15,6 +15,8 @@ from fellray.platform.run import Run, read_run
 from fellray.serve.args import Args
 from fellray.serve.blends import Blends
 
+_AT_ONCE = 64
+"""Learners whose pages are read together."""
 _log = logging.getLogger("fellray.serve")
 
 
@@ -123,3 +125,16 @@ class Watch:
 def _validation(run: Run, round: int) -> Mapping[str, float]:
     rows = [row for row in run.journal.rows("metrics") if row["round"] == round]
     return dict(rows[-1].get("validation_per_client") or {}) if rows else {}
+
+
+def verify(run: Run, round: int, learners: Sequence[str]) -> None:
+    """Read what every learner needs of a round, once.
+
+    Raises:
+        FellrayError: a page is missing or damaged.
+    """
+    for at in range(0, len(learners), _AT_ONCE):
+        few = learners[at : at + _AT_ONCE]
+        run.rounds.load(round, few, ["client.values", "trunk.values"])
+    if run.config.server.shared_adapter:
+        run.rounds.load_shared(round, "shared.values")

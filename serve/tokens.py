@@ -6,7 +6,9 @@ This file must not know HTTP.
 
 import hashlib
 import json
+import logging
 import secrets
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,10 +17,12 @@ from datetime import UTC, datetime
 from fellray.platform.errors import FellrayError
 from fellray.platform.storage import Storage
 from fellray.platform.strict_json import to_json
+from fellray.serve.args import Args
 
 FILE = "tokens.json"
 _PREFIX = "fellray_"
 _VERSION = 1
+_log = logging.getLogger("fellray.serve")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,11 @@ class Tokens:
     def find(self, token: str) -> Caller | None:
         """Whose token this is; None: nobody's."""
         return self._callers.get(_digest(token))
+
+
+def token_storage(args: Args) -> Storage:
+    """The folder that holds an application's tokens."""
+    return Storage(args.tokens or args.run)
 
 
 def read_tokens(storage: Storage) -> Tokens:
@@ -80,6 +89,38 @@ def new_token(storage: Storage, client: str | None) -> str:
     }
     storage.write(FILE, f"{to_json(tree, f'{storage}/{FILE}', indent=2)}\n".encode())
     return token
+
+
+class TokenFile:
+    """The tokens of a folder, read again when they change."""
+
+    def __init__(self, storage: Storage, poll_s: float):
+        """Raises:
+        FellrayError: as `read_tokens`.
+        """
+        self._storage = storage
+        self._poll_s = poll_s
+        self.tokens = read_tokens(storage)
+        """Those that count now."""
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="tokens", daemon=True)
+
+    def start(self) -> None:
+        """Look again every `poll_s` seconds, in a thread."""
+        self._thread.start()
+
+    def _work(self) -> None:
+        while not self._ended.wait(self._poll_s):
+            try:
+                self.tokens = read_tokens(self._storage)
+            except FellrayError as error:
+                _log.warning("the tokens stay as they are: %s", error)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._ended.set()
+        if self._thread.ident is not None:
+            self._thread.join()
 
 
 class Bucket:
@@ -116,8 +157,7 @@ def _read(storage: Storage) -> list[tuple[Caller, str]]:
             raise ValueError
     except (ValueError, KeyError, TypeError):
         raise FellrayError(
-            f"{storage}/{FILE}: is damaged; delete it and make new tokens with "
-            "`fellray serve RUN --new-token`"
+            f"{storage}/{FILE}: is damaged; delete it and make new tokens with `fellray token`"
         ) from None
     return entries
 

@@ -50,6 +50,10 @@ class Trunk:
         output: np.ndarray = await asyncio.wrap_future(future)
         return output
 
+    async def ready(self) -> bool:
+        """True: whoever hears it has found a trunk that is made."""
+        return True
+
     async def batch_sizes(self) -> list[int]:
         """Messages in each batch so far."""
         return list(self._batcher.sizes)
@@ -99,6 +103,4 @@ def _make_host(run: Run, args: Args, learners: Collection[str]) -> TrunkHost:
 
 def plain_config(config: RunConfig) -> RunConfig:
     """The run's config for those who do not train: moments are not read."""
-    return config.model_copy(
-        update={"train": config.train.model_copy(update={"moments": "reset"})}
-    )
+    return config.model_copy(update={"train": config.train.model_copy(update={"moments": "reset"})})
