@@ -1,6 +1,7 @@
 """Deploy: a trained run behind Ray Serve, on a Ray of its own or as a job on a cluster."""
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -78,8 +79,8 @@ def read_args(run: str, overrides: Sequence[str] = ()) -> Args:
 def serving(args: Args, door: Door) -> Iterator[None]:
     """The application, up and answering, until the block ends.
 
-    A Ray of its own ends with it, and all that listens then listens on this machine alone. On a
-    cluster only the application is taken down.
+    A Ray of its own ends with it; what of that Ray listens asks for a token. On a cluster only the
+    application is taken down.
 
     Raises:
         FellrayError: it cannot start.
@@ -89,7 +90,6 @@ def serving(args: Args, door: Door) -> Iterator[None]:
     if address == "local":
         ask_for_token()
         os.environ.setdefault("RAY_enable_metrics_collection", "0")
-        os.environ.setdefault("RAY_SERVE_METRICS_EXPORT_INTERVAL_MS", "60000")
         most = [args.most_recommenders or args.recommenders, args.most_trunks or args.trunks]
         ray.init(
             address=address,
@@ -97,7 +97,6 @@ def serving(args: Args, door: Door) -> Iterator[None]:
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
-            _node_ip_address="127.0.0.1",
         )
     else:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
@@ -133,6 +132,8 @@ def deploy(args: Args, door: Door, tell: Callable[[str], None]) -> None:
     if not len(read_tokens(storage)):
         shown = new_token(storage, None)
         tell(f"The operator's token, shown this once: {shown}")
+    # a service manager's way to say Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt), serving(args, door):
         tell(f"{args.run} is served at {door.address}; Ctrl-C ends it. Ask, for example:")
         tell(

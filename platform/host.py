@@ -31,7 +31,7 @@ from fellray.platform.manifest import Staged
 from fellray.platform.messages import Activation, Gradient, Installation, Lease, StaleLease
 from fellray.platform.packed import Batch
 from fellray.platform.rounds import Rounds
-from fellray.platform.slots import KEPT, Slots
+from fellray.platform.slots import Slots
 from fellray.platform.span import Answer
 from fellray.platform.trunk import Engine
 
@@ -63,7 +63,7 @@ class TrunkHost:
         rounds: Rounds,
         device: torch.device | None = None,
         index: int = 0,
-        kept: int = KEPT,
+        kept: int | None = None,
     ):
         """Args: learners: ids of everyone who may ask. index: names this host's files. kept: see
         `Slots`."""

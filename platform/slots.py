@@ -36,12 +36,12 @@ class Slots:
         part: str,
         moments: bool,
         rounds: Rounds,
-        kept: int = KEPT,
+        kept: int | None = None,
     ):
         """Args: make: a bank of so many slots. part: `client` or `trunk`, names the pages. kept:
-        clients that have a place at least, whoever is asked for."""
+        clients that stay in memory, `KEPT` by default."""
         self.bank = make(0)
-        self._kept = kept
+        self._kept = KEPT if kept is None else kept
         self._make = make
         self._part = part
         self._moments = moments

@@ -1,16 +1,19 @@
 """`fellray serve` on a Ray of its own, over real HTTP: answers, refusals, live rounds, sockets."""
 
+import asyncio
 import http.client
 import json
+import re
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import psutil
 import pytest
-from driver import Driver, wait_until
+from driver import Driver, title, wait_until
 from test_job import free_ports
 
 from fellray.actors.plant import Plant
@@ -104,8 +107,6 @@ def test_the_answers_are_those_of_one_process(service: Service, tiny_data: Path)
     ]
     whole = open_whole(Args(run=service.folder, round=LAST))
     try:
-        import asyncio
-
         expected = asyncio.run(whole.recommend([ByUser(**q) for q in queries]))
     finally:
         whole.close()
@@ -195,19 +196,75 @@ def test_a_round_is_taken_over_while_it_answers(service: Service) -> None:
     assert answer()[1] != start[1]
 
 
-def test_every_socket_listens_on_this_machine_alone(service: Service) -> None:
+def test_every_socket_is_this_machines_or_asks_for_a_credential(service: Service) -> None:
+    """Ray 2.60 listens on all addresses, whatever it is told; each call must want its token."""
     heard = {
         (connection.laddr.ip, connection.laddr.port)
         for process in [*service.driver.look(), psutil.Process(service.driver.process.pid)]
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     }
-    assert ("127.0.0.1", service.port) in heard
-    assert {ip for ip, _ in heard} <= {"127.0.0.1", "::1"}, heard
+    # the proxy alone speaks HTTP to the world
+    assert {(ip, port) for ip, port in heard if port == service.port} == {
+        ("127.0.0.1", service.port)
+    }
+    others = {(ip, port) for ip, port in heard if ip not in ("127.0.0.1", "::1")}
+    assert others
+    open_ones = {port: said for ip, port in others if not asks(said := knock(ip, port))}
+    assert open_ones == {}
+
+
+METHODS = (
+    "ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
+    "ray.rpc.CoreWorkerService/PushTask",
+    "ray.rpc.NodeManagerService/GetNodeStats",
+    "ray.rpc.ObjectManagerService/Pull",
+    "ray.rpc.ReporterService/GetTraceback",
+    "ray.serve.ASGIService/HandleRequest",
+)
+"""One of each of Ray's services: a port has one or several of them."""
+
+
+def knock(ip: str, port: int) -> set[str]:
+    """What a stranger is told by gRPC, and by HTTP."""
+    host = "[::1]" if ip == "::" else ip
+    said = set()
+    for method in METHODS:
+        with grpc.insecure_channel(f"{host}:{port}") as channel:
+            try:
+                channel.unary_unary(f"/{method}")(b"", timeout=10)
+                said.add("ANSWERED")
+            except grpc.RpcError as error:
+                said.add(error.code().name)
+    if said == {"UNAVAILABLE"}:  # no gRPC
+        connection = http.client.HTTPConnection(ip, port, timeout=10)
+        connection.request("GET", "/")
+        said = {str(connection.getresponse().status)}
+        connection.close()
+    return said
+
+
+def asks(said: set[str]) -> bool:
+    return said in ({"401"}, {"UNAUTHENTICATED"}, {"UNAUTHENTICATED", "UNIMPLEMENTED"})
 
 
 def test_no_word_of_a_history_is_logged(service: Service) -> None:
-    ...
+    word = "canary4711"
+    query = {"client": "c0", "history": [word]}
+    assert service.ask("POST", "/v1/recommend", query)[0] == 200
+    assert service.ask("POST", "/v1/recommend", {**query, word: 1})[0] == 422
+    sessions = {
+        found.group()
+        for process in service.driver.look()
+        if (found := re.search(r"/tmp/ray/session_[0-9_-]+", title(process)))
+    }
+    (session,) = sessions
+    logs = [file.read_bytes() for file in Path(session).rglob("*.log")]
+    logs += [text.encode() for text in service.driver.text()]
+    assert any(b'"route": "/v1/recommend", "status": 422' in log for log in logs)
+    assert not any(word.encode() in log for log in logs)
+    for secret in (service.operator, service.own):
+        assert not any(secret.encode() in log for log in logs)
 
 
 def test_it_ends_with_ctrl_c_and_leaves_nothing(service: Service) -> None:
