@@ -29,7 +29,7 @@ from fellray.serve.schema import ByUser
 from fellray.serve.tokens import new_token
 from fellray.serve.whole import open_whole
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 LAST = 2
 
 
@@ -81,12 +81,12 @@ def service(
     (port,) = free_ports(1)
     driver = Driver.python(
         *("-m", "fellray.jobs.cli", "serve", folder, f"--port={port}"),
-        *("round=latest", "trunks=2", "cpus=0.5", "body_kib=64", "adapters=2"),
+        *("round=latest", "cpus=0.5", "body_kib=64", "adapters=2"),
         log=tmp_path_factory.mktemp("serve") / "driver",
     )
     service = Service(folder, port, operator, own, driver)
     try:
-        wait_until(lambda: up(driver), 150, "the application says that it serves", pause_s=0.2)
+        wait_until(lambda: up(driver), 400, "the application says that it serves", pause_s=0.2)
         yield service
     finally:
         driver.end()
@@ -270,6 +270,6 @@ def test_no_word_of_a_history_is_logged(service: Service) -> None:
 def test_it_ends_with_ctrl_c_and_leaves_nothing(service: Service) -> None:
     service.driver.look()
     service.driver.process.send_signal(signal.SIGINT)
-    status, out, err = service.driver.finish(60)
+    status, out, err = service.driver.finish(200)
     assert status in (0, 130), out + err
     assert service.driver.left() == []
