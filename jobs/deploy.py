@@ -1,6 +1,7 @@
 """Deploy: a trained run behind Ray Serve, on a Ray of its own or as a job on a cluster."""
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -145,9 +146,14 @@ def deploy(args: Args, door: Door, tell: Callable[[str], None]) -> None:
 
 
 def main() -> None:
-    """`python jobs/deploy.py RUN [key=value ...]`, also under `ray job submit`."""
+    """`python jobs/deploy.py RUN [port=8000] [key=value ...]`, also under `ray job submit`.
+
+    It ends with the job: `ray job stop` takes the application down.
+    """
     run, *overrides = sys.argv[1:]
-    deploy(read_args(run, overrides), Door(), print)
+    ports = [int(word[5:]) for word in overrides if re.fullmatch(r"port=\d+", word)]
+    others = [word for word in overrides if not re.fullmatch(r"port=\d+", word)]
+    deploy(read_args(run, others), Door(port=(*ports, 8000)[0]), print)
 
 
 if __name__ == "__main__":
