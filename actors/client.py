@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fellray.actors.world import Catalogue
-from fellray.platform.adapters import Bank, start
+from fellray.platform.adapters import Bank, finite_rows, start
+from fellray.platform.allocator import give_back_freed_memory
 from fellray.platform.config import RunConfig
 from fellray.platform.device import own_device
 from fellray.platform.encoder import Backbone
@@ -36,6 +37,7 @@ from fellray.platform.messages import (
     Update,
 )
 from fellray.platform.metrics import Evaluator, Score
+from fellray.platform.own import ALIKE, Own
 from fellray.platform.reader import Batch, Reader
 from fellray.platform.retrieval import Scorer, mean_losses
 from fellray.platform.rounds import Rounds
@@ -73,12 +75,14 @@ class Client:
         catalogue: Catalogue,
         remote: Remote,
         rounds: Rounds,
+        own: Own = ALIKE,
     ):
         """Args: index: names this actor's files. seats: learner -> whose shards it reads."""
         torch.set_num_threads(config.clients.threads)
         self._config = config
         self._holder = f"clients-{index:05d}"
         self._rounds = rounds
+        self._own = own
         self._catalogue = catalogue
         self._data = Dataset(config.data.path)
         self._seats = dict(sorted(seats.items()))
@@ -97,12 +101,12 @@ class Client:
             "client",
             config.train.moments == "keep",
             rounds,
+            own,
         )
         self._ends = (bottom, top, catalogue.tokens.pad)
         self._ledger = Ledger()
         self._span = Span(remote, self._ledger)
         self._seeded = start(sites, lora, config.seed)
-        self._trained: dict[str, dict[str, Tensor]] = {}
         self._fitted = self._installed = -1
         self._staged: tuple[Staged, ...] = ()
 
@@ -124,16 +128,18 @@ class Client:
         began = time.monotonic()
         self._span.remote.choose(server)
         self._ledger.void()
-        self._trained = {}
+        self._slots.release()
         self._fitted = round
         share = self._config.train.share == "all"
-        theta: list[Tensor] = []
         losses: list[float] = []
         samples: list[int] = []
         seconds: list[float] = []
         lives = set()
         for learners in deal(clients, self._config.clients.slots):
-            lease, own, counted, state = self._train(round, learners)
+            lease, own, counted = self._train(round, learners)
+            self._slots.finish(learners)
+            if len(clients) > len(learners):  # else it grows from wave to wave
+                give_back_freed_memory()
             done = time.monotonic() - began
             if deadline_s is not None and done > deadline_s:
                 break
@@ -141,16 +147,12 @@ class Client:
             lives.add(lease.server)
             losses += own
             samples += counted
-            theta.append(state["values"])
-            for row, learner in enumerate(learners):
-                self._trained[learner] = {name: t[row] for name, t in state.items()}
         clients = tuple(clients[: len(losses)])
-        width = self._slots.bank.values_SP.shape[1]
-        whole = torch.cat(theta) if len(theta) > 1 else (*theta, torch.empty(0, width))[0]
+        whole = self._slots.values(clients)
         refused = {
             learner: reason
-            for learner, loss, values in zip(clients, losses, whole, strict=True)
-            if (reason := _refuse(loss, values))
+            for learner, loss, finite in zip(clients, losses, finite_rows(whole), strict=True)
+            if (reason := _refuse(loss, finite))
         }
         sent = whole if share else whole[:, :0]
         for learner, values, loss in zip(clients, sent, losses, strict=True):
@@ -175,30 +177,21 @@ class Client:
         round, clients = installation.round, installation.clients
         if round == self._installed:
             return self._staged
-        if round != self._fitted or not self._trained.keys() >= set(clients):
+        if round != self._fitted or not self._slots.have_finished(clients):
             raise StaleLease(f"{self._holder} was restarted after training")
         mixed = self._config.train.share == "all"
         if mixed and clients:
             theta = installation.theta_SP
             if installation.common:
                 self._ledger.enter_each(clients, "adapter_down", theta[0])
-                one = torch.from_numpy(theta[0].copy())
-                rows = [one] * len(clients)
             else:
-                rows = list(torch.from_numpy(theta))
-                for client, values in zip(clients, rows, strict=True):
-                    self._ledger.enter(client, "adapter_down", values.numpy())
-            for client, values in zip(clients, rows, strict=True):
-                self._trained[client]["values"] = values
+                for client, values in zip(clients, theta, strict=True):
+                    self._ledger.enter(client, "adapter_down", values)
+            self._slots.replace(clients, from_dlpack(theta))
         accepted = [c for c in clients if c not in installation.refused]
-        self._staged = self._slots.stage_rows(
-            round,
-            self._holder,
-            {client: self._trained[client] for client in accepted},
-            not (mixed and installation.common),
-        )
+        own = not (mixed and installation.common)
+        self._staged = self._slots.stage(round, self._holder, accepted, own)
         self._slots.release()
-        self._trained = {}
         self._installed = round
         return self._staged
 
@@ -260,27 +253,23 @@ class Client:
     def forget(self) -> None:
         """Drop what is in memory: the next call starts from the last committed round."""
         self._slots.clear()
-        self._trained = {}
         self._fitted = self._installed = -1
 
     def stage_start(self) -> tuple[Staged, ...]:
         """Stage round 0: the one seeded start that every client shares."""
         return self._slots.stage_start(self._seeded)
 
-    def _train(
-        self, round: int, learners: tuple[str, ...]
-    ) -> tuple[Lease, list[float], list[int], dict[str, Tensor]]:
-        """One round of a few learners side by side: losses, samples and what they came to."""
+    def _train(self, round: int, learners: tuple[str, ...]) -> tuple[Lease, list[float], list[int]]:
+        """One round of a few learners side by side: losses and samples."""
+        leave = self._span.remote.begin(self._config.name, round, learners)
         slots = self._slots.hold(round - 1, learners).to(self._device)
         self._slots.train(learners)
-        lease = self._span.remote.begin(self._config.name, round, learners)
+        lease = leave()
         crews = zip(self._sit(learners), slots.split(self._crew_size(learners)), strict=True)
         found = take_turns(self._train_crew(desk, own, round, lease) for desk, own in crews)
         weighted, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
-        state = self._slots.bank.state(slots, self._config.train.moments == "keep")
         losses: list[float] = (weighted / rows).tolist()
-        state = {name: tensor.cpu() for name, tensor in state.items()}
-        return lease, losses, [int(n) for n in rows.tolist()], state
+        return lease, losses, [int(n) for n in rows.tolist()]
 
     def _train_crew(
         self, desk: Desk, slots: Tensor, round: int, lease: Lease
@@ -291,13 +280,22 @@ class Client:
         for step, (batch, target_N) in enumerate(desk.reader.steps(round)):
             count_S = torch.bincount(batch.slot_N.cpu(), minlength=num)
             header = self._header(desk, batch, round, step, lease)
-            loss_S = yield from self._step(desk, batch, slots[batch.slot_N], target_N, header)
+            # of one's own, not of the crew's: who has fewer histories is done before the others
+            learners = desk.reader.learners
+            done = tuple(learners[slot] for slot in desk.reader.ends(step))
+            loss_S = yield from self._step(desk, batch, slots[batch.slot_N], target_N, header, done)
             weighted += loss_S * count_S
             rows += count_S
         return weighted, rows
 
     def _step(
-        self, desk: Desk, batch: Batch, slot_N: Tensor, target_N: Tensor, header: Activation
+        self,
+        desk: Desk,
+        batch: Batch,
+        slot_N: Tensor,
+        target_N: Tensor,
+        header: Activation,
+        done: tuple[str, ...],
     ) -> Trip[Tensor]:
         """One local step, twice over the cut: each learner's loss."""
         bank, tower = self._slots.bank, self._tower()
@@ -310,7 +308,7 @@ class Client:
         loss_S.sum().backward()
         assert y_Ld.grad is not None
         g_Ld = y_Ld.grad.contiguous().cpu().numpy()
-        gradient = Gradient(header.run, header.round, header.step, g_Ld)
+        gradient = Gradient(header.run, header.round, header.step, g_Ld, done)
         down = yield self._span.backward(activation, gradient)
         h_Ld.backward(from_dlpack(down).to(h_Ld.device))
         for slots_n, pairs in used:
@@ -324,13 +322,16 @@ class Client:
     def _header(
         self, desk: Desk, batch: Batch, round: int, step: int, lease: Lease | None
     ) -> Activation:
+        # who is done with its histories has no row, and the server expects no step of it
+        present, owner_N = np.unique(batch.slot_N.cpu().numpy(), return_inverse=True)
+        learners = desk.reader.learners
         return Activation(
             run=self._config.name,
             round=round,
             step=step,
             lease=lease,
-            clients=desk.reader.learners,
-            row_client_N=batch.slot_N.cpu().numpy().astype(np.int32),
+            clients=tuple(learners[i] for i in present.tolist()) if lease else learners,
+            row_client_N=(owner_N if lease else present[owner_N]).astype(np.int32),
             lengths_N=batch.rows.lengths_N.numpy().astype(np.int32),
             h_Ld=np.empty((0, 0), np.float32),
         )
@@ -364,7 +365,7 @@ class Client:
 
     def _desk(self, crew: tuple[str, ...]) -> Desk:
         shards = {c: [self._data.shard(own) for own in self._seats[c]] for c in crew}
-        reader = Reader(self._config, self._catalogue.tokens, shards, self._device)
+        reader = Reader(self._config, self._catalogue.tokens, shards, self._device, self._own)
         model = self._config.model
         return Desk(
             reader,
@@ -377,11 +378,10 @@ def _owner(desk: Desk, batch: Batch) -> str:
     return desk.reader.shards[int(batch.shard_N[0])].client
 
 
-def _refuse(loss: float, values_P: Tensor) -> str | None:
+def _refuse(loss: float, finite: bool) -> str | None:
     """Why a learner's round cannot be used."""
     if not math.isfinite(loss):
         return f"training loss is {loss}"
-    # a finite sum says it sooner
-    if not (bool(values_P.sum().isfinite()) or bool(values_P.isfinite().all())):
+    if not finite:
         return "the update holds a NaN or an infinity"
     return None

@@ -24,14 +24,16 @@ from fellray.actors.remote import RayRemote
 from fellray.actors.server import Server, make_host
 from fellray.actors.servers import Servers, check_servers
 from fellray.actors.world import World
+from fellray.platform.adapters import cut_, views
 from fellray.platform.aggregation import Plan, Reports, describe
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.faults import Stop, decide
 from fellray.platform.host import InProcess
 from fellray.platform.manifest import Staged
-from fellray.platform.messages import Installation, LedgerRow, StaleLease, Update
+from fellray.platform.messages import Damaged, Installation, LedgerRow, StaleLease, Update
 from fellray.platform.metrics import Score
+from fellray.platform.own import ALIKE, Own
 from fellray.platform.rounds import EVERYONE, Rounds
 from fellray.platform.sampling import Sampler
 from fellray.platform.slots import WRITTEN
@@ -66,13 +68,15 @@ class Plant:
         self.learners = _choose(self._learners, config.evaluation.clients)
         """Those who are evaluated, sorted."""
         self._pending: tuple[int, tuple[Staged, ...]] = (-1, ())
-        sites = plan_cut(world.backbone, config.model).sites
-        self._client_columns = (
-            sum(s.num_parameters(config.model.lora.r) for s in sites["bottom"] + sites["top"])
-            if config.train.share == "all"
-            else 0
+        sites, lora = plan_cut(world.backbone, config.model).sites, config.model.lora
+        self._own = world.own
+        ends = sites["bottom"] + sites["top"] if config.train.share == "all" else []
+        self._sent_sites = ends + (sites["trunk"] if config.train.share != "none" else [])
+        self._client_columns, self._columns = (
+            sum(site.num_parameters(lora.r) for site in own) for own in (ends, self._sent_sites)
         )
         self._events: list[str] = []
+        self._start_restored = False
 
     @classmethod
     def inline(cls, config: RunConfig, world: World, rounds: Rounds) -> "Plant":
@@ -80,7 +84,8 @@ class Plant:
         learners, trunk = tuple(sorted(world.seats)), world.trunk_side(config)
         check_servers(config.server.count, len(deal(learners, config.clients.together)))
         servers = InlinePool(
-            make_host, [(config, learners, trunk, rounds, i) for i in range(config.server.count)]
+            make_host,
+            [(config, learners, trunk, rounds, i, world.own) for i in range(config.server.count)],
         )
         remote = InProcess(*servers.members)
         args = _client_args(config, world, remote, rounds, lambda name, value: value)
@@ -105,7 +110,8 @@ class Plant:
             check_places([server, client])
         frozen = Shared(f"trunk {world.key(config)}", world.trunk_side(config))
         everyone = _share_names(Shared, learners)
-        rows = [(config, everyone, frozen, rounds, i) for i in range(config.server.count)]
+        own = _share_own(Shared, world.own)
+        rows = [(config, everyone, frozen, rounds, i, own) for i in range(config.server.count)]
         servers = RayPool(cls._server, rows, server, events.append, wait_s)
         try:
             remote = RayRemote(servers.handles)
@@ -143,21 +149,23 @@ class Plant:
         if late:
             self._events.append(f"round {round}: {len(late)} of {len(clients)} were late")
         learners = [c for update in updates for c in update.clients]
+        width, whole = self._client_columns, np.empty((len(learners), self._columns), np.float32)
+        answered = self._servers.report(updates, width < self._columns)
+        np.concatenate([update.theta_SP for update in updates], out=whole[:, :width])
+        served = answered()
+        np.concatenate([trunk for _, trunk in served], out=whole[:, width:])
+        theta = torch.from_numpy(whole)
         refused = {c: why for update in updates for c, why in update.refused.items()}
-        finite = self._servers.ask("are_finite", updates)
-        parts = [[update.theta_SP for update in updates]]
-        if self._config.train.share != "none":
-            parts.append(self._servers.ask("theta", updates))
-        theta = torch.from_numpy(_join(parts))
-        for learner, whole in zip(learners, chain.from_iterable(finite), strict=True):
-            if not whole:
+        finite = [usable for their, _ in served for usable in their]
+        for learner, usable in zip(learners, finite, strict=True):
+            if not usable:
                 refused.setdefault(learner, "the trunk's update holds a NaN or an infinity")
         self._events += [f"round {round}: {c} refused: {why}" for c, why in sorted(refused.items())]
         losses = {c: loss for u in updates for c, loss in zip(u.clients, u.losses, strict=True)}
         samples = {c: n for u in updates for c, n in zip(u.clients, u.samples, strict=True)}
         accepted = [c for c in learners if c not in refused]
         # what Ray holds of the answers is as much again
-        del answers, updates, parts
+        del answers, updates, answered, served
         if refused:
             theta = theta[[i for i, c in enumerate(learners) if c not in refused]]
         compared = self._config.method.compares()
@@ -176,6 +184,9 @@ class Plant:
     def install(self, reports: Reports, plan: Plan, mixed_CP: Tensor) -> list[Staged]:
         """Give every accepted learner its row of the mixture, the others their round's start.
 
+        A row is cut to its learner's own rank, in place. A mixture that is everyone's stays whole:
+        each learner cuts what it reads.
+
         Raises:
             StaleLease: a holder lost what it trained: see `replayed`.
         """
@@ -186,6 +197,8 @@ class Plant:
         # who is refused has no row; any will do, nobody reads it
         row = {c: i for i, c in enumerate(accepted)} | dict.fromkeys(refused, 0)
         took_part = tuple(sorted(row))
+        if not common:
+            self._cut_(accepted, mixed_CP)
         sent = mixed_CP if len(accepted) else mixed_CP.new_zeros(1, mixed_CP.shape[1])
 
         def installation(clients: Sequence[str], columns: slice) -> Installation:
@@ -197,7 +210,7 @@ class Plant:
             here = tuple(c for c in clients if c in refused)
             return Installation(round, tuple(clients), theta, here, common)
 
-        client_files = self._clients.map(
+        client_files = self._clients.ask(
             "install", [installation(cs, slice(width)) for cs in self._seated(took_part)]
         )
         shared = self._config.server.shared_adapter
@@ -206,9 +219,8 @@ class Plant:
             lambda clients: installation(clients, slice(width, None)),
             self._servers.shared_gradient(round, accepted) if shared else None,
         )
-        return self._expect(
-            round, [*client_files, *server_files, self._stage_common(round, common, sent[0])]
-        )
+        common_file = self._stage_common(round, common, sent[0])
+        return self._expect(round, [*client_files(), *server_files(), common_file])
 
     def sample(self, round: int) -> tuple[str, ...]:
         """Who is asked in a round."""
@@ -257,22 +269,47 @@ class Plant:
         return events
 
     def replayed(self, work: Callable[..., Answer], *args: Any) -> Answer:
-        """Run a round; if a holder was lost in it, everyone goes back to its start and again."""
+        """Run a round; if a holder was lost in it, everyone goes back to its start and again.
+
+        So it is where a page is damaged, once it is decided who goes back to an earlier one.
+
+        Raises:
+            FellrayError: it was lost too often, or what is damaged cannot be replaced.
+        """
         tries = 1
         while True:
+            mended: list[str] = []
             try:
                 return work(self, *args)
             except StaleLease as lost:
                 reason = str(lost)
-            decision = decide(tries, False, reason)
-            if isinstance(decision, Stop):
-                raise FellrayError(f"{decision.reason}; `fellray train` resumes the run")
-            self._events.append(f"the round was begun again: {reason}")
-            time.sleep(decision.pause_s)
+            except Damaged as damage:
+                reason = str(damage)
+                mended = self._mend(damage)
+            self._events += mended
+            if not mended:  # whoever decides finds new damage each time, so that it has an end
+                decision = decide(tries, False, reason)
+                if isinstance(decision, Stop):
+                    raise FellrayError(f"{decision.reason}; `fellray train` resumes the run")
+                self._events.append(f"the round was begun again: {reason}")
+                time.sleep(decision.pause_s)
+                tries += 1
             self._clients.map("forget")
             self._servers.forget()
             self._pending = (-1, ())
-            tries += 1
+
+    def _mend(self, damage: Damaged) -> list[str]:
+        """What was decided, in words; nothing where the file is whole by now."""
+        try:
+            return self._rounds.mend(damage)
+        except Damaged as hopeless:
+            if hopeless.round or self._start_restored:
+                raise
+        # the start follows from the seed: all can write it once more
+        self._start_restored = True
+        self._clients.map("stage_start")
+        self._servers.stage_start()
+        return [f"{damage.file} of round 0 was damaged: the start was made again"]
 
     def close(self) -> None:
         """End all actors."""
@@ -297,7 +334,15 @@ class Plant:
             if not at:
                 found = torch.empty(len(clients), loaded.shape[1])
             found[at * WRITTEN : at * WRITTEN + len(some)] = loaded
+        self._cut_(clients, found)
         return found
+
+    def _cut_(self, clients: Sequence[str], sent_CP: Tensor) -> None:
+        """Leave each of the clients' sent rows what its own rank has, in place."""
+        if self._own.ranks:
+            largest = self._config.model.lora.r
+            ranks_C = torch.tensor(self._own.ranks_of(clients, largest), dtype=torch.int64)
+            cut_(views(sent_CP, self._sent_sites, largest), torch.arange(len(clients)), ranks_C)
 
     def _stage_common(self, round: int, common: bool, theta_P: Tensor) -> tuple[Staged, ...]:
         """Everyone's page, where the mixture is one for all."""
@@ -348,18 +393,6 @@ def _without(update: Update, counted: Collection[str]) -> Update:
     )
 
 
-def _join(parts: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-    """Blocks of columns, each of which lies in pieces of rows, as one array."""
-    rows = sum(len(piece) for piece in parts[0])
-    whole = np.empty((rows, sum(pieces[0].shape[1] for pieces in parts)), np.float32)
-    left = 0
-    for pieces in parts:
-        right = left + pieces[0].shape[1]
-        np.concatenate(pieces, out=whole[:, left:right])
-        left = right
-    return whole
-
-
 def _choose(learners: tuple[str, ...], count: int | None) -> tuple[str, ...]:
     """A sample that depends on the roster alone."""
     if count is None or count >= len(learners):
@@ -382,10 +415,22 @@ def _client_args(
     backbone = share(f"client {world.key(config)}", world.client_side(config))
     catalogue = share(f"catalogue {world.key(config)}", world.catalogue)
     hosts = deal(sorted(world.seats), config.clients.together)
-    seats = [_share_names(share, {c: world.seats[c] for c in host}) for host in hosts]
-    return [(config, i, own, backbone, catalogue, remote, rounds) for i, own in enumerate(seats)]
+    seats = [{c: world.seats[c] for c in host} for host in hosts]
+    owns = [world.own.select([*seat, *chain.from_iterable(seat.values())]) for seat in seats]
+    common = (backbone, catalogue, remote, rounds)
+    return [
+        (config, i, _share_names(share, seat), *common, _share_own(share, own))
+        for i, (seat, own) in enumerate(zip(seats, owns, strict=True))
+    ]
 
 
 def _share_names(share: Callable[[str, Any], Any], names: Any) -> Any:
     """Ids or seats, under a name that follows from them: an actor's plain arguments must be few."""
     return share(f"names {hashlib.sha256(json.dumps(names).encode()).hexdigest()}", names)
+
+
+def _share_own(share: Callable[[str, Any], Any], own: Own) -> Any:
+    """As `_share_names`; nothing is shared where nothing is own."""
+    if own == ALIKE:
+        return own
+    return share(f"own {hashlib.sha256(json.dumps(own.tree()).encode()).hexdigest()}", own)

@@ -39,6 +39,12 @@ class Pool(Protocol):
         """
         ...
 
+    def ask(
+        self, method: str, *columns: Sequence[Any], among: Sequence[int] | None = None
+    ) -> Callable[[], list[Any]]:
+        """As `map`, but the answers are waited for where they are called for."""
+        ...
+
     def ready(self) -> list[int]:
         """Who answers now. All, where nobody does: then there is nothing but to wait for them."""
         ...
@@ -65,6 +71,13 @@ class InlinePool:
     def ready(self) -> list[int]:
         """See `Pool`."""
         return list(range(len(self.members)))
+
+    def ask(
+        self, method: str, *columns: Sequence[Any], among: Sequence[int] | None = None
+    ) -> Callable[[], list[Any]]:
+        """See `Pool`."""
+        answers = self.map(method, *columns, among=among)
+        return lambda: answers
 
     def close(self) -> None:
         """See `Pool`."""
@@ -180,13 +193,19 @@ class RayPool:
         self, method: str, *columns: Sequence[Any], among: Sequence[int] | None = None
     ) -> list[Any]:
         """See `Pool`."""
+        return self.ask(method, *columns, among=among)()
+
+    def ask(
+        self, method: str, *columns: Sequence[Any], among: Sequence[int] | None = None
+    ) -> Callable[[], list[Any]]:
+        """See `Pool`."""
         asked = range(len(self.handles)) if among is None else among
         rows = list(zip(*columns, strict=True)) if columns else [()] * len(asked)
         calls = [
             getattr(self.handles[i], method).remote(*row)
             for i, row in zip(asked, rows, strict=True)
         ]
-        return [
+        return lambda: [
             self._result(i, method, row, call)
             for i, row, call in zip(asked, rows, calls, strict=True)
         ]

@@ -4,7 +4,7 @@ It counts the bytes that it carries, independently of the ledger. The recomputin
 needs the activation again: it lies in the object store since the forward call and is only named.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,11 +36,16 @@ class RayRemote:
         """See `Remote`."""
         self._server = self._servers[server]
 
-    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
+    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Callable[[], Lease]:
         """See `Remote`."""
         self._sent.clear()  # of a round that was given up
-        lease: Lease = _wait(self._server.begin.remote(run, round, clients))
-        return lease
+        asked = self._server.begin.remote(run, round, clients)
+
+        def leave() -> Lease:
+            lease: Lease = _wait(asked)
+            return lease
+
+        return leave
 
     def forward(self, activation: Activation) -> Answer:
         """See `Remote`."""

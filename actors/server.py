@@ -13,7 +13,7 @@ import torch
 
 from fellray.actors.telemetry import ServerTelemetry
 from fellray.platform.adapters import start
-from fellray.platform.allocator import keep_freed_memory
+from fellray.platform.allocator import give_back_freed_memory, keep_freed_memory
 from fellray.platform.batcher import Batcher
 from fellray.platform.config import RunConfig
 from fellray.platform.device import own_device
@@ -21,7 +21,9 @@ from fellray.platform.encoder import Backbone
 from fellray.platform.host import TrunkHost
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import Activation, Gradient, Installation, Lease
+from fellray.platform.own import ALIKE, Own
 from fellray.platform.rounds import Rounds
+from fellray.platform.slots import WRITTEN
 from fellray.platform.split import cut_model
 from fellray.platform.trunk import Engine, TorchEngine, Trunk
 
@@ -32,6 +34,7 @@ def make_host(
     backbone: Backbone,
     rounds: Rounds,
     index: int = 0,
+    own: Own = ALIKE,
 ) -> TrunkHost:
     """The trunk with the engine that the config names."""
     torch.set_num_threads(config.server.threads)
@@ -48,7 +51,7 @@ def make_host(
         engine = DeepSpeedEngine(trunk, config)
     else:
         engine = TorchEngine(trunk, config)
-    return TrunkHost(config, learners, sites, engine, rounds, device, index)
+    return TrunkHost(config, learners, sites, engine, rounds, device, index, own)
 
 
 class Server:
@@ -61,13 +64,14 @@ class Server:
         backbone: Backbone,
         rounds: Rounds,
         index: int = 0,
+        own: Own = ALIKE,
     ):
         """Args: index: which server of the run's."""
         self._telemetry = ServerTelemetry(config.name)
         self._batcher = Batcher(config.server.max_tokens, self._telemetry.count)
         # made on the thread that will run it: gradients and thread counts belong to a thread
         self._host = self._batcher.call(
-            make_host, config, learners, backbone, rounds, index
+            make_host, config, learners, backbone, rounds, index, own
         ).result()
 
     async def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
@@ -89,15 +93,15 @@ class Server:
         down: np.ndarray = await asyncio.wrap_future(future)
         return down
 
-    async def are_finite(self, lives: Collection[str], clients: Sequence[str]) -> list[bool]:
-        """See `TrunkHost.are_finite`."""
-        finite: list[bool] = await self._call(self._host.are_finite, lives, clients)
-        return finite
-
-    async def theta(self, lives: Collection[str], clients: Sequence[str]) -> np.ndarray:
-        """See `TrunkHost.theta`."""
-        theta: np.ndarray = await self._call(self._host.theta, lives, clients)
-        return theta
+    async def report(
+        self, lives: Collection[str], clients: Sequence[str], shared: bool
+    ) -> tuple[list[bool], np.ndarray]:
+        """See `TrunkHost.report`. Training is over: what only the steps of many needed goes."""
+        if len(clients) > WRITTEN:
+            await self._call(give_back_freed_memory)
+        call = self._call(self._host.report, lives, clients, shared)
+        report: tuple[list[bool], np.ndarray] = await call
+        return report
 
     async def shared_gradient(self, round: int, clients: Sequence[str]) -> np.ndarray:
         """See `TrunkHost.shared_gradient`."""

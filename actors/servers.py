@@ -56,39 +56,47 @@ class Servers:
         files: tuple[Staged, ...] = self._map("stage_start")[0]
         return files
 
-    def ask(self, method: str, updates: Sequence[Update]) -> list[Any]:
-        """`are_finite` or `theta` of the clients of each update, by update (one per actor)."""
+    def report(
+        self, updates: Sequence[Update], shared: bool
+    ) -> Callable[[], list[tuple[list[bool], np.ndarray]]]:
+        """`TrunkHost.report` of the clients of each update, by update (one per actor)."""
         theirs = [
             [actor for actor, own in enumerate(self.of_actor) if own == server]
             for server in self._in_use()
         ]
-        answers = self._map(
-            method,
+        asked = self._ask(
+            "report",
             [{life for i in own for life in updates[i].lives} for own in theirs],
             [[c for i in own for c in updates[i].clients] for own in theirs],
+            [shared] * len(theirs),
         )
-        found: dict[int, Any] = {}
-        for own, answer in zip(theirs, answers, strict=True):
-            at = 0
-            for i in own:
-                found[i] = answer[at : at + len(updates[i].clients)]
-                at += len(updates[i].clients)
-        return [found[i] for i in range(len(updates))]
+
+        def answer() -> list[tuple[list[bool], np.ndarray]]:
+            found = {}
+            for own, (finite, theta_CP) in zip(theirs, asked(), strict=True):
+                at = 0
+                for i in own:
+                    rows = slice(at, at + len(updates[i].clients))
+                    found[i] = finite[rows], theta_CP[rows]
+                    at = rows.stop
+            return [found[i] for i in range(len(updates))]
+
+        return answer
 
     def install(
         self,
         clients: Sequence[str],
         make: Callable[[tuple[str, ...]], Installation],
         shared_P: np.ndarray | None,
-    ) -> list[tuple[Staged, ...]]:
-        """See `TrunkHost.install`.
+    ) -> Callable[[], list[tuple[Staged, ...]]]:
+        """See `TrunkHost.install`; each server's files.
 
         Args:
             clients: who took part.
             make: the installation of some of them.
         """
         on = self._in_use()
-        return self._map(
+        return self._ask(
             "install",
             [make(self._of(clients, server)) for server in on],
             [shared_P] * len(on),
@@ -121,7 +129,10 @@ class Servers:
         return tuple(c for c in clients if self.of_actor[self._seat[c]] == server)
 
     def _map(self, method: str, *columns: Sequence[Any]) -> list[Any]:
-        return self.pool.map(method, *columns, among=self._in_use())
+        return self._ask(method, *columns)()
+
+    def _ask(self, method: str, *columns: Sequence[Any]) -> Callable[[], list[Any]]:
+        return self.pool.ask(method, *columns, among=self._in_use())
 
 
 def check_servers(servers: int, actors: int) -> None:

@@ -8,6 +8,7 @@ from fellray.platform.aggregation import Method
 from fellray.platform.config import RunConfig
 from fellray.platform.encoder import Backbone, Tokens, load_backbone, load_tokenizer, tokenize
 from fellray.platform.errors import FellrayError
+from fellray.platform.own import ALIKE, Own, read_own
 from fellray.platform.shards import Dataset
 from fellray.platform.split import plan_cut
 
@@ -38,6 +39,8 @@ class World:
     """Users, items, interactions and splits of the prepared data."""
     sizes: dict[str, int]
     """Learner -> interactions in its training split."""
+    own: Own = ALIKE
+    """What clients have of their own."""
 
     def key(self, config: RunConfig) -> str:
         """Tells what is frozen and public here from that of another run."""
@@ -55,12 +58,15 @@ class World:
         return self.backbone.select(plan_cut(self.backbone, config.model).prefixes("trunk"))
 
 
-def survey(config: RunConfig) -> World:
+def survey(config: RunConfig, own: Own | None = None) -> World:
     """Read what every actor needs, and refuse what cannot work before any actor exists.
 
+    Args:
+        own: what a run that exists was trained with; otherwise `clients.own` is read.
+
     Raises:
-        FellrayError: the data is not prepared, was prepared with another encoder, or the cut does
-            not fit the model.
+        FellrayError: the data is not prepared, was prepared with another encoder, the cut does not
+            fit the model, or as `read_own`.
     """
     data = Dataset(config.data.path)
     backbone = load_backbone(config.model.name)
@@ -78,4 +84,5 @@ def survey(config: RunConfig) -> World:
     seats = method.seat(data.clients)
     entries = data.manifest["clients"]
     sizes = {learner: sum(entries[c]["train"] for c in own) for learner, own in seats.items()}
-    return World(seats, backbone, catalogue, data.sha256, data.manifest["counts"], sizes)
+    own = read_own(config) if own is None else own
+    return World(seats, backbone, catalogue, data.sha256, data.manifest["counts"], sizes, own)

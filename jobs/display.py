@@ -3,7 +3,7 @@
 On a terminal the bar is live; elsewhere, in a job's log say, only the lines are printed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -24,7 +24,9 @@ console = Console(highlight=False)
 class Display:
     """The live view of one run."""
 
-    def __init__(self, config: RunConfig, folder: str, to_go: range):
+    def __init__(self, config: RunConfig, folder: str, to_go: range, found: Iterable[str] = ()):
+        """Args: found: what is to be said before the first round."""
+        self._found = list(found)
         self._config = config
         self._to_go = to_go
         self._folder = folder
@@ -53,6 +55,7 @@ class Display:
             f"{last} rounds{resumed}\neverything goes to {self._folder}\n"
             "[dim]round 0 is the untrained start; NDCG@10 and the worst client's: validation[/]"
         )
+        self.warn(self._found)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -60,10 +63,14 @@ class Display:
 
     def show(self, row: Mapping[str, Any]) -> None:
         """A committed round."""
-        for event in row["events"]:
-            console.print(f"  [yellow]! {event}[/]")
+        self.warn(event for event in row["events"] if event not in self._found)
         console.print("  " + "  ".join(_parts(row)))
         self._progress.advance(self._task)
+
+    def warn(self, events: Iterable[str]) -> None:
+        """What went wrong, and how it went on."""
+        for event in events:
+            console.print(f"  [yellow]! {event}[/]")
 
     def say(self, doing: str) -> None:
         """What happens after the last round."""

@@ -31,7 +31,7 @@ def evaluate(path: str, round: int | None = None, split: str = "test") -> dict[s
             f"{', '.join(map(str, kept)) or 'none: train it first'} (keep_last says how many stay)"
         )
     run.rounds.facts(chosen)  # refuses a damaged one
-    config, world = run.config, survey(run.config)
+    config, world = run.config, survey(run.config, run.own())
     with (
         connect(config, len(deal(list(world.seats), config.clients.together))),
         Plant.on_ray(config, world, run.rounds) as plant,

@@ -16,7 +16,19 @@ def finish(run: Run, plant: Plant, world: World, display: Display) -> dict[str, 
     """Test the best round, write `summary.json`, `report.html` and `adapters/`; the summary."""
     best = run.best_round()
     display.say(f"testing round {best}")
-    summary = summarise(
+    summary = plant.replayed(_test, run, world, best)
+    events = plant.take_events()
+    display.warn(events)
+    summary["events"] += events
+    display.say("writing the report")
+    export(run, best, plant.learners)
+    run.journal.write_json("summary.json", summary)
+    write_report(run)
+    return summary
+
+
+def _test(plant: Plant, run: Run, world: World, best: int) -> dict[str, Any]:
+    return summarise(
         run,
         learners=plant.learners,
         data={
@@ -30,11 +42,6 @@ def finish(run: Run, plant: Plant, world: World, display: Display) -> dict[str, 
         untrained=plant.replayed(Plant.evaluate, 0, TEST),
         baselines=plant.evaluate_baselines(TEST),
     )
-    display.say("writing the report")
-    export(run, best, plant.learners)
-    run.journal.write_json("summary.json", summary)
-    write_report(run)
-    return summary
 
 
 def write_report(run: Run) -> None:

@@ -5,7 +5,7 @@ that would be kept and knows nothing of what it is compared with.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,10 +55,16 @@ class Timed:
         """See `Remote`."""
         self._remote.choose(server)
 
-    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
+    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Callable[[], Lease]:
         """See `Remote`."""
         with self._clock():
-            return self._remote.begin(run, round, clients)
+            asked = self._remote.begin(run, round, clients)
+
+        def leave() -> Lease:
+            with self._clock():
+                return asked()
+
+        return leave
 
     def forward(self, activation: Activation) -> Answer:
         """See `Remote`."""

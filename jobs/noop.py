@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from rich import box
 from rich.table import Table
-from torch import Tensor
 
 from fellray.actors.client import Client
 from fellray.actors.plant import Plant
@@ -58,14 +57,12 @@ GOAL, FLAT = 10.0, 0.1
 class Idle(Client):
     """A client whose local training is no step at all."""
 
-    def _train(
-        self, round: int, learners: tuple[str, ...]
-    ) -> tuple[Lease, list[float], list[int], dict[str, Tensor]]:
+    def _train(self, round: int, learners: tuple[str, ...]) -> tuple[Lease, list[float], list[int]]:
+        leave = self._span.remote.begin(self._config.name, round, learners)
         slots = self._slots.hold(round - 1, learners)
         self._slots.train(learners)
-        lease = self._span.remote.begin(self._config.name, round, learners)
-        values = self._slots.bank.values_SP[slots].add_(1e-3)
-        return lease, [1.0] * len(learners), [1] * len(learners), {"values": values}
+        self._slots.bank.values_SP[slots] += 1e-3
+        return leave(), [1.0] * len(learners), [1] * len(learners)
 
 
 class IdlePlant(Plant):

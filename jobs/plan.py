@@ -70,7 +70,8 @@ def count_work(config: RunConfig, world: World) -> Workload:
     cap = config.evaluation.max_users or sys.maxsize
     users = [sum(min(cap, entries[c]["valid"]) for c in own) for own in world.seats.values()]
     share = min(1.0, (config.evaluation.clients or clients) / clients)
-    samples = config.train.local_samples * max(map(len, world.seats.values()))
+    usual = config.train.local_samples
+    samples = max(world.own.samples_of(own, usual) for own in world.seats.values())
     sent = {"all": PARTS, "trunk_only": ("trunk",), "none": ()}[config.train.share]
     cut = plan_cut(world.backbone, config.model)
     sites: list[Site] = [site for part in sent for site in cut.sites[part]]

@@ -25,6 +25,7 @@ from fellray.platform.capacity import Line, Probe
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.messages import LedgerRow
+from fellray.platform.own import ALIKE
 from fellray.platform.reader import EVALUATION_ROWS
 from fellray.platform.rounds import Rounds
 from fellray.platform.split import plan_cut
@@ -78,7 +79,8 @@ def run_probe(config: RunConfig, world: World) -> Probed:
         raise FellrayError(f"the probe reads {STATUS}: run it on Linux, or set clients.per_actor")
     learners = tuple(sorted(world.seats, key=lambda one: (-world.sizes[one], one))[:CLIENTS])
     small = _shrink(config, len(learners))
-    few = replace(world, seats={one: world.seats[one] for one in sorted(learners)})
+    # whoever differs has a smaller rank or other steps: measured is a step of the largest
+    few = replace(world, seats={one: world.seats[one] for one in sorted(learners)}, own=ALIKE)
     storage = Storage(config.storage)
     try:
         with _plant(small, few, Rounds(storage.sub(small.name))) as (plant, rounds, pools):

@@ -5,10 +5,12 @@ import asyncio
 from pydantic import ValidationError
 
 from fellray.platform.errors import FellrayError
+from fellray.platform.run import read_run
 from fellray.serve.args import Args
 from fellray.serve.recommender import Recommender
 from fellray.serve.refusal import Refusal
-from fellray.serve.schema import Answer, ByHistory
+from fellray.serve.schema import MOST_K, Answer, ByHistory
+from fellray.serve.served import verify
 from fellray.serve.whole import open_whole
 
 MOST_NAMED = 10
@@ -25,7 +27,11 @@ def recommend(
     """
     recommender = open_whole(Args(run=run, round="best" if round is None else round))
     try:
+        verify(read_run(run), recommender.served.round, sorted(recommender.seats))
         _refuse_unknown(recommender, client)
+        most = min(MOST_K, len(recommender.items))
+        if not 1 <= k <= most:
+            raise FellrayError(f"k={k}: must be from 1 to {most}")
         titles = recommender.items.split_history(history)
         query = ByHistory(client=client, history=[*titles], k=k)
         (answer,) = asyncio.run(recommender.recommend([query]))

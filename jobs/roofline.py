@@ -120,14 +120,15 @@ def measure_adapters(backbone: Backbone, folder: Path, clients: int, turns: int)
 
 def measure_ranks(backbone: Backbone, tokens: int, turns: int) -> Figure:
     """All clients of the mean rank, over clients of four ranks."""
-    spec = LoraSpec()
-    parts = cut_model(backbone, ModelConfig(cut=0, top=0, lora=spec))
+    parts = cut_model(backbone, ModelConfig(cut=0, top=0))
     packed, sites = PackedBlocks(parts.trunk), parts.cut.sites["trunk"]
     h_Ld, g_Ld = torch.randn(2, CLIENTS * tokens, WIDTH)
 
     def step(ranks: Sequence[int]) -> Callable[[], object]:
         ranks_K = torch.tensor(ranks).repeat(CLIENTS // len(ranks))
-        bank = Bank(sites, spec, configs.TrainConfig(), CLIENTS, ranks_S=ranks_K)
+        spec = LoraSpec(r=max(ranks))
+        bank = Bank(sites, spec, configs.TrainConfig(), CLIENTS)
+        bank.set_ranks(torch.arange(CLIENTS), ranks_K.tolist())
         lengths_K = torch.full((CLIENTS,), tokens)
 
         def run() -> None:

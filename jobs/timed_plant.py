@@ -24,6 +24,7 @@ from fellray.platform.config import RunConfig
 from fellray.platform.encoder import Backbone
 from fellray.platform.host import TrunkHost
 from fellray.platform.messages import Activation, Gradient, Lease, Update
+from fellray.platform.own import ALIKE, Own
 from fellray.platform.rounds import Rounds
 
 
@@ -95,10 +96,11 @@ class TimedClient(Client):
         catalogue: Catalogue,
         remote: RayRemote,
         rounds: Rounds,
+        own: Own = ALIKE,
     ):
         """See `Client`."""
         self._timed = Timed(remote)
-        super().__init__(config, index, seats, backbone, catalogue, self._timed, rounds)
+        super().__init__(config, index, seats, backbone, catalogue, self._timed, rounds, own)
         self._fit_s = 0.0
 
     def fit(

@@ -35,7 +35,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         open_run(config, world.data_sha256) as run,
         connect(config, len(deal(list(world.seats), config.clients.together))),
         Plant.on_ray(config, world, run.rounds) as plant,
-        Display(config, str(run.storage), run.to_go()) as display,
+        Display(config, str(run.storage), run.to_go(), run.events) as display,
     ):
         telemetry = RunTelemetry(config)
         for t in run.to_go():

@@ -21,6 +21,7 @@ from fellray.platform.config import RunConfig
 from fellray.platform.encoder import Backbone
 from fellray.platform.messages import Update
 from fellray.platform.metrics import Score
+from fellray.platform.own import ALIKE, Own
 from fellray.platform.rounds import Rounds
 
 CUDA_BYTES = 600 * 2**20
@@ -74,10 +75,11 @@ class WeighedClient(Scale, Client):
         catalogue: Catalogue,
         remote: RayRemote,
         rounds: Rounds,
+        own: Own = ALIKE,
     ):
         self._timed = Timed(remote)
-        self._own = self._served = 0.0
-        super().__init__(config, index, seats, backbone, catalogue, self._timed, rounds)
+        self._here = self._served = 0.0
+        super().__init__(config, index, seats, backbone, catalogue, self._timed, rounds, own)
 
     def fit(self, *args: Any) -> Update:
         """See `Client`."""
@@ -91,14 +93,14 @@ class WeighedClient(Scale, Client):
 
     def clocked(self) -> tuple[float, float]:
         """Seconds of the last call: the actor's own, and waiting for the server."""
-        return self._own, self._served
+        return self._here, self._served
 
     @contextmanager
     def _clock(self) -> Iterator[None]:
         began, waited = time.perf_counter(), self._timed.waiting
         yield
         self._served = self._timed.waiting - waited
-        self._own = time.perf_counter() - began - self._served
+        self._here = time.perf_counter() - began - self._served
 
 
 def read_weight(status: str) -> tuple[int, int]:

@@ -2,8 +2,11 @@
 
 The fields are those of peft's `LoraConfig`; with one client a bank computes what peft computes. A
 client's parameters of one part of the model are one flat row, and every matrix is a view of it.
+The row has the run's largest rank; a client of a smaller one has the first components of every
+site, and zeros for the rest: what clients send and mix is so of one layout (HetLoRA, Cho et al.,
+EMNLP 2024).
 
-Shapes: S slots (clients), N rows of a step, P parameters of one client, r rank.
+Shapes: S slots (clients), s slots asked for, N rows of a step, P parameters of one client, r rank.
 """
 
 import hashlib
@@ -83,6 +86,33 @@ def views(flat_SP: Tensor, sites: Sequence[Site], r: int) -> list[Pair]:
     return pairs
 
 
+def cut_(pairs: Sequence[Pair], rows_s: Tensor, ranks_s: Tensor) -> None:
+    """Leave each of some rows only the components of its own rank, in place.
+
+    Args:
+        pairs: `views` of stacked rows at the largest rank.
+        rows_s: distinct rows.
+        ranks_s: their ranks.
+    """
+    for rank in ranks_s.unique().tolist():
+        rows = rows_s[ranks_s == rank]
+        for a, b in pairs:
+            if rank < a.shape[1]:
+                a[rows, rank:] = 0.0
+                b[rows, :, rank:] = 0.0
+
+
+def rescale(pairs: Sequence[Pair], spec: LoraSpec, ranks: Sequence[int]) -> list[Pair]:
+    """Stacked adapters as `LoraLinear` takes them: it scales all rows as of rank `spec.r`, and the
+    B of a smaller rank carries the difference.
+
+    Args:
+        pairs: row i has rank `ranks[i]`.
+    """
+    scales = [spec.scaling_of(rank) / spec.scaling for rank in ranks]
+    return [(a, b * b.new_tensor(scales)[:, None, None]) for a, b in pairs]
+
+
 class GradientSum:
     """Gradients of S slots, added up row by row.
 
@@ -105,7 +135,11 @@ class GradientSum:
 
 
 class Bank:
-    """The adapters of S clients for one part of the model, and one AdamW state for each."""
+    """The adapters of S clients for one part of the model, and one AdamW state for each.
+
+    What is behind a slot's own rank is zero and stays so: with A's row and B's column zero, either
+    gradient has the other as a factor, so values and moments take steps of exactly zero.
+    """
 
     def __init__(
         self,
@@ -114,23 +148,24 @@ class Bank:
         train: TrainConfig,
         num_slots: int,
         device: torch.device | None = None,
-        ranks_S: Tensor | None = None,
     ):
-        """Args: ranks_S: each slot's own rank, where not all have `spec.r`. A slot's row begins
-        with the numbers that its rank needs; the rest, up to the largest rank, stays zero."""
+        """Args: spec: `r` is the largest rank, and every slot's until `set_ranks`."""
         self._train = train
-        equal = torch.full((num_slots,), spec.r, device=device)
-        self.ranks_S = equal if ranks_S is None else ranks_S.to(device)
-        largest = spec.r if ranks_S is None else int(ranks_S.max())
-        self._size_of = {
-            r: sum(site.num_parameters(r) for site in sites) for r in self.ranks_S.unique().tolist()
-        }
-        self.gradient = GradientSum(sites, largest, num_slots, device)
+        self.spec = spec
+        self.ranks_S = torch.full((num_slots,), spec.r, device=device)
+        self._mixed = False
+        self.gradient = GradientSum(sites, spec.r, num_slots, device)
         self.values_SP = torch.zeros_like(self.gradient.total_SP)
         self.moment1_SP = torch.zeros_like(self.values_SP)
         self.moment2_SP = torch.zeros_like(self.values_SP)
         self.steps_S = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self._values = views(self.values_SP, sites, largest)
+        self._values = views(self.values_SP, sites, spec.r)
+
+    def set_ranks(self, slots_s: Tensor, ranks: Sequence[int]) -> None:
+        """Give slots ranks of their own, before anything else is put there."""
+        assert all(1 <= rank <= self.spec.r for rank in ranks), ranks
+        self.ranks_S[slots_s] = self.ranks_S.new_tensor(ranks)
+        self._mixed = self._mixed or any(rank != self.spec.r for rank in ranks)
 
     def gather(self, slots_N: Tensor, train: bool) -> list[Pair]:
         """Each row's own adapters, one pair per site; leaves that collect gradients if `train`."""
@@ -138,6 +173,10 @@ class Bank:
             (a[slots_N].requires_grad_(train), b[slots_N].requires_grad_(train))
             for a, b in self._values
         ]
+
+    def scale(self, slots_N: Tensor, pairs: Sequence[Pair]) -> Sequence[Pair]:
+        """Gathered adapters as `LoraLinear` takes them: see `rescale`."""
+        return rescale(pairs, self.spec, self.ranks_S[slots_N].tolist()) if self._mixed else pairs
 
     def step(self, slots_s: Tensor) -> None:
         """One AdamW step of the named slots only; nobody else changes by a bit.
@@ -153,9 +192,8 @@ class Bank:
         gradient = self.gradient.total_SP[slots_s]
         self.gradient.total_SP[slots_s] = 0.0
         if c.clip is not None:
-            sizes = [self._size_of[rank] for rank in self.ranks_S[slots_s].tolist()]
-            norms = [row[:size].norm() for row, size in zip(gradient, sizes, strict=True)]
-            gradient = gradient * (c.clip / (torch.stack(norms) + 1e-6)).clamp(max=1.0)[:, None]
+            norms = torch.stack([row.norm() for row in gradient])
+            gradient = gradient * (c.clip / (norms + 1e-6)).clamp(max=1.0)[:, None]
         self.steps_S[slots_s] += 1
         steps = self.steps_S[slots_s].tolist()
         values = self.values_SP[slots_s] * (1 - c.learning_rate * c.weight_decay)
@@ -173,15 +211,21 @@ class Bank:
     def state(self, slots_s: Tensor, moments: bool) -> dict[str, Tensor]:
         """Copies of the slots' rows: values, and AdamW's moments and step counts if asked."""
         tensors = self._tensors() if moments else {"values": self.values_SP}
-        return {name: tensor[slots_s] for name, tensor in tensors.items()}
+        place = _place(slots_s)
+        if isinstance(place, slice):
+            return {name: tensor[place].clone() for name, tensor in tensors.items()}
+        return {name: tensor[place] for name, tensor in tensors.items()}
 
     def reset(self, slots_s: Tensor, state: Mapping[str, Tensor]) -> None:
-        """Put slots to the rows of a `state`, in their order; what it does not hold starts anew."""
-        self.gradient.total_SP[slots_s] = 0.0
+        """Put slots to the rows of a `state`, in their order, values cut to each slot's rank; what
+        it does not hold starts anew."""
+        place = _place(slots_s)
+        self.gradient.total_SP[place] = 0.0
         for name, tensor in self._tensors().items():
-            tensor[slots_s] = (
-                state[name].to(tensor.device) if name in state else tensor.new_zeros(())
-            )
+            tensor[place] = state[name].to(tensor.device) if name in state else tensor.new_zeros(())
+        if self._mixed:
+            slots = slots_s.to(self.ranks_S.device)
+            cut_(self._values, slots, self.ranks_S[slots])
 
     def _tensors(self) -> dict[str, Tensor]:
         return {
@@ -196,6 +240,24 @@ def state_names(part: str, moments: bool) -> list[str]:
     """Names under which a bank's `state` is kept in a round."""
     kinds = ["values", "moment1", "moment2", "steps"] if moments else ["values"]
     return [f"{part}.{kind}" for kind in kinds]
+
+
+def finite_rows(values_SP: Tensor) -> list[bool]:
+    """Which rows hold neither a NaN nor an infinity."""
+    # a finite sum says it sooner
+    finite_S = values_SP.sum(1).isfinite()
+    finite: list[bool] = (finite_S if finite_S.all() else values_SP.isfinite().all(1)).tolist()
+    return finite
+
+
+def _place(slots_s: Tensor) -> Tensor | slice:
+    """Slots that follow one another as a slice: copied several times as fast as by index."""
+    if slots_s.device.type != "cpu" or not len(slots_s):
+        return slots_s
+    first = int(slots_s[0])
+    if not torch.equal(slots_s, torch.arange(first, first + len(slots_s))):
+        return slots_s
+    return slice(first, first + len(slots_s))
 
 
 def _mix(seed: int, path: str) -> int:

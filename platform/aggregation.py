@@ -5,7 +5,7 @@ to one. A method is its `plan`: a pure function of what is known about the round
 where a client runs, or in which order clients answered: they are sorted by id before they get here.
 How products of large stacks are taken is `slabs`' business.
 
-Shapes: C clients, P parameters of one client.
+Shapes: C clients, P parameters of one client, R rows of a mixture that differ.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -133,14 +133,17 @@ def reduce(plan: Plan, theta_CP: Tensor) -> Tensor:
 
     Equal rows of the matrix give equal bits, and a row that listens to nobody else returns its own
     weights bit for bit. Sums are taken in fp64 for up to `slabs.EXACT` clients, in fp32 for more.
+    Where the plan has one row for everyone the rows are one in memory, and not to be written to.
 
     Raises:
         ValueError: a row of the matrix does not sum to one.
     """
     check_rows(plan)
-    mixed_CP = torch.empty(theta_CP.shape, dtype=theta_CP.dtype)
-    mix(plan.mixing_CC, theta_CP, mixed_CP)
-    return mixed_CP
+    num_clients, num_parameters = theta_CP.shape
+    differ = min(1, num_clients) if plan.common else num_clients
+    mixed_RP = theta_CP.new_empty(differ, num_parameters)
+    mix(plan.mixing_CC, theta_CP, mixed_RP)
+    return mixed_RP.expand(num_clients, num_parameters)
 
 
 def reduce_(plan: Plan, theta_CP: Stack) -> None:

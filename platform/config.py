@@ -261,6 +261,11 @@ class ClientsConfig(Config):
     """n: one client actor takes 1/n of a GPU. 0: none."""
     threads: int = Field(default=1, ge=1)
     """Threads torch uses in a client actor. Recorded, because it decides the bits."""
+    own: Path | None = None
+    """A Parquet or CSV file of clients that differ, with the columns client (text) and `rank`,
+    `local_samples` or both: whole numbers of 1 or more, empty for the run's. `model.lora.r` is the
+    largest rank. A learner who reads several clients' data has that rank, and reads what all of
+    them together do."""
 
     @property
     def together(self) -> int:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from fellray.platform.adapters import Bank, GradientSum, Site, start
+from fellray.platform.adapters import Bank, GradientSum, Site, finite_rows, start
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.faults import committed
@@ -29,9 +29,10 @@ from fellray.platform.lanes import Lanes
 from fellray.platform.ledger import payload_bytes
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import Activation, Gradient, Installation, Lease, StaleLease
+from fellray.platform.own import ALIKE, Own
 from fellray.platform.packed import Batch
 from fellray.platform.rounds import Rounds
-from fellray.platform.slots import Slots
+from fellray.platform.slots import WRITTEN, Slots
 from fellray.platform.span import Answer
 from fellray.platform.trunk import Engine
 
@@ -63,6 +64,7 @@ class TrunkHost:
         rounds: Rounds,
         device: torch.device | None = None,
         index: int = 0,
+        own: Own = ALIKE,
         kept: int | None = None,
     ):
         """Args: learners: ids of everyone who may ask. index: names this host's files. kept: see
@@ -82,10 +84,13 @@ class TrunkHost:
             "trunk",
             config.train.moments == "keep",
             rounds,
+            own,
             kept,
         )
         self._shared = config.server.shared_adapter
         self._shared_gradient = GradientSum(sites, lora.r, 0, device)
+        self._summed: dict[str, Tensor] = {}
+        """The share [P] in the common gradient of clients who are through with the round."""
         self._shared_round = -1
         self._keep = Keep(config.server.keep_graphs_mib * 2**20)
         self._turns: dict[str, _Turn] = {}
@@ -107,6 +112,8 @@ class TrunkHost:
         if self._shared:
             self._fit_shared_gradient()
             self._shared_gradient.total_SP[slots] = 0.0
+            for client in clients:
+                self._summed.pop(client, None)
         return Lease(self._life, self._leases)
 
     def forward(self, activations: Sequence[Activation]) -> list[np.ndarray | Exception]:
@@ -120,27 +127,22 @@ class TrunkHost:
         """Gradients at the lower cut [L, d], after stepping the rows' personal adapters."""
         return self._each(sent, self._check_step, self._backward)
 
-    def are_finite(self, lives: Collection[str], clients: Sequence[str]) -> list[bool]:
-        """Whose trained trunk adapter holds neither a NaN nor an infinity.
-
-        Raises:
-            StaleLease: as `theta`.
-        """
-        self._check_lives(lives)
-        values = self._slots.bank.values_SP[self._find(clients)]
-        # a finite sum says it sooner
-        sums = values.sum(1).isfinite()
-        finite: list[bool] = (sums if bool(sums.all()) else values.isfinite().all(1)).tolist()
-        return finite
-
-    def theta(self, lives: Collection[str], clients: Sequence[str]) -> np.ndarray:
-        """The clients' trained trunk adapters [C, P].
+    def report(
+        self, lives: Collection[str], clients: Sequence[str], shared: bool
+    ) -> tuple[list[bool], np.ndarray]:
+        """Whose trained trunk adapter is finite, and the adapters [C, P]; no columns if not shared.
 
         Raises:
             StaleLease: somebody trained under another life of this server: that work is lost.
         """
         self._check_lives(lives)
-        return self._slots.bank.values_SP[self._find(clients)].cpu().numpy()
+        if shared:
+            values = self._slots.values(clients)
+            return finite_rows(values), values.numpy()
+        finite: list[bool] = []
+        for at in range(0, len(clients), WRITTEN):
+            finite += finite_rows(self._slots.values(clients[at : at + WRITTEN]))
+        return finite, np.empty((len(clients), 0), np.float32)
 
     def stage_start(self) -> tuple[Staged, ...]:
         """Stage round 0: the one seeded start that every client shares."""
@@ -161,7 +163,10 @@ class TrunkHost:
             StaleLease: as `install`.
         """
         self._check_turns(round, clients)
-        return self._shared_gradient.total_SP[self._find(clients)].cpu().numpy()
+        self._finish(clients)
+        width = self._shared_gradient.total_SP.shape[1]
+        rows = [self._summed[c].cpu() for c in clients]
+        return (torch.stack(rows) if rows else torch.empty(0, width)).numpy()
 
     def install(
         self,
@@ -188,9 +193,10 @@ class TrunkHost:
         accepted = [installation.clients[i] for i in rows]
         mixed = bool(installation.theta_SP.shape[1])
         own = not (mixed and installation.common)
-        if mixed and (own or self._config.train.moments == "keep"):
-            theta = torch.from_numpy(installation.theta_SP[rows])
-            self._slots.bank.values_SP[self._find(accepted)] = theta.to(self._device)
+        self._finish(accepted)
+        if mixed:
+            theta = from_dlpack(installation.theta_SP)
+            self._slots.replace(accepted, theta[rows] if refused else theta)
         if self._shared:
             if shared_P is not None:
                 self._engine.step_shared(from_dlpack(shared_P).to(self._device))
@@ -201,6 +207,7 @@ class TrunkHost:
             *(self._stage_shared(round) if stages_shared else ()),
         )
         self._slots.release()
+        self._summed.clear()
         self._turns.clear()
         self._keep.clear()
         self._installed = round
@@ -213,6 +220,7 @@ class TrunkHost:
     def forget(self) -> None:
         """Drop what is in memory: the next call starts from the last committed round."""
         self._slots.clear()
+        self._summed.clear()
         self._turns.clear()
         self._keep.clear()
         self._shared_round = self._installed = -1
@@ -243,6 +251,14 @@ class TrunkHost:
         turns = [self._turns.get(c) for c in clients]
         if not all(turn and turn.round == round for turn in turns):
             raise StaleLease("the server was restarted after training")
+
+    def _finish(self, clients: Sequence[str]) -> None:
+        """They take no further step in this round."""
+        if self._shared:
+            left = [c for c in clients if c not in self._summed]
+            rows = self._shared_gradient.total_SP[self._find(left)]
+            self._summed |= dict(zip(left, rows, strict=True))
+        self._slots.finish(clients)
 
     def _check_lives(self, lives: Collection[str]) -> None:
         if any(life != self._life for life in lives):
@@ -305,6 +321,9 @@ class TrunkHost:
         self._slots.bank.step(stepped)
         for client, _, _ in keys:
             self._turns[client].next_step += 1
+        for activation, gradient in sent:
+            if gradient.done:
+                self._finish([c for c in activation.clients if c in gradient.done])
         return _part(lanes.collect(down_Md), activations)
 
     def _lay(self, activations: Sequence[Activation]) -> tuple[Lanes, Tensor, list[_Key]]:
@@ -386,9 +405,10 @@ class InProcess:
         """See `Remote`."""
         self._host = self._hosts[server]
 
-    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
+    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Callable[[], Lease]:
         """See `Remote`."""
-        return self._host.begin(run, round, clients)
+        lease = self._host.begin(run, round, clients)
+        return lambda: lease
 
     def forward(self, activation: Activation) -> Answer:
         """See `Remote`."""

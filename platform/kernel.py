@@ -46,18 +46,21 @@ class Loras:
         values_SP: Tensor,
         gradient_SP: Tensor | None = None,
     ):
-        """Args: ranks: one for each stack; a slot's row may be longer than its rank needs.
-        slots_K: each lane's row in values_SP, and in gradient_SP where a gradient is wanted."""
+        """Args: ranks: one for each stack. values_SP: rows of the largest rank, of which a stack
+        uses the first components. slots_K: each lane's row in values_SP, and in gradient_SP where a
+        gradient is wanted."""
         self.sites: list[list[Piece]] = [[] for _ in sites]
         """Pieces of every site."""
+        of_rank_1 = sum(site.num_parameters(1) for site in sites)
+        largest = values_SP.shape[1] // max(of_rank_1, 1)
+        values = views(values_SP, sites, largest)
+        gradient = None if gradient_SP is None else views(gradient_SP, sites, largest)
         for stack, rank in zip(stacks, ranks, strict=True):
-            size = sum(site.num_parameters(rank) for site in sites)
             slots_s = slots_K[stack.lanes]
-            values = views(values_SP[:, :size], sites, rank)
-            gradient = None if gradient_SP is None else views(gradient_SP[:, :size], sites, rank)
             for at, pieces in enumerate(self.sites):
-                own = None if gradient is None else gradient[at]
-                pieces.append(Piece(stack, slots_s, values[at], own, scaling(rank)))
+                own = None if gradient is None else _first(gradient[at], rank)
+                first = _first(values[at], rank)
+                pieces.append(Piece(stack, slots_s, first, own, scaling(rank)))
 
 
 def add_product(y_Mo: Tensor, x_Mi: Tensor, pieces: Sequence[Piece]) -> None:
@@ -80,6 +83,12 @@ def backpropagate(dx_Mi: Tensor, dy_Mo: Tensor, x_Mi: Tensor, pieces: Sequence[P
             da.index_add_(0, piece.slots_s, dlow.mT.bmm(x).to(da.dtype))
             low = x.bmm(a.mT).mul_(piece.scaling)
             db.index_add_(0, piece.slots_s, dy.mT.bmm(low).to(db.dtype))
+
+
+def _first(pair: Pair, rank: int) -> Pair:
+    """The first components of all slots, views."""
+    a, b = pair
+    return a[:, :rank], b[:, :, :rank]
 
 
 def _take(piece: Piece, dtype: torch.dtype) -> Pair:

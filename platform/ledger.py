@@ -1,7 +1,8 @@
 """The ledger: what each client sent and received, by kind, with a digest of every payload.
 
 It counts logical payload where a message is made, independently of the transport, so that the two
-can be held against each other.
+can be held against each other. Digests are SHA-256's first 128 bits: processors have instructions
+for it, which take half the time of BLAKE2b.
 """
 
 import hashlib
@@ -11,13 +12,15 @@ import numpy as np
 
 from fellray.platform.messages import Activation, Gradient, LedgerRow
 
+_DIGITS = 32
+
 
 class Ledger:
     """Entries since the last `close`."""
 
     def __init__(self) -> None:
         self._entries: dict[tuple[str, str], list[int]] = {}
-        self._digests: dict[tuple[str, str], hashlib.blake2b] = {}
+        self._digests: dict[tuple[str, str], hashlib._Hash] = {}
 
     def enter(self, client: str, kind: str, payload: np.ndarray, count: int = 1) -> None:
         """One payload of one client, or several that lie side by side."""
@@ -25,12 +28,12 @@ class Ledger:
         entry = self._entries.setdefault(key, [0, 0])
         entry[0] += count
         entry[1] += payload.nbytes
-        digest = self._digests.setdefault(key, hashlib.blake2b(digest_size=16))
+        digest = self._digests.setdefault(key, hashlib.sha256())
         digest.update(np.ascontiguousarray(payload).data)
 
     def enter_each(self, clients: Iterable[str], kind: str, payload: np.ndarray) -> None:
         """The same payload of every client: looked at once."""
-        one = hashlib.blake2b(np.ascontiguousarray(payload).data, digest_size=16)
+        one = hashlib.sha256(np.ascontiguousarray(payload).data)
         for client in clients:
             key = (client, kind)
             if key in self._digests:
@@ -65,12 +68,12 @@ class Ledger:
                 sum(e[0] for e in entries),
                 sum(e[1] for e in entries),
             ]
-            self._digests[client, "replayed"] = hashlib.blake2b(b"".join(digests), digest_size=16)
+            self._digests[client, "replayed"] = hashlib.sha256(b"".join(digests))
 
     def close(self) -> list[LedgerRow]:
         """All entries, sorted, and a new page."""
         rows = [
-            LedgerRow(client, kind, messages, size, digest.hexdigest())
+            LedgerRow(client, kind, messages, size, digest.hexdigest()[:_DIGITS])
             for (client, kind), digest in sorted(self._digests.items(), key=lambda item: item[0])
             for messages, size in [self._entries[client, kind]]
         ]

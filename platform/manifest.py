@@ -1,7 +1,7 @@
 """A round's manifest: which files make the round, and the bytes that say so.
 
-It must not know where the files lie, nor when a round is begun. The prepared folder's manifest is
-another one, in `shards`.
+The same bytes are a round's pages file, once it is given up. It must not know where the files lie,
+nor when a round is begun. The prepared folder's manifest is another one, in `shards`.
 """
 
 import hashlib
@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fellray.platform.errors import FellrayError
+from fellray.platform.messages import Damaged
 from fellray.platform.strict_json import to_json
 
 VERSION = 1
 
 
 class Uncommitted(FellrayError):
-    """Why a round does not count."""
+    """Why a round does not count: it has no manifest."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ def encode(manifest: Manifest, where: str) -> bytes:
 
 
 def decode(data: bytes, round: int, where: str) -> Manifest:
-    """The manifest of a round.
+    """The manifest of a round, from the file at `where`.
 
     Raises:
-        Uncommitted: it is not whole, or is another round's.
+        Damaged: it is not whole, or is another round's.
         FellrayError: it is of another version.
     """
     try:
@@ -68,9 +69,9 @@ def decode(data: bytes, round: int, where: str) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
-        raise Uncommitted(f"{where}: is truncated or changed")
+        raise Damaged(f"{where}: is truncated or changed", round, where.rpartition("/")[2])
     if tree["version"] != VERSION:
-        # not Uncommitted: a run that took it for nothing would train over it
+        # not Damaged: a run that took it for nothing would train over it
         raise FellrayError(
             f"{where}: has version {tree['version']}, this fellray reads "
             f"{VERSION}; use the fellray that wrote the run"

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from fellray.platform.errors import FellrayError
+
 
 @dataclass(frozen=True)
 class Lease:
@@ -27,6 +29,19 @@ class Lease:
 
 class StaleLease(RuntimeError):
     """The message belongs to a round that the server has begun again since."""
+
+
+class Damaged(FellrayError):
+    """A file of a round is not what was written. The driver decides what becomes of it."""
+
+    def __init__(self, words: str, round: int, file: str):
+        """Args: file: its name in the round's folder."""
+        super().__init__(words)
+        self.round = round
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Damaged, (str(self), self.round, self.file)
 
 
 @dataclass(frozen=True)
@@ -56,6 +71,9 @@ class Gradient:
     step: int
     g_Ld: np.ndarray
     """fp32."""
+    done: tuple[str, ...] = ()
+    """Clients for whom no step follows: the trunk may lay aside what only a further one would need.
+    """
 
 
 @dataclass(frozen=True)
@@ -67,7 +85,7 @@ class LedgerRow:
     messages: int
     bytes: int
     digest: str
-    """BLAKE2b over the payloads in order, so that a record can be held against a replay."""
+    """SHA-256 over the payloads in order, 128 bits of it: holds a record against a replay."""
 
 
 @dataclass(frozen=True)

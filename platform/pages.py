@@ -39,10 +39,10 @@ ReadRanges = Callable[[Sequence[tuple[int, int]]], list[bytes]]
 class DamagedPages(FellrayError):
     """A file whose bytes are not those that were written."""
 
-    def __init__(self, words: str, row: int | None = None):
-        """Args: row: the page that is damaged; None where it is the file's head."""
+    def __init__(self, words: str, rows: Sequence[int] | None = None):
+        """Args: rows: the pages that are damaged; None where the file cannot be trusted at all."""
         super().__init__(words)
-        self.row = row
+        self.rows = rows
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,13 @@ class Field:
 class Head:
     """What is known of a file before any page is read."""
 
+    clients: tuple[str, ...]
+    """S ids; none where the tensors belong to nobody."""
     fields: Mapping[str, Field]
     digests: np.ndarray
     """uint8 [S, T, 16]; one row where the tensors belong to nobody."""
+    identity: str
+    """The digest that `encode` gave."""
 
 
 def encode(clients: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> tuple[bytes, str]:
@@ -88,8 +92,11 @@ def encode(clients: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> tuple
     return file, _identity(file[: 8 + _length(file[:8])], digests)
 
 
-def read_head(read: ReadRanges, identity: str) -> Head:
+def read_head(read: ReadRanges, identity: str | None) -> Head:
     """The head of a file, checked against the digest that `encode` gave.
+
+    Args:
+        identity: None where nobody knows it any more: then the head is as it says itself.
 
     Raises:
         DamagedPages: it is not the head that was written.
@@ -99,7 +106,7 @@ def read_head(read: ReadRanges, identity: str) -> Head:
         length = _length(first)
         (text,) = read([(8, length)])
         tree = json.loads(text)
-        tree.pop("__metadata__")
+        clients = tuple(json.loads(tree.pop("__metadata__")["clients"]))
         fields = {
             name: Field(
                 _DTYPES[entry["dtype"]],
@@ -114,9 +121,10 @@ def read_head(read: ReadRanges, identity: str) -> Head:
         digests = np.frombuffer(raw, np.uint8).reshape(own.shape)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, MemoryError) as error:
         raise DamagedPages(f"is damaged: its head cannot be read ({error})") from None
-    if _identity(first + text, digests) != identity:
+    found = _identity(first + text, digests)
+    if identity not in (None, found):
         raise DamagedPages("is damaged: its checksum is not the manifest's")
-    return Head(fields, digests)
+    return Head(clients, fields, digests, found)
 
 
 def read_rows(read: ReadRanges, head: Head, rows: Sequence[int], name: str) -> torch.Tensor:
@@ -134,9 +142,13 @@ def read_rows(read: ReadRanges, head: Head, rows: Sequence[int], name: str) -> t
     place = {row: i for i, row in enumerate(sorted(set(rows)))}
     column = sorted(head.fields).index(name)
     view = memoryview(data)
-    for row, i in place.items():
-        if _digest(view[i * size : (i + 1) * size]) != head.digests[row, column].tobytes():
-            raise DamagedPages(f"is damaged: a page of {name} is not what was written", row)
+    bad = [
+        row
+        for row, i in place.items()
+        if _digest(view[i * size : (i + 1) * size]) != head.digests[row, column].tobytes()
+    ]
+    if bad:
+        raise DamagedPages(f"is damaged: a page of {name} is not what was written", bad)
     tensor = _tensor(data, field.dtype, (len(place), *field.shape[1:]))
     if len(place) == 1:
         return tensor.expand(len(rows), *field.shape[1:])

@@ -3,7 +3,7 @@
 A folder holds the learner's whole model: bottom, trunk and top, put together again. This file must
 not know how rounds are made, nor import peft: the format is a JSON file and a safetensors file.
 
-Shapes: S learners, P parameters of one learner, r rank.
+Shapes: S learners, P parameters of one learner, r the largest rank.
 """
 
 import json
@@ -28,7 +28,8 @@ def export(run: Run, round: int, learners: Sequence[str]) -> list[str]:
     `PeftModel.from_pretrained(AutoModel.from_pretrained(encoder), folder)` then is the learner's
     model up to the pooling: a user's vector is the normalised mean of its hidden states over real
     tokens. peft knows one adapter per projection; where all learners share a trunk adapter, the
-    personal and the shared one stand there as one of rank 2 r, whose product is their sum.
+    personal and the shared one stand there as one of both ranks together, whose product is their
+    sum. A learner's folder has the learner's own rank.
 
     Returns:
         The folders, sorted by learner.
@@ -42,19 +43,24 @@ def export(run: Run, round: int, learners: Sequence[str]) -> list[str]:
     sites = plan_cut(load_backbone(model.name), model).sites
     ends, trunk = sites["bottom"] + sites["top"], sites["trunk"]
     loaded = run.rounds.load(round, learners, ["client.values", "trunk.values"])
-    pairs = _by_path(ends, views(loaded["client.values"], ends, r))
-    personal = views(loaded["trunk.values"], trunk, r)
-    doubled: Sequence[Site] = ()
+    stacked = _by_path(ends, views(loaded["client.values"], ends, r))
+    stacked |= _by_path(trunk, views(loaded["trunk.values"], trunk, r))
+    shared: dict[str, Pair] = {}
     if run.config.server.shared_adapter:
-        doubled = trunk
-        shared_SP = run.rounds.load_shared(round, "shared.values").expand(len(learners), -1)
-        both = zip(personal, views(shared_SP, trunk, r), strict=True)
-        personal = [(torch.cat([a, c], 1), torch.cat([b, d], 2)) for (a, b), (c, d) in both]
-    pairs |= _by_path(trunk, personal)
-    config = json.dumps(_describe(model, list(pairs), doubled), indent=2, sort_keys=True) + "\n"
+        shared_1P = run.rounds.load_shared(round, "shared.values")[None]
+        shared = _by_path(trunk, views(shared_1P, trunk, r))
     folders = [f"adapters/{learner}" for learner in learners]
-    for slot, folder in enumerate(folders):
-        run.storage.write(f"{folder}/adapter_model.safetensors", _pack(pairs, slot))
+    ranks = run.own().ranks_of(learners, r)
+    for slot, (folder, rank) in enumerate(zip(folders, ranks, strict=True)):
+        pairs = {p: (a[slot, :rank], b[slot, :, :rank]) for p, (a, b) in stacked.items()}
+        # peft multiplies both by one scale
+        extra = model.lora.scaling_of(rank) / model.lora.scaling
+        for path, (c, d) in shared.items():
+            a, b = pairs[path]
+            pairs[path] = torch.cat([a, c[0]]), torch.cat([b * extra, d[0]], 1)
+        described = _describe(model, rank, list(pairs), list(shared))
+        config = json.dumps(described, indent=2, sort_keys=True) + "\n"
+        run.storage.write(f"{folder}/adapter_model.safetensors", _pack(pairs))
         # equal for all rounds of a run: whatever ends the process between the two writes, weights
         # of one round never lie beside another's description
         run.storage.write(f"{folder}/adapter_config.json", config.encode())
@@ -65,36 +71,41 @@ def _by_path(sites: Sequence[Site], pairs: Sequence[Pair]) -> dict[str, Pair]:
     return {site.path: pair for site, pair in zip(sites, pairs, strict=True)}
 
 
-def _describe(model: ModelConfig, paths: Sequence[str], doubled: Sequence[Site]) -> dict[str, Any]:
+def _describe(
+    model: ModelConfig, rank: int, paths: Sequence[str], doubled: Sequence[str]
+) -> dict[str, Any]:
     """peft's `adapter_config.json`; what is left out has peft's default.
 
     Projections are named in full: peft takes a name for a suffix, and "output.dense" is one of
     "attention.output.dense" too.
     """
     lora = model.lora
-    # peft divides by the doubled rank or by its root; the scale must stay
-    alpha = lora.lora_alpha * (math.sqrt(2) if lora.use_rslora else 2)
+    # peft divides by the sum of both ranks or by its root; the scale must stay that of rank r
+    both = rank + lora.r
+    times = both / lora.r
+    alpha = lora.lora_alpha * (math.sqrt(times) if lora.use_rslora else times)
     return {
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION",
         "base_model_name_or_path": MINILM_HUB if model.name == MINILM else model.name,
         "inference_mode": True,
-        "r": lora.r,
+        "r": rank,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": lora.use_rslora,
         "target_modules": sorted(paths),
-        "rank_pattern": {site.path: 2 * lora.r for site in doubled},
-        "alpha_pattern": {site.path: alpha for site in doubled},
+        "rank_pattern": dict.fromkeys(doubled, both),
+        "alpha_pattern": dict.fromkeys(doubled, alpha),
     }
 
 
-def _pack(pairs: Mapping[str, Pair], slot: int) -> bytes:
+def _pack(pairs: Mapping[str, Pair]) -> bytes:
     """`adapter_model.safetensors` of one learner, under the names that peft gives."""
     tensors: dict[str, Tensor] = {}
-    for path, (a, b) in pairs.items():
-        tensors[f"base_model.model.{path}.lora_A.weight"] = a[slot].clone()
-        tensors[f"base_model.model.{path}.lora_B.weight"] = b[slot].clone()
+    for path, pair in pairs.items():
+        for letter, part in zip("AB", pair, strict=True):
+            name = f"base_model.model.{path}.lora_{letter}.weight"
+            tensors[name] = part.clone(memory_format=torch.contiguous_format)
     data: bytes = safetensors.torch.save(tensors, metadata={"format": "pt"})
     return data

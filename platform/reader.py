@@ -18,6 +18,7 @@ from torch import Tensor
 from fellray.platform.config import RunConfig
 from fellray.platform.encoder import Tokens
 from fellray.platform.errors import FellrayError
+from fellray.platform.own import ALIKE, Own
 from fellray.platform.rows import Rows
 from fellray.platform.shard import Shard
 
@@ -76,6 +77,7 @@ class Reader:
         tokens: Tokens,
         seats: Mapping[str, Sequence[Shard]],
         device: torch.device | None = None,
+        own: Own = ALIKE,
     ):
         """Args: seats: learner -> the shards it reads; learners sorted, slot i is the i-th."""
         self._config = config
@@ -83,6 +85,9 @@ class Reader:
         self._device = device
         self.learners = tuple(seats)
         self.shards = [shard for shards in seats.values() for shard in shards]
+        usual, size = config.train.local_samples, config.train.batch_size
+        self._samples = [own.samples_of((s.client for s in of), usual) for of in seats.values()]
+        self._steps = [-(-samples // size) for samples in self._samples]
         self._slot_of_shard = [s for s, shards in enumerate(seats.values()) for _ in shards]
         bases = np.cumsum([0, *(len(shard.items) for shard in self.shards)])
         self._items = np.concatenate([shard.items for shard in self.shards])
@@ -100,23 +105,31 @@ class Reader:
             )
             for i in range(len(self.learners))
         ]
-        for learner, own in zip(self.learners, self._targets, strict=True):
-            if not len(own):
+        for learner, targets_M in zip(self.learners, self._targets, strict=True):
+            if not len(targets_M):
                 raise FellrayError(
                     f"client {learner}: has no history to learn from (a user with two training "
                     "interactions); prepare with fewer clients"
                 )
 
     def samples(self, slot: int) -> int:
-        """Histories a learner reads in a round: `train.local_samples` for each of its shards."""
-        return self._config.train.local_samples * self._slot_of_shard.count(slot)
+        """Histories a learner reads in a round: for each of its shards `train.local_samples`, or
+        what that client has of its own."""
+        return self._samples[slot]
+
+    def ends(self, step: int) -> list[int]:
+        """The slots whose last step of a round this is."""
+        return [slot for slot, steps in enumerate(self._steps) if steps == step + 1]
 
     def steps(self, round: int) -> Iterator[tuple[Batch, Tensor]]:
-        """The round's batches of all learners side by side, with each row's target item [N]."""
+        """The round's batches of all learners side by side, with each row's target item [N].
+
+        Who has fewer histories to read than others has no row in the last ones.
+        """
         size = self._config.train.batch_size
         orders = [self._order(slot, round) for slot in range(len(self.learners))]
-        for at in range(0, max(map(len, orders)), size):
-            parts = [order[at : at + size] for order in orders]
+        for step in range(max(self._steps)):
+            parts = [order[step * size : (step + 1) * size] for order in orders]
             slots = np.repeat(np.arange(len(parts)), [len(p) for p in parts])
             positions = np.concatenate(parts)
             history = self._history(positions)

@@ -4,8 +4,8 @@ It does not know how a round comes about. Order of events at a round's end: hold
 their state, then the records are appended, then the manifest is renamed into place: now the round
 happened. Records of rounds that did not happen are dropped when the run is opened again.
 
-Layout: config.json, environment.json, metrics.jsonl, ledger.jsonl, rounds/NNNNNN/, summary.json,
-costs.json, report.html, adapters/.
+Layout: config.json, own.json, environment.json, metrics.jsonl, ledger.jsonl, rounds/NNNNNN/,
+summary.json, costs.json, report.html, adapters/.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import fellray
 from fellray.platform import config as configs
@@ -29,11 +29,14 @@ from fellray.platform.errors import FellrayError
 from fellray.platform.journal import Journal
 from fellray.platform.ledger import total
 from fellray.platform.manifest import Staged
-from fellray.platform.messages import LedgerRow
+from fellray.platform.messages import Damaged, LedgerRow
 from fellray.platform.metrics import Score, balance
+from fellray.platform.own import ALIKE, Own, read_own
 from fellray.platform.promotion import read_promotion
 from fellray.platform.rounds import Rounds
 from fellray.platform.storage import Storage
+
+Answer = TypeVar("Answer")
 
 LIBRARIES = ("torch", "transformers", "peft", "ray", "deepspeed", "numpy", "pyarrow")
 HASHED = [*state_names("client", False), *state_names("trunk", False)]
@@ -76,6 +79,8 @@ class Run:
         self._clock = time.monotonic()
         self._best: tuple[int, float] | None = None
         """Round and quality, once this process has committed a round."""
+        self.events: list[str] = []
+        """What was found damaged and stands in no row yet."""
 
     def to_go(self) -> range:
         """Rounds still to be trained: those after the last committed one."""
@@ -90,27 +95,46 @@ class Run:
         Returns:
             The round's row of metrics.jsonl.
         """
+        carried = self._mended(lambda: self.rounds.carry(round, outcome.staged))
         now = time.monotonic()
         row = {"round": round, "seconds": round_seconds(now - self._clock)}
         row |= _describe(outcome) | {
             "bytes": sum(entry.bytes for entry in ledger),
             "bytes_by_kind": total(ledger),
-            "events": list(events),
+            "events": [*self.events, *events],
         }
+        self.events.clear()
         self._clock = now
         self.journal.record("metrics", [row])
         self.journal.record("ledger", [{"round": round, **vars(entry)} for entry in ledger])
         self._still_locked()
-        staged = [*outcome.staged, *self.rounds.carry(round, outcome.staged)]
+        staged = [*outcome.staged, *carried]
         self.rounds.commit(round, staged, {"data_sha256": self._data_sha256})
         self._best = self._best_of([row], self._best) if self._best else self._read_best()
-        promoted = read_promotion(self.storage).rounds
-        self.rounds.prune(self.config.keep_last, keep=[0, self._best[0], *promoted])
+        keep = [0, self._best[0], *read_promotion(self.storage).rounds]
+        self._mended(lambda: self.rounds.prune(self.config.keep_last, keep))
         return row
 
     def best_round(self) -> int:
         """The round with the best validation by `evaluation.select`; the earliest among equals."""
         return self._read_best()[0]
+
+    def look_for_damage(self) -> None:
+        """Note in `events` what was decided without a row that says so, and what does not count."""
+        self.events += [f"{why}; the round is done again" for why in self.rounds.dropped()]
+        if verdicts := self.rounds.verdicts():
+            told = {event for row in self.journal.rows("metrics") for event in row["events"]}
+            self.events += [event for event in verdicts if event not in told]
+
+    def _mended(self, work: Callable[[], Answer]) -> Answer:
+        """Do it, once more after each decision on a damaged file."""
+        while True:
+            try:
+                return work()
+            except Damaged as damage:
+                if not (mended := self.rounds.mend(damage)):
+                    raise
+                self.events += mended
 
     def _read_best(self) -> tuple[int, float]:
         # rows are written before their round is committed
@@ -130,6 +154,14 @@ class Run:
                     best = (row["round"], float(value))
         return best
 
+    def own(self) -> Own:
+        """What clients have of their own in this run, whatever has become of the file since.
+
+        Raises:
+            FellrayError: as `read_json`.
+        """
+        return ALIKE if self.config.clients.own is None else Own(**self.read_json("own.json"))
+
     def read_json(self, name: str) -> dict[str, Any]:
         """One of the run's JSON files.
 
@@ -144,16 +176,21 @@ def open_run(config: RunConfig, data_sha256: str) -> Iterator[Run]:
     """Hold the run's folder: a new run, or the same config's interrupted one.
 
     Raises:
-        FellrayError: another process holds it, or it was begun with another config or other data.
+        FellrayError: another process holds it, it was begun with another config or other data, or
+            as `read_own`.
     """
+    own = read_own(config)
     storage = Storage(config.storage).sub(config.name)
     with storage.lock("train") as still_locked:
         run = Run(config, data_sha256, still_locked)
         if storage.exists("config.json"):
-            _refuse_other(run, data_sha256)
+            _refuse_other(run, data_sha256, own)
+        if own != ALIKE:
+            run.journal.write_json("own.json", own.tree())
         storage.write("config.json", configs.dump(config).encode())
         run.journal.write_json("environment.json", environment())
         run.journal.resume(run.rounds.latest())
+        run.look_for_damage()
         yield run
 
 
@@ -278,7 +315,7 @@ def summarise(
         "data": dict(data),
         "model": {"name": config.model.name, "sha256": model_sha256},
         "environment": environment(),
-        "events": [e for row in run.journal.rows("metrics") for e in row["events"]],
+        "events": [e for row in run.journal.rows("metrics") for e in row["events"]] + run.events,
     }
 
 
@@ -308,7 +345,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _refuse_other(run: Run, data_sha256: str) -> None:
+def _refuse_other(run: Run, data_sha256: str, own: Own) -> None:
     """A run goes on with the config and data it began with; its length and place may change."""
     held = _flatten(_read_json(run.storage, "config.json"))
     wanted = _flatten(json.loads(configs.dump(run.config)))
@@ -320,6 +357,8 @@ def _refuse_other(run: Run, data_sha256: str) -> None:
     latest = run.rounds.latest()
     if latest is not None and run.rounds.facts(latest)["data_sha256"] != data_sha256:
         changed.append(f"the prepared data in {run.config.data.path}")
+    if "clients.own" not in changed and run.own() != own:
+        changed.append(f"what {run.config.clients.own} holds")
     if changed:
         raise FellrayError(
             f"{run.storage}: was begun with another config (differs in {', '.join(changed)}); "

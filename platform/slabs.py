@@ -83,7 +83,7 @@ def mix(mixing_CC: Tensor, source: Stack, target: Stack, shard: int = 0, shards:
     Args:
         mixing_CC: M, fp64.
         source: what is mixed [C, P].
-        target: where the mixtures go, of the same shape and type.
+        target: where the mixtures go, of the same type; with fewer rows, those of the first ones.
         shard: which share of the columns, from 0.
         shards: how many there are: 1, 2, 4 or 8.
     """
@@ -109,7 +109,7 @@ def mix(mixing_CC: Tensor, source: Stack, target: Stack, shard: int = 0, shards:
             for rows in blocks:
                 heard_CW[rows] = _read(source, rows, columns)
             torch.mm(weights_DC, heard_CW, out=mixed_DW)
-            for rows in blocks:
+            for rows in _blocks(target.shape[0]):
                 if everyone:
                     mixed = _read(source, rows, columns)
                 else:

@@ -1,8 +1,9 @@
 """Slots: which client stands in which row of a bank, and at which of its pages.
 
 Clients that take part are brought in from the committed rounds in one read, and stay as long as
-there is room; whoever has not changed since is not read again. It must not know what the bank's
-rows are used for.
+there is room; whoever has not changed since is not read again. Whoever is through with its training
+leaves its slot: a slot costs a gradient and two moments beside the values, and of a round's many
+clients only a few train at a time. It must not know what the bank's rows are used for.
 
 Shapes: S slots, s slots asked for, P parameters of one client.
 """
@@ -15,6 +16,7 @@ from torch import Tensor
 from fellray.platform.adapters import Bank, state_names
 from fellray.platform.faults import committed
 from fellray.platform.manifest import Staged
+from fellray.platform.own import ALIKE, Own
 from fellray.platform.rounds import EVERYONE, Rounds
 
 KEPT = 256
@@ -36,11 +38,14 @@ class Slots:
         part: str,
         moments: bool,
         rounds: Rounds,
+        own: Own = ALIKE,
         kept: int | None = None,
     ):
-        """Args: make: a bank of so many slots. part: `client` or `trunk`, names the pages. kept:
-        clients that stay in memory, `KEPT` by default."""
+        """Args: make: a bank of so many slots. part: `client` or `trunk`, names the pages. own:
+        whose rows have a rank of their own. kept: clients that stay in memory, `KEPT` by default.
+        """
         self.bank = make(0)
+        self._own = own
         self._kept = KEPT if kept is None else kept
         self._make = make
         self._part = part
@@ -51,12 +56,15 @@ class Slots:
         """Longest unused first."""
         self._state: dict[str, State] = {}
         """Missing: the row is being trained, or was left half trained."""
+        self._trained: dict[str, dict[str, Tensor]] = {}
+        """What became of those who left their slots, by kind; on the CPU."""
 
     def hold(self, round: int, clients: Sequence[str]) -> Tensor:
         """The slots [s] of distinct clients, each at its state of a round.
 
         Raises:
             StaleLease: as `committed`.
+            Damaged: a page is not what was written; the driver decides.
             FellrayError: as `Rounds.load`.
         """
         if not clients:
@@ -76,21 +84,50 @@ class Slots:
         """The slots [s] of clients that are held, whatever their rows are now."""
         return torch.tensor([self._slot[c] for c in clients], dtype=torch.int64)
 
-    def holds(self, clients: Collection[str]) -> bool:
-        """Whether all of them have a slot."""
-        return all(c in self._slot for c in clients)
-
     def train(self, clients: Sequence[str]) -> None:
         """Their rows are no page's from now on."""
         for client in clients:
             self._state.pop(client, None)
+            self._trained.pop(client, None)
+
+    def finish(self, clients: Sequence[str]) -> None:
+        """They are through with a round's training and leave their slots; again, nothing happens.
+
+        What they came to is kept until `stage`, `release` or `clear`.
+        """
+        clients = [c for c in clients if c not in self._trained]
+        state = self.bank.state(self.find(clients), self._moments)
+        state = {kind: tensor.cpu() for kind, tensor in state.items()}
+        for row, client in enumerate(clients):
+            self._trained[client] = {kind: tensor[row] for kind, tensor in state.items()}
+            del self._slot[client]
+
+    def have_finished(self, clients: Collection[str]) -> bool:
+        """Whether all of them did, and what they came to is here."""
+        return all(c in self._trained for c in clients)
+
+    def values(self, clients: Sequence[str]) -> Tensor:
+        """The values [s, P] of clients who train or have finished, as they stand; on the CPU."""
+        rows = [
+            self._trained[c]["values"]
+            if c in self._trained
+            else self.bank.values_SP[self._slot[c]].cpu()
+            for c in clients
+        ]
+        return torch.stack(rows) if rows else torch.empty(0, self.bank.values_SP.shape[1])
+
+    def replace(self, clients: Sequence[str], values_sP: Tensor) -> None:
+        """Other values for those who finished, held as they lie."""
+        for client, values in zip(clients, values_sP, strict=True):
+            self._trained[client]["values"] = values
 
     def stage(
         self, round: int, holder: str, clients: Sequence[str], values: bool
     ) -> tuple[Staged, ...]:
-        """Write the rows of clients as their pages of a round, which they then are.
+        """Write what clients came to as their pages of a round; they `finish` with that.
 
-        Where nothing is their own nothing is written, and the rows are no page's.
+        As many as there is room for have slots again, and these pages in them. Where nothing is
+        their own nothing is written.
 
         Args:
             values: False where everyone's page holds the values and only the moments are their own.
@@ -101,30 +138,17 @@ class Slots:
         staged: list[Staged] = []
         if not (values or self._moments):
             return ()
+        self.finish(clients)
+        kept = frozenset(clients[:KEPT])
         for name, few in _deal(holder, clients):
-            slots = self.find(few)
-            state = self.bank.state(slots, self._moments)
+            rows = [self._trained.pop(c) for c in few]
+            state = {kind: torch.stack([row[kind] for row in rows]) for kind in rows[0]}
+            del rows  # as many bytes again
             staged += self._write(round, name, few, state, values)
-            if not self._moments:  # they start anew, as after reading a page
-                self.bank.reset(slots, state)
-            self._state |= {c: (round,) * len(self._names) for c in few}
-        return tuple(staged)
-
-    def stage_rows(
-        self, round: int, holder: str, rows: Mapping[str, Mapping[str, Tensor]], values: bool
-    ) -> tuple[Staged, ...]:
-        """As `stage`, for rows that were taken out of their slots: client -> name -> row."""
-        staged: list[Staged] = []
-        if not (values or self._moments):
-            return ()
-        for name, few in _deal(holder, list(rows)):
-            kinds = rows[few[0]]
-            state = {kind: torch.stack([rows[c][kind] for c in few]) for kind in kinds}
-            held = [i for i, c in enumerate(few) if c in self._slot]
-            here = [few[i] for i in held]
-            self.bank.reset(self.find(here), {kind: t[held] for kind, t in state.items()})
+            here = [c for c in few if c in kept]
+            self._make_room(here)
+            self.bank.reset(self.find(here), {k: t[: len(here)] for k, t in state.items()})
             self._state |= {c: (round,) * len(self._names) for c in here}
-            staged += self._write(round, name, few, state, values)
         return tuple(staged)
 
     def stage_start(self, seeded_P: Tensor) -> tuple[Staged, ...]:
@@ -137,12 +161,15 @@ class Slots:
 
     def release(self) -> None:
         """Free the rows that are no page's: nobody trains any more."""
+        self._trained.clear()
         self._slot = {c: slot for c, slot in self._slot.items() if c in self._state}
 
     def clear(self) -> None:
         """Forget what the rows are; they stay where they lie."""
         self._slot.clear()
         self._state.clear()
+        self._trained.clear()
+        self._rounds.look_again()
 
     def _write(
         self,
@@ -182,10 +209,13 @@ class Slots:
             free += range(rows, grown)
             self._grow(grown)
         self._slot |= dict(zip(new, free, strict=False))
+        if self._own.ranks:
+            self.bank.set_ranks(self.find(new), self._own.ranks_of(new, self.bank.spec.r))
 
     def _grow(self, rows: int) -> None:
         old, self.bank = self.bank, self._make(rows)
         held = torch.arange(len(old.values_SP))
+        self.bank.set_ranks(held, old.ranks_S.tolist())
         self.bank.reset(held, old.state(held, True))
 
 

@@ -31,8 +31,8 @@ class Remote(Protocol):
         """Ask this server from now on, where there are several."""
         ...
 
-    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
-        """Put the clients' trunk adapters to the round's start and permit its steps."""
+    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Callable[[], Lease]:
+        """Ask to put the clients' trunk adapters to the round's start: the leave for its steps."""
         ...
 
     def forward(self, activation: Activation) -> Answer:

@@ -10,6 +10,9 @@ from typing import Any
 
 from fellray.platform.errors import FellrayError
 
+_PLAIN = json.JSONEncoder(allow_nan=False)
+"""Made once: records are many short lines."""
+
 
 def to_json(value: Any, where: str, indent: int | None = None) -> str:
     """A value as strict JSON.
@@ -17,8 +20,9 @@ def to_json(value: Any, where: str, indent: int | None = None) -> str:
     Raises:
         FellrayError: a number is not finite; `where` and the field are named.
     """
+    encoder = _PLAIN if indent is None else json.JSONEncoder(allow_nan=False, indent=indent)
     try:
-        return json.dumps(value, allow_nan=False, indent=indent)
+        return encoder.encode(value)
     except ValueError:
         field = _find_not_finite(value, "")
         if field is None:

@@ -50,7 +50,8 @@ class Tower:
             used.append((slots_n, pairs))
             ids = torch.full_like(group.mask_nT, self._pad, dtype=torch.int64)
             ids[group.mask_nT] = ids_L[group.tokens]
-            hidden.append(self._bottom(ids, group.mask_nT, self._sets(pairs[: self._split])))
+            sets = self._sets(slots_n, pairs[: self._split])
+            hidden.append(self._bottom(ids, group.mask_nT, sets))
         h_Ld = rows.pack(hidden)
         if train and not h_Ld.requires_grad:
             h_Ld.requires_grad_()  # a bottom without adapters: the trunk still wants its gradient
@@ -59,15 +60,15 @@ class Tower:
     def finish(self, rows: Rows, y_Ld: Tensor, used: Used) -> Tensor:
         """Unit vectors [N, d] from packed hidden states at the upper cut [L, d]."""
         vectors = []
-        for group, (_, pairs) in zip(rows.groups, used, strict=True):
-            sets = self._sets(pairs[self._split :])
+        for group, (slots_n, pairs) in zip(rows.groups, used, strict=True):
+            sets = self._sets(slots_n, pairs[self._split :])
             vectors.append(self._top(rows.pad(y_Ld, group), group.mask_nT, sets))
         order = torch.cat([group.rows_n for group in rows.groups])
         u_nd = torch.cat(vectors)
         return u_nd.new_zeros(u_nd.shape).index_copy(0, order, u_nd)
 
-    def _sets(self, pairs: Sequence[Pair]) -> tuple[Sequence[Pair], ...]:
-        return (pairs,) if self._bank else ()
+    def _sets(self, slots_n: Tensor, pairs: Sequence[Pair]) -> tuple[Sequence[Pair], ...]:
+        return (self._bank.scale(slots_n, pairs),) if self._bank else ()
 
 
 def encode_texts(parts: Parts, rows: Rows, ids_L: Tensor, pad: int) -> Tensor:

@@ -22,6 +22,7 @@ from fellray.platform.device import own_device
 from fellray.platform.encoder import Backbone
 from fellray.platform.errors import FellrayError
 from fellray.platform.messages import Activation, StaleLease
+from fellray.platform.own import Own
 from fellray.platform.retrieval import compare
 from fellray.platform.rounds import Rounds
 from fellray.platform.rows import Rows
@@ -68,10 +69,11 @@ class Ends:
         backbone: Backbone,
         items: Items,
         rounds: Rounds,
+        own: Own,
         kept: int,
         rows: int,
     ):
-        """Args: kept: clients whose adapters are held. rows: most questions in a crossing."""
+        """Args: own: whose adapters have a rank of their own. kept: clients whose adapters are held. rows: most questions in a crossing."""
         device = own_device()
         cut = plan_cut(backbone, config.model)
         prefixes = [prefix for side in SIDES for prefix in cut.prefixes(side)]
@@ -84,8 +86,10 @@ class Ends:
             "client",
             False,
             rounds,
+            own,
             kept,
         )
+        self._rounds = rounds
         self._vectors_Id = items.vectors_Id.to(device)
         self._device = device
         self._config = config
@@ -128,6 +132,7 @@ class Ends:
         try:
             crossing = self._rise(questions)
         except (FellrayError, StaleLease) as error:
+            self._rounds.look_again()  # the run may have decided on a damaged file
             if len(questions) == 1:
                 return [error]
             return [self._try([question])[0] for question in questions]

@@ -116,7 +116,7 @@ class Recommender:
             torch.set_num_threads(args.threads)
             keep_freed_memory()
             rounds = Blends(run.storage, self.seats)
-            return Ends(config, backbone, self.items, rounds, args.adapters, args.rows)
+            return Ends(config, backbone, self.items, rounds, run.own(), args.adapters, args.rows)
 
         self._ends = self._batcher.call(make).result()
 

@@ -15,8 +15,9 @@ from fellray.platform.batcher import Batcher
 from fellray.platform.config import RunConfig
 from fellray.platform.device import own_device
 from fellray.platform.encoder import load_backbone
+from fellray.platform.errors import FellrayError
 from fellray.platform.host import TrunkHost
-from fellray.platform.messages import Activation
+from fellray.platform.messages import Activation, StaleLease
 from fellray.platform.run import Run, read_run
 from fellray.platform.split import cut_model, plan_cut
 from fellray.platform.trunk import TorchEngine
@@ -38,7 +39,8 @@ class Trunk:
         self._kept = args.adapters
         self._batcher = Batcher(run.config.server.max_tokens)
         # on the thread that will run it: thread counts belong to a thread
-        self._host = self._batcher.call(_make_host, run, args, learners).result()
+        self._rounds = Blends(run.storage, learners)
+        self._host = self._batcher.call(_make_host, run, args, self._rounds).result()
 
     async def forward(self, activation: Activation) -> np.ndarray:
         """Hidden states at the upper cut [L, d]; merged with whatever else waits.
@@ -81,10 +83,20 @@ class Trunk:
     def _pass(
         self, activations: Sequence[Activation], few: Sequence[int]
     ) -> dict[int, np.ndarray | Exception]:
-        return dict(zip(few, self._host.forward([activations[at] for at in few]), strict=True))
+        """Together; where that fails, each on its own."""
+        try:
+            return dict(zip(few, self._host.forward([activations[at] for at in few]), strict=True))
+        except (FellrayError, StaleLease) as error:
+            self._rounds.look_again()  # the run may have decided on a damaged file
+            if len(few) == 1:
+                return {few[0]: error}
+        alone: dict[int, np.ndarray | Exception] = {}
+        for at in few:
+            alone |= self._pass(activations, [at])
+        return alone
 
 
-def _make_host(run: Run, args: Args, learners: Collection[str]) -> TrunkHost:
+def _make_host(run: Run, args: Args, rounds: Blends) -> TrunkHost:
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     config = plain_config(run.config)
@@ -96,9 +108,10 @@ def _make_host(run: Run, args: Args, learners: Collection[str]) -> TrunkHost:
     sites = parts.cut.sites["trunk"]
     seeded = start(sites, config.model.lora, config.seed)
     trunk = TrunkModule(parts.trunk, seeded, getattr(torch, config.server.dtype)).to(device)
-    rounds = Blends(run.storage, learners)
     engine = TorchEngine(trunk, config)
-    return TrunkHost(config, rounds, sites, engine, rounds, device, kept=args.adapters)
+    return TrunkHost(
+        config, rounds, sites, engine, rounds, device, own=run.own(), kept=args.adapters
+    )
 
 
 def plain_config(config: RunConfig) -> RunConfig:

@@ -277,3 +277,30 @@ def test_the_driver_is_killed_at_any_time(
     train(config)
     assert_same(config, undisturbed_with_moments)
     assert [driver.left(90) for driver in killed] == [[], []]
+
+
+# --- a disk that spoils a page -------------------------------------------------------------------
+
+
+def test_actors_tell_of_a_damaged_page_and_the_driver_decides(
+    tiny_config: Configure, local_ray: None
+) -> None:
+    """The server finds c0's trunk page spoilt; its client side goes back too."""
+    config = tiny_config(
+        method={"kind": "local"}, train={"rounds": 1}, clients={"per_actor": 2}, keep_last=9
+    )
+    train(config)
+    path = "rounds/000001/trunk-00000.safetensors"
+    data = bytearray(folder_of(config).read(path))
+    data[8 + int.from_bytes(data[:8], "little") + 5] ^= 1
+    folder_of(config).write(path, bytes(data))
+    longer = config.model_copy(update={"train": config.train.model_copy(update={"rounds": 2})})
+    train(longer)
+    rounds = Rounds(folder_of(config))
+    said = f"{path} is damaged: back goes client c0 to the start (round 0)"
+    assert said in [event for row in rows_of(config) for event in row["events"]]
+    names = ["client.values", "trunk.values"]
+    start, last = (rounds.hashes(n, names, ["c0", "c1"]) for n in (0, 1))
+    assert last["c0"] == start["c0"]
+    assert last["c1"] != start["c1"]
+    assert rounds.latest() == 2

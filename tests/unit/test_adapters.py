@@ -16,6 +16,8 @@ from fellray.platform.adapters import (
     LoraLinear,
     Pair,
     Site,
+    cut_,
+    finite_rows,
     start,
     state_names,
     views,
@@ -306,6 +308,91 @@ def test_reset_puts_slots_back_and_no_others() -> None:
     assert all(torch.equal(one.state(every, True)[n], moved[n]) for n in moved), "moments come back"
     one.reset(every[:0], {n: t[:0] for n, t in held_all.items()})
     assert all(torch.equal(one.state(every, True)[n], moved[n]) for n in moved), "nobody is nobody"
+
+
+@pytest.mark.parametrize("slots", [[1, 2, 3], [3, 2, 1], [1, 3, 4], [2], []])
+def test_neighbours_are_copied_as_others_are(slots: list[int]) -> None:
+    own = bank(5)
+    before, at = own.values_SP.clone(), torch.tensor(slots, dtype=torch.int64)
+    state = own.state(at, True)
+    assert torch.equal(state["values"], before[at])
+    state["values"] += 1
+    assert torch.equal(own.values_SP, before), "a state is a copy"
+    own.moment1_SP += 1
+    own.gradient.total_SP += 1
+    own.reset(at, {"values": state["values"]})
+    before[at] += 1
+    assert torch.equal(own.values_SP, before)
+    fresh = torch.ones(5)
+    fresh[at] = 0
+    assert torch.equal(own.moment1_SP[:, 0], fresh)
+    assert torch.equal(own.gradient.total_SP[:, -1], fresh)
+
+
+def test_finite_rows() -> None:
+    values = numbers(4, 7)
+    assert finite_rows(values) == [True] * 4
+    values[1, 3], values[3, 0] = torch.nan, -torch.inf
+    values[2] = 3e38  # their sum is not finite
+    assert finite_rows(values) == [True, False, True, False]
+    assert finite_rows(values[:0]) == []
+
+
+def test_a_row_is_cut_to_its_rank() -> None:
+    flat = torch.arange(1.0, 3 * WIDTH + 1).reshape(3, WIDTH)
+    held = flat.clone()
+    cut_(views(flat, SITES, 2), torch.tensor([2, 0]), torch.tensor([1, 2]))
+    assert torch.equal(flat[:2], held[:2])
+    for (a, b), (a_was, b_was) in zip(views(flat, SITES, 2), views(held, SITES, 2), strict=True):
+        assert torch.equal(a[2, 0], a_was[2, 0])
+        assert torch.equal(b[2, :, 0], b_was[2, :, 0])
+        assert not a[2, 1].any()
+        assert not b[2, :, 1].any()
+
+
+def test_what_is_behind_a_rank_stays_zero_through_training() -> None:
+    """As leaves of `LoraLinear`, with everything that AdamW has."""
+    train = TrainConfig(learning_rate=0.1, weight_decay=0.1, clip=1.0)
+    both = [Bank(SITES[:1], LoraSpec(r=3), train, 2) for _ in range(2)]
+    for one, ranks in zip(both, ([2, 3], [3, 3]), strict=True):
+        one.set_ranks(torch.arange(2), ranks)
+        one.reset(torch.arange(2), {"values": numbers(2, 21, seed=9)})
+    base = torch.nn.Linear(3, 4)
+    layer, slots = LoraLinear(base, both[0].spec.scaling), torch.tensor([0, 1, 1])
+    for step in range(10):
+        for one in both:
+            pairs = one.gather(slots, train=True)
+            layer.pairs = tuple(one.scale(slots, pairs))
+            layer(numbers(3, 5, 3, seed=step)).square().sum().backward()
+            one.gradient.add(slots, pairs)
+            one.step(torch.arange(2))
+    mixed, equal = both
+    assert torch.equal(mixed.values_SP[1], equal.values_SP[1])
+    assert not torch.equal(mixed.values_SP[0], equal.values_SP[0])
+    for tensor in (mixed.values_SP, mixed.moment1_SP, mixed.moment2_SP):
+        ((a, b),) = views(tensor, SITES[:1], 3)
+        assert not a[0, 2].any()
+        assert not b[0, :, 2].any()
+        assert a[0, :2].all()
+        assert b[0, :, :2].all()
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_smaller_rank_has_its_own_scale(rslora: bool) -> None:
+    spec = LoraSpec(r=4, lora_alpha=6.0, use_rslora=rslora)
+    one = Bank(SITES, spec, TrainConfig(), 2)
+    slots = torch.tensor([1, 0])
+    pairs = one.gather(slots, train=False)
+    assert one.scale(slots, pairs) is pairs, "nothing is computed where all have one rank"
+    one.set_ranks(torch.tensor([0]), [1])
+    one.reset(torch.arange(2), {"values": numbers(2, 2 * WIDTH)})
+    for (a, b), (a_0, b_0) in zip(
+        one.scale(slots, one.gather(slots, False)), one.gather(slots, False), strict=True
+    ):
+        assert torch.equal(a, a_0)
+        assert torch.equal(b[0], b_0[0])
+        torch.testing.assert_close(b[1] * spec.scaling, b_0[1] * spec.scaling_of(1))
+        assert b_0[1].any()
 
 
 def test_a_part_without_adapters_is_a_bank_without_columns() -> None:

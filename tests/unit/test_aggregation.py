@@ -129,6 +129,9 @@ def test_who_listens_to_the_same_receives_the_same(num_clients: int) -> None:
         theta = numbers(1, 300, seed=seed) + 1e-3 * numbers(num_clients, 300, seed=seed + 100)
         mixed = reduce(Plan(row), theta)
         assert torch.equal(mixed, mixed[:1].expand_as(mixed)), seed
+        common = reduce(Plan(row, common=True), theta)
+        assert torch.equal(common, mixed), seed
+        assert common.stride(0) == 0, "one row in memory"
 
 
 @pytest.mark.parametrize("num_clients", [5, 17, 40])
@@ -148,7 +151,8 @@ def test_bits_do_not_depend_on_the_drivers_threads(num_clients: int) -> None:
 
 def test_nobody_and_nothing() -> None:
     nobody = torch.zeros(0, 0, dtype=torch.float64)
-    assert reduce(Plan(nobody), torch.empty(0, 4)).shape == (0, 4)
+    for common in (False, True):
+        assert reduce(Plan(nobody, common=common), torch.empty(0, 4)).shape == (0, 4)
     assert reduce(Plan(torch.eye(2, dtype=torch.float64)), torch.empty(2, 0)).shape == (2, 0)
 
 

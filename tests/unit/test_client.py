@@ -11,6 +11,7 @@ import torch
 from fellray.actors.client import Client
 from fellray.actors.plant import Plant
 from fellray.actors.world import World, survey
+from fellray.jobs.train import one_round
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.messages import Installation, StaleLease, Update
@@ -176,10 +177,21 @@ def test_a_refused_client_goes_back_to_the_rounds_start(stand: Callable[..., Sta
 def test_without_sharing_everyone_keeps_what_it_trained(stand: Callable[..., Stand]) -> None:
     one = stand(train={"share": "none"})
     update = one.client.fit(1, one.client.learners)
-    trained = one.client._slots.bank.values_SP[one.client._slots.find(update.clients)].clone()
+    trained = one.client._slots.values(update.clients)
     one.rounds.commit(1, one.client.install(Installation(1, update.clients, update.theta_SP)), {})
     held = one.rounds.load(1, update.clients, ["client.values"])["client.values"]
     assert torch.equal(held, trained)
+
+
+@pytest.mark.parametrize("moments", ["reset", "keep"])
+def test_an_average_is_what_a_client_trains_on(moments: str, stand: Callable[..., Stand]) -> None:
+    """In memory as after a restart, with moments of its own or without."""
+    one = stand(train={"moments": moments}, method={"kind": "fedavg"})
+    for t in (1, 2):
+        outcome = one_round(one.plant, t, one.config)
+        one.rounds.commit(t, outcome.staged, {})
+    found = [client.fit(3, client.learners) for client in (one.client, one.again())]
+    assert theta(found[0]) == theta(found[1])
 
 
 def test_a_restarted_client_does_not_install_what_it_did_not_train(

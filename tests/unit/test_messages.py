@@ -23,7 +23,7 @@ FIELDS = {
         "lengths_N",
         "h_Ld",
     ),
-    "Gradient": ("run", "round", "step", "g_Ld"),
+    "Gradient": ("run", "round", "step", "g_Ld", "done"),
     "LedgerRow": ("client", "kind", "messages", "bytes", "digest"),
     "Update": ("lives", "clients", "theta_SP", "losses", "samples", "seconds", "refused"),
     "Installation": ("round", "clients", "theta_SP", "refused", "common"),

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from transformers import AutoModel, AutoTokenizer
 
 from fellray.platform import peft_export
-from fellray.platform.adapters import Bank, Pair, views
+from fellray.platform.adapters import Bank, LoraLinear, Pair, views
 from fellray.platform.config import RunConfig
 from fellray.platform.encoder import load_backbone, load_tokenizer, tokenize
 from fellray.platform.errors import FellrayError
+from fellray.platform.own import ALIKE, Own
 from fellray.platform.reader import assemble
 from fellray.platform.rows import Rows
 from fellray.platform.run import Run
@@ -32,9 +33,10 @@ TITLES = ["word01 word02 word03", "word17 word04"]
 EVERY = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 
 
-def make_run(config: RunConfig) -> Run:
+def make_run(config: RunConfig, own: Own = ALIKE) -> Run:
     """A run of one round whose adapters are far from zero."""
     run = Run(config)
+    run.journal.write_json("own.json", own.tree())
     draw = torch.Generator().manual_seed(3)
     sites = cut_model(load_backbone(config.model.name), config.model).cut.sites
     sizes = {
@@ -62,9 +64,28 @@ def encode(run: Run, learner: str) -> torch.Tensor:
     parts = cut_model(load_backbone(model.name), model)
     sites = parts.cut.sites
     loaded = run.rounds.load(0, [learner], ["client.values", "trunk.values"])
-    bank = Bank(sites["bottom"] + sites["top"], model.lora, config.train, 1)
-    bank.values_SP.copy_(loaded["client.values"])
-    sets: list[list[Pair]] = [views(loaded["trunk.values"], sites["trunk"], model.lora.r)]
+    ends = sites["bottom"] + sites["top"]
+    (rank,) = run.own().ranks_of([learner], model.lora.r)
+    lora = model.lora.model_copy(update={"r": rank})
+    bank = Bank(ends, lora, config.train, 1)
+    for place, whole in zip(
+        views(bank.values_SP, ends, rank),
+        views(loaded["client.values"], ends, model.lora.r),
+        strict=True,
+    ):
+        place[0].copy_(whole[0][:, :rank])
+        place[1].copy_(whole[1][:, :, :rank])
+    for part in (parts.bottom, parts.top):
+        for module in part.modules():
+            if isinstance(module, LoraLinear):
+                module.scaling = lora.scaling
+    extra = lora.scaling / model.lora.scaling
+    sets: list[list[Pair]] = [
+        [
+            (a[:, :rank], b[:, :, :rank] * extra)
+            for a, b in views(loaded["trunk.values"], sites["trunk"], model.lora.r)
+        ]
+    ]
     if config.server.shared_adapter:
         shared = run.rounds.load_shared(0, "shared.values")[None]
         sets.append(views(shared, sites["trunk"], model.lora.r))
@@ -121,6 +142,29 @@ def test_peft_computes_the_learners_model(
         vectors[learner] = encode_with_peft(encoder, folder)
         torch.testing.assert_close(vectors[learner], encode(run, learner), rtol=0, atol=1e-5)
     assert (vectors["c0"] - vectors["c1"]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("shared", [False, True], ids=["personal", "shared"])
+def test_a_folder_has_its_learners_rank(
+    tiny_config: Callable[..., RunConfig], shared: bool, rslora: bool
+) -> None:
+    config = tiny_config(
+        model={"cut": 2, "lora": {"r": 4, "use_rslora": rslora}},
+        server={"shared_adapter": shared},
+        clients={"own": "gone.csv"},
+    )
+    run = make_run(config, Own({"c1": 3}))
+    for learner, rank in (("c0", 4), ("c1", 3)):
+        folder = peft_export.export(run, 0, [learner])[0]
+        described = json.loads((Path(folder) / "adapter_config.json").read_text())
+        assert described["r"] == rank
+        assert set(described["rank_pattern"].values()) == ({rank + 4} if shared else set())
+        found = encode_with_peft(config.model.name, folder)
+        torch.testing.assert_close(found, encode(run, learner), rtol=0, atol=1e-5)
+        weights = safetensors.torch.load_file(Path(folder) / "adapter_model.safetensors")
+        ends = {min(w.shape) for name, w in weights.items() if ".layer.0." in name}
+        assert ends == {rank}
 
 
 def test_peft_adapts_our_sites_and_no_others(tiny_config: Callable[..., RunConfig]) -> None:

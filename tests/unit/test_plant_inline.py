@@ -32,8 +32,10 @@ from fellray.platform.messages import (
     Update,
 )
 from fellray.platform.metrics import Score
+from fellray.platform.rounds import Rounds
 from fellray.platform.shards import Dataset
 from fellray.platform.span import Answer
+from fellray.platform.storage import Storage
 
 EACH = {"per_actor": 1}
 """One client per actor; `tiny_config` puts all five into one."""
@@ -99,11 +101,13 @@ def test_any_grouping_gives_the_same_run(server: dict[str, Any], plain: Play) ->
 # --- several servers ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [2, 3, 5])
-def test_any_number_of_servers_gives_the_same_run(count: int, plain: Play) -> None:
+@pytest.mark.parametrize(("count", "kept"), [(2, 512), (3, 0), (5, 512)])
+def test_any_number_of_servers_gives_the_same_run(count: int, kept: int, plain: Play) -> None:
+    """Where what a forward leaves is kept, and where it is computed twice."""
     settings = {"clients": EACH, "train": {"moments": "keep"}}
     one, several = (
-        plain(server={"shared_adapter": True, "count": n}, **settings) for n in (1, count)
+        plain(server={"shared_adapter": True, "count": n, "keep_graphs_mib": mib}, **settings)
+        for n, mib in ((1, 512), (count, kept))
     )
     for t in range(3):
         assert several.hashes(t) == one.hashes(t)
@@ -402,7 +406,7 @@ def test_a_poisoned_trunk_is_refused_too(
         answers = sound(self, sent)
         for activation, _ in sent:
             if "c3" in activation.clients and activation.step == 2:
-                self._slots.bank.values_SP[self._find(["c3"]), 7] = torch.inf
+                self._slots._trained["c3"]["values"][7] = torch.inf
         return answers
 
     monkeypatch.setattr(TrunkHost, "backward", spoilt)
@@ -532,7 +536,7 @@ def test_a_round_that_is_lost_again_and_again_ends_the_run(
         raise StaleLease("gone")
 
     with (
-        Plant.inline(config, survey(config), None) as plant,  # type: ignore[arg-type]
+        Plant.inline(config, survey(config), Rounds(Storage(config.storage))) as plant,
         pytest.raises(FellrayError, match=r"gone.*`fellray train` resumes the run"),
     ):
         plant.replayed(hopeless)
@@ -569,10 +573,10 @@ def tape(monkeypatch: pytest.MonkeyPatch) -> Tape:
             Recorder.last = self
             found.remote = self  # type: ignore[attr-defined]
 
-        def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
-            lease = super().begin(run, round, clients)
-            found.crossed += [("begin", (run, round, clients)), ("lease", lease)]
-            return lease
+        def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Callable[[], Lease]:
+            leave = super().begin(run, round, clients)
+            found.crossed += [("begin", (run, round, clients)), ("lease", leave())]
+            return leave
 
         def forward(self, activation: Activation) -> Answer:
             answer = super().forward(activation)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from fellray.platform.config import RunConfig, parse
 from fellray.platform.encoder import Tokens
 from fellray.platform.errors import FellrayError
+from fellray.platform.own import Own
 from fellray.platform.reader import EVALUATION_ROWS, Batch, Reader, assemble
 from fellray.platform.shard import Shard
 
@@ -158,6 +159,21 @@ def test_a_step_holds_a_batch_of_each_learner_side_by_side() -> None:
     ]
     assert torch.equal(batches[0].shard_N, batches[0].slot_N)
     assert one.samples(0) == 10
+
+
+def test_who_has_own_histories_reads_those_and_nobody_else_other_ones() -> None:
+    own = Own({}, {"a": 3, "c": 13})
+    seats = {name: [SHARDS[name]] for name in ("a", "b", "c")}
+    one, alike = Reader(config(), TOKENS, seats, own=own), Reader(config(), TOKENS, seats)
+    assert [one.samples(slot) for slot in range(3)] == [3, 10, 13]
+    counts = [torch.bincount(b.slot_N, minlength=3).tolist() for b, _ in one.steps(1)]
+    assert counts == [[3, 4, 4], [0, 4, 4], [0, 2, 4], [0, 0, 1]]
+    assert [one.ends(step) for step in range(4)] == [[0], [], [1], [2]]
+    assert read(one, 0, 1) == read(alike, 0, 1)[:3]
+    assert read(one, 1, 1) == read(alike, 1, 1)
+    assert read(one, 2, 1) == read(reader("c", local_samples=13), 0, 1)
+    seat = Reader(config(), TOKENS, {"all": [SHARDS["a"], SHARDS["b"]]}, own=own)
+    assert seat.samples(0) == 13
 
 
 def test_rounds_seeds_and_learners_draw_apart_and_repeat() -> None:

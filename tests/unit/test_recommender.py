@@ -125,7 +125,27 @@ def ndcgs(recommender: Recommender, data: Dataset, client: str) -> list[float]:
 def test_the_rankings_are_those_of_the_evaluation(
     tiny_config: Callable[..., RunConfig], tiny_data: Path, overrides: dict[str, object]
 ) -> None:
-    trained = train(tiny_config(clients={"per_actor": 5}, **overrides))
+    check_rankings(train(tiny_config(clients={"per_actor": 5}, **overrides)), tiny_data)
+
+
+def test_clients_of_their_own_rank_are_evaluated_alike(
+    tiny_config: Callable[..., RunConfig], tiny_data: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.csv"
+    own.write_text("client,rank\nc0,1\nc3,2\n")
+    config = tiny_config(
+        clients={"own": str(own)},
+        model={"lora": {"r": 4}},
+        method={"kind": "fedavg"},
+        server={"shared_adapter": True},
+        train={"learning_rate": 0.05},
+    )
+    trained = train(config)
+    own.unlink()  # the run has written it down
+    check_rankings(trained, tiny_data)
+
+
+def check_rankings(trained: Trained, tiny_data: Path) -> None:
     data = Dataset(tiny_data)
     with opened(trained.folder, round=LAST, adapters=2) as recommender:
         assert recommender.clients == data.clients

@@ -383,7 +383,7 @@ def play_round(rounds: Rounds, number: int, carry: bool, keep: int = 0) -> None:
 def test_the_last_pages_of_old_rounds_are_carried_on(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fellray.platform.rounds.SPARE", 5)
+    monkeypatch.setattr("fellray.platform.pruning.SPARE", 5)
     plain, tidy = Rounds(storage.sub("plain")), Rounds(storage.sub("tidy"))
     reader = Rounds(storage.sub("tidy"))
     most = 0
@@ -403,7 +403,7 @@ def test_the_last_pages_of_old_rounds_are_carried_on(
     assert tidy.hashes(78, ["w", "m"]) == plain.hashes(78, ["w", "m"])
     again = Rounds(storage.sub("tidy"))
     assert again.hashes(79, ["w", "m"]) == plain.hashes(79, ["w", "m"])
-    assert len(reader._known) <= 2 * 49 + 5 + 1
+    assert len(reader._where.index.manifests) <= 2 * 49 + 5 + 1
 
 
 def test_without_old_rounds_nothing_is_carried(tmp_path: Path) -> None:
@@ -417,7 +417,7 @@ def test_without_old_rounds_nothing_is_carried(tmp_path: Path) -> None:
 def test_interrupted_while_pages_are_carried_no_state_is_lost(
     after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fellray.platform.rounds.SPARE", 5)
+    monkeypatch.setattr("fellray.platform.pruning.SPARE", 5)
     plain, tidy = Rounds(Storage(tmp_path / "plain")), Rounds(Storage(tmp_path / "tidy"))
     for number in range(21):
         play_round(plain, number, False)
@@ -442,7 +442,7 @@ def test_interrupted_while_pages_are_carried_no_state_is_lost(
     with suppress(KeyboardInterrupt):
         play_round(tidy, 20, True)
     monkeypatch.undo()
-    monkeypatch.setattr("fellray.platform.rounds.SPARE", 5)
+    monkeypatch.setattr("fellray.platform.pruning.SPARE", 5)
     resumed = Rounds(Storage(tmp_path / "tidy"))
     latest = resumed.latest()
     # three files, two that carry, the manifest

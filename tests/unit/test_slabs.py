@@ -204,6 +204,16 @@ def test_a_mean_is_computed_once(theta: Tensor, monkeypatch: pytest.MonkeyPatch)
     assert rows == [1]
 
 
+@pytest.mark.parametrize("num_clients", [1, 6, MANY])
+def test_the_first_rows_of_a_mixture_alone(num_clients: int, theta: Tensor) -> None:
+    theta, mixing = theta[:num_clients], weights(num_clients)
+    mixing[0] = torch.eye(num_clients, dtype=torch.float64)[0]
+    for rows in {1, min(3, num_clients)}:
+        first = theta.new_empty(rows, theta.shape[1])
+        mix(mixing, theta, first)
+        assert torch.equal(first, mixture(mixing, theta)[:rows])
+
+
 def test_who_listens_to_nobody_costs_nothing(theta: Tensor, tmp_path: Path) -> None:
     theta = theta[:, :SLAB]
     identity = torch.eye(MANY, dtype=torch.float64)

@@ -7,6 +7,7 @@ import torch
 
 from fellray.platform.adapters import Bank, Site
 from fellray.platform.config import LoraSpec, TrainConfig
+from fellray.platform.own import ALIKE, Own
 from fellray.platform.rounds import Rounds
 from fellray.platform.slots import Slots
 from fellray.platform.storage import Storage
@@ -15,10 +16,14 @@ SITES = [Site("one", 2, 3)]
 SEEDED = torch.arange(5.0)
 
 
-def make_slots(folder: Path, moments: bool = False) -> tuple[Slots, Rounds]:
+def make_slots(
+    folder: Path, moments: bool = False, r: int = 1, own: Own = ALIKE
+) -> tuple[Slots, Rounds]:
     rounds = Rounds(Storage(folder))
-    slots = Slots(lambda n: Bank(SITES, LoraSpec(r=1), TrainConfig(), n), "client", moments, rounds)
-    rounds.commit(0, slots.stage_start(SEEDED), {})
+    slots = Slots(
+        lambda n: Bank(SITES, LoraSpec(r=r), TrainConfig(), n), "client", moments, rounds, own
+    )
+    rounds.commit(0, slots.stage_start(SEEDED if r == 1 else torch.arange(1.0, 5 * r + 1)), {})
     return slots, rounds
 
 
@@ -65,3 +70,64 @@ def test_pages_of_many_lie_in_files_of_few(tmp_path: Path, monkeypatch: pytest.M
     loaded = rounds.load(1, ["e", "b"], ["client.values", "client.steps"])
     assert torch.equal(loaded["client.values"], SEEDED + torch.tensor([[4.0], [1.0]]))
     assert loaded["client.steps"].tolist() == [4, 1]
+
+
+def test_a_row_has_the_rank_of_who_stands_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after others stood there, and after the bank has grown."""
+    monkeypatch.setattr("fellray.platform.slots.KEPT", 2)
+    slots, _ = make_slots(tmp_path, r=2, own=Own({"a": 1, "b": 2}))
+    whole = [float(i) for i in range(1, 11)]
+    # A is 2 x 2, B is 3 x 2: the first component is A's first row and B's first column
+    first = [1.0, 2.0, 0.0, 0.0, 5.0, 0.0, 7.0, 0.0, 9.0, 0.0]
+    for clients in (["a"], ["b", "c"], ["d", "a"], ["c", "d"], ["a", "b", "c", "d"], ["e", "a"]):
+        rows = slots.hold(0, clients)
+        for row, client in zip(rows.tolist(), clients, strict=True):
+            assert slots.bank.values_SP[row].tolist() == (first if client == "a" else whole)
+            assert slots.bank.ranks_S[row] == (1 if client == "a" else 2)
+
+
+def test_who_has_finished_needs_no_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fellray.platform.slots.KEPT", 4)
+    monkeypatch.setattr("fellray.platform.slots.WRITTEN", 3)
+    slots, rounds = make_slots(tmp_path)
+    clients = [f"{i:02d}" for i in range(12)]
+    for few in (clients[:2], clients[2:4], clients[4:6], clients[6:8], clients[8:10], clients[10:]):
+        rows = slots.hold(0, few)
+        slots.train(few)
+        slots.bank.values_SP[rows] += torch.tensor([[float(c)] for c in few])
+        slots.finish(few)
+        slots.finish(few)
+    assert len(slots.bank.values_SP) <= 4
+    trained = SEEDED + torch.arange(12.0)[:, None]
+    assert torch.equal(slots.values(clients), trained)
+    slots.replace(clients[:1], SEEDED[None] + 100)
+    trained[0] = SEEDED + 100
+    rounds.commit(1, slots.stage(1, "h", clients, True), {})
+    slots.release()
+    assert len(slots.bank.values_SP) <= 4
+    assert torch.equal(rounds.load(1, clients, ["client.values"])["client.values"], trained)
+    assert not slots.have_finished(clients[:1])
+    for few in (clients[:4], clients[8:]):
+        assert torch.equal(slots.bank.values_SP[slots.hold(1, few)], trained[list(map(int, few))])
+
+
+def test_who_trains_again_has_not_finished(tmp_path: Path) -> None:
+    slots, _ = make_slots(tmp_path)
+    rows = slots.hold(0, ["a"])
+    slots.train(["a"])
+    slots.bank.values_SP[rows] += 1
+    slots.finish(["a"])
+    again = slots.hold(0, ["a"])
+    slots.train(["a"])
+    assert not slots.have_finished(["a"])
+    assert torch.equal(slots.bank.values_SP[again], SEEDED[None])
+    assert torch.equal(slots.values(["a"]), SEEDED[None])
+
+
+def test_a_bank_that_grows_keeps_everyones_rank(tmp_path: Path) -> None:
+    slots, _ = make_slots(tmp_path, r=2, own=Own({"a": 1}))
+    slots.hold(0, ["a"])
+    slots.hold(0, ["b", "c", "d"])
+    assert slots.bank.ranks_S[slots.hold(0, ["a", "b", "c", "d"])].tolist() == [1, 2, 2, 2]

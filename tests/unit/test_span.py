@@ -3,6 +3,7 @@
 Shapes: N rows, n rows of one padded length, L real tokens, d width, S clients, P parameters.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ def header(step: Step, lease: Lease | None) -> Activation:
 
 def through_the_cut(s: Setting, step: Step, ledger: Ledger) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [S], gradients of the client's side [S, P] and of the trunk's adapters [S, P]."""
-    lease = s.remote.begin("run", 1, CLIENTS)
+    lease = s.remote.begin("run", 1, CLIENTS)()
     span = Span(s.remote, ledger)
     tower = Tower(s.parts.bottom, s.parts.top, 0, s.side)
     h_Ld, used = tower.rise(step.rows, step.ids_L, step.slot_N, train=True)
@@ -272,8 +273,8 @@ class Double:
         self.backwards: list[tuple[Activation, Gradient]] = []
         self.waited: list[str] = []
 
-    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
-        return Lease("double", 1)
+    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Callable[[], Lease]:
+        return lambda: Lease("double", 1)
 
     def forward(self, activation: Activation) -> Answer:
         self.forwards.append(activation)

@@ -96,9 +96,9 @@ def message(
 
 def theta(host: TrunkHost, clients: Sequence[str]) -> np.ndarray:
     """Trunk adapters [C, P] as they stand; of those who have no slot, as committed."""
-    absent = [c for c in clients if not host._slots.holds([c])]
+    absent = [c for c in clients if c not in host._slots._slot]
     host._slots.hold(host._rounds.latest() or 0, absent)
-    return host.theta([], clients).copy()
+    return host.report([], clients, True)[1].copy()
 
 
 def common(host: TrunkHost, clients: Sequence[str]) -> Tensor:
@@ -214,7 +214,7 @@ def train_all(
                 for c, answer in zip(group, answered(getattr(host, run)(asked)), strict=True):
                     seen[c] += bits(answer)
     for client in CLIENTS:
-        seen[client] += bits(host.theta([], [client]))
+        seen[client] += bits(host.report([], [client], True)[1])
     return seen
 
 
@@ -357,7 +357,7 @@ def test_an_absent_client_keeps_every_byte(tiny_encoder: Path, tmp_path: Path) -
 
 def test_the_transport_counts_what_it_carries(tiny_encoder: Path, tmp_path: Path) -> None:
     remote = InProcess(make_host(make_config(str(tiny_encoder)), tmp_path))
-    activation, gradient = message("a", remote.begin("run", 1, ("a",)), 0, [5, 20], seed=0)
+    activation, gradient = message("a", remote.begin("run", 1, ("a",))(), 0, [5, 20], seed=0)
     remote.forward(activation)
     envelope, packed = 2 * 2 * 4, 25 * 32 * 4
     assert remote.bytes == envelope + 2 * packed
@@ -492,9 +492,13 @@ def test_work_done_under_another_life_is_lost_and_said_so(
     config = make_config(str(tiny_encoder))
     before, after = make_host(config, tmp_path / "1"), make_host(config, tmp_path / "2")
     lease = before.begin("run", 1, ["a"])
-    assert before.theta([lease.server], ["a"]).shape[0] == 1
+    finite, theta_CP = before.report([lease.server], ["a"], True)
+    assert finite == [True]
+    assert theta_CP.shape[0] == 1
+    assert theta_CP.shape[1] > 0
+    assert before.report([lease.server], ["a"], False)[1].shape == (1, 0)
     with pytest.raises(StaleLease, match="restarted"):
-        after.theta([lease.server], ["a"])
+        after.report([lease.server], ["a"], True)
 
 
 # --- rounds -------------------------------------------------------------------------------------
@@ -511,7 +515,7 @@ def play(host: TrunkHost, rounds: Rounds, first: int, last: int) -> None:
             ]
             answered(host.forward([activation for activation, _ in sent]))
             answered(host.backward(sent))
-        trained = host.theta([lease.server], CLIENTS)
+        _, trained = host.report([lease.server], CLIENTS, True)
         mixed = 0.75 * trained + 0.25 * trained.mean(0)
         taken = ["a", "b", "d"]
         own = host.shared_gradient(round, taken) if host._shared else None
