@@ -246,17 +246,22 @@ def serve(
 
 @app.command()
 def token(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or where tokens lie.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or URI.")],
     client: Annotated[str | None, typer.Argument(help="Whose token it is.")] = None,
     operator: Annotated[bool, typer.Option("--operator", help="One for all clients.")] = False,
+    tokens: Annotated[
+        str | None, typer.Option(help="Where tokens.json lies, if not with the run.")
+    ] = None,
 ) -> None:
     """Make a token for the served run; it is shown once, only its hash is kept."""
+    from fellray.platform.run import read_run
     from fellray.platform.storage import Storage
     from fellray.serve.tokens import new_token
 
     if operator == (client is not None):
         raise FellrayError("name one client, or give --operator for a token that opens all")
-    print(new_token(Storage(run), client))
+    place = Storage(tokens) if tokens else read_run(run).storage
+    print(new_token(place, client))
 
 
 @app.command()

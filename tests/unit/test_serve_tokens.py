@@ -68,6 +68,28 @@ def test_new_tokens_count_without_a_restart(tmp_path: Path) -> None:
     assert file.tokens.find(token) is not None
 
 
+def test_the_command_makes_tokens_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fellray.jobs.cli import token
+
+    with pytest.raises(FellrayError, match="holds no run"):
+        token(str(tmp_path), "c0")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "config.json").write_text("{}")
+    for client, operator in ((None, False), ("c0", True)):
+        with pytest.raises(FellrayError, match="name one client, or give --operator"):
+            token(str(tmp_path), client, operator)
+    token(str(tmp_path), "c0")
+    token(str(tmp_path), None, operator=True, tokens=str(tmp_path / "else"))
+    own, operators = capsys.readouterr().out.split()
+    found = read_tokens(Storage(tmp_path)).find(own)
+    assert found is not None
+    assert found.client == "c0"
+    assert read_tokens(Storage(tmp_path)).find(operators) is None
+    assert read_tokens(Storage(tmp_path / "else")).find(operators) is not None
+
+
 def test_a_bucket_fills_again() -> None:
     bucket, one, other = Bucket(rate=2, burst=3), Caller("a", "1"), Caller("b", "2")
     assert [bucket.take(one, 0.0) for _ in range(4)] == [0, 0, 0, 0.5]
