@@ -6,10 +6,13 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote, unquote
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_recommender import train
 
 from fellray.actors.plant import Plant
@@ -59,7 +62,7 @@ class Asked:
             headers.append((b"content-length", b"%d" % len(data)))
         if token is not None:
             value = f"Bearer {self.tokens.get(token, token)}"
-            headers.append((b"authorization", value.encode()))
+            headers.append((b"authorization", value.encode("latin-1")))
         size = -(-len(data) // parts) or 1
         pieces = [data[at : at + size] for at in range(0, len(data), size)] or [b""]
         sent: list[dict[str, Any]] = []
@@ -79,7 +82,7 @@ class Asked:
             "http_version": "1.1",
             "method": method,
             "path": path,
-            "raw_path": path.encode(),
+            "raw_path": quote(path).encode(),
             "root_path": "",
             "query_string": b"",
             "headers": headers,
@@ -134,7 +137,7 @@ def config(tiny_config: Callable[..., RunConfig]) -> RunConfig:
 @pytest.fixture(scope="module")
 def asked(config: RunConfig) -> Iterator[Asked]:
     folder = train(config).folder
-    args = Args(run=folder, round="latest", body_kib=64, adapters=3, rows=8)
+    args = Args(run=folder, round="latest", body_kib=64, adapters=3, rows=8, burst=10_000)
     recommender = open_whole(args)
     yield open_api(folder, recommender, args)
     recommender.close()
@@ -438,6 +441,69 @@ def test_what_is_gone_is_answered_from_what_is_there(
     assert asked.recommend(client="c0", history=["word01"])["round"] == LAST
     monkeypatch.setattr(recommender._ends, "rise", lambda q: [FellrayError("gone")] * len(q))
     assert asked.refused(client="c0", history=["word01"]) == (503, "unavailable", None)
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(["c0", "word01", "test", "\ud800", "\x00", 2**63, -(2**70)]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                ["client", "user_id", "history", "k", "filters", "seen", "queries", "as_of", "x"]
+            ),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=12,
+)
+NEARLY = st.fixed_dictionaries(
+    {"client": st.sampled_from(["c0", "c4", "zz", ""])},
+    optional={
+        "history": st.lists(st.integers(-2, 60) | st.text(max_size=30) | ANYTHING, max_size=12),
+        "user_id": st.integers(-5, 50) | ANYTHING,
+        "k": st.integers(-1, 60) | ANYTHING,
+        "filters": st.fixed_dictionaries(
+            {},
+            optional={
+                "seen": st.booleans() | ANYTHING,
+                "deny": st.lists(st.integers(0, 55), max_size=9) | ANYTHING,
+                "categories": ANYTHING,
+            },
+        ),
+        "candidates": st.lists(st.integers(0, 55), max_size=9) | ANYTHING,
+        "as_of": st.sampled_from(["now", "test", "valid", "then"]),
+    },
+)
+
+
+@settings(max_examples=300)
+@given(
+    path=st.sampled_from(["/v1/recommend", "/v1/recommend/batch", "/v1/recommend/"]),
+    body=NEARLY | st.fixed_dictionaries({"queries": st.lists(NEARLY, max_size=3)}) | ANYTHING,
+    raw=st.none() | st.binary(max_size=40),
+    token=st.sampled_from(["operator", "c0", "zz", "\x7f", ""]),
+)
+def test_whatever_is_sent_is_answered(
+    asked: Asked, path: str, body: Any, raw: bytes | None, token: str
+) -> None:
+    status, answer = asked("POST", path, raw or json.dumps(body).encode(), token=token)
+    assert status in (200, 401, 403, 404, 422, 429), answer
+    assert set(answer) <= {"run", "round", "client", "layer", "items", "answers", "error"}
+
+
+@settings(max_examples=100)
+@given(path=st.text(max_size=30), token=st.sampled_from(["operator", "c0"]))
+def test_whatever_path_is_asked_is_answered(asked: Asked, path: str, token: str) -> None:
+    for prefix in ("/", "/v1/items/", "/v1/clients/"):
+        quoted = quote(path, safe="/", errors="replace")
+        status, answer = asked("GET", prefix + unquote(quoted, errors="replace"), token=token)
+        assert status in (200, 403, 404, 405, 422, 429), answer
 
 
 def test_the_document_says_what_is_served(asked: Asked) -> None:
