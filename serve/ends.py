@@ -73,7 +73,8 @@ class Ends:
         kept: int,
         rows: int,
     ):
-        """Args: own: whose adapters have a rank of their own. kept: clients whose adapters are held. rows: most questions in a crossing."""
+        """Args: own: whose adapters have a rank of their own. kept: clients whose adapters are
+        held. rows: most questions in a crossing."""
         device = own_device()
         cut = plan_cut(backbone, config.model)
         prefixes = [prefix for side in SIDES for prefix in cut.prefixes(side)]
