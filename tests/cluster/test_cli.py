@@ -416,6 +416,7 @@ def test_a_damaged_checkpoint_is_not_served(file: str, fellray: Fellray, own_cop
 
 
 @CLUSTER
+@pytest.mark.long
 def test_training_goes_on_beside_a_damaged_checkpoint(
     fellray: Fellray, own_copy: Path, tmp_path: Path, local_ray: None
 ) -> None:
@@ -596,6 +597,7 @@ def test_train_on_a_full_disk_goes_on_when_there_is_room(
 
 
 @CLUSTER
+@pytest.mark.long
 def test_a_run_that_diverges_says_so(
     fellray: Fellray, written: Path, tiny_config: Configure, local_ray: None
 ) -> None:

@@ -282,6 +282,7 @@ def test_the_driver_is_killed_at_any_time(
 # --- a disk that spoils a page -------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_actors_tell_of_a_damaged_page_and_the_driver_decides(
     tiny_config: Configure, local_ray: None
 ) -> None:

@@ -40,6 +40,7 @@ def scrape(run: str) -> Scraped:
     return found
 
 
+@pytest.mark.long
 def test_the_endpoint_shows_what_the_run_recorded(
     tiny_config: Callable[..., RunConfig], local_ray: None
 ) -> None:

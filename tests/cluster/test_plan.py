@@ -125,6 +125,7 @@ def test_auto_is_settled_once_and_changes_no_bit(
     assert dealt_anew["final_hashes"] == plain["final_hashes"]
 
 
+@pytest.mark.long
 def test_auto_without_room_is_refused_before_anything_is_written(
     tiny_config: Configure, local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,11 +130,10 @@ def test_any_order_of_arrival(
     """Promise 3: who is asked last is asked first."""
 
     class Backwards(plants.InlinePool):
-        def map(self, method: str, *columns: Any) -> list[Any]:
-            self.members.reverse()
-            answers = super().map(method, *(list(column)[::-1] for column in columns))
-            self.members.reverse()
-            return answers[::-1]
+        def map(self, method: str, *columns: Any, among: Sequence[int] | None = None) -> list[Any]:
+            asked = list(range(len(self.members)) if among is None else among)[::-1]
+            backwards = (list(column)[::-1] for column in columns)
+            return super().map(method, *backwards, among=asked)[::-1]
 
     monkeypatch.setattr(plants, "InlinePool", Backwards)
     assert record(tiny_config(**settings("torch", per_actor=1)), Plant.inline) == reference

@@ -18,6 +18,7 @@ for _ in range(2):
 """
 
 
+@pytest.mark.long
 def test_one_process_may_train_twice(
     launch: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from fellray.platform.config import RunConfig, parse
 TORCH = {"server": {"engine": "torch"}}
 
 
+@pytest.mark.long
 def test_deepspeed_starts_without_a_compiler(tmp_path: Path) -> None:
     finding = check_engine(RunConfig(), {**os.environ, "PATH": str(tmp_path)})
     assert (finding.status, finding.way_out) == ("ok", ""), finding
