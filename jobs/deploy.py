@@ -133,9 +133,9 @@ def deploy(args: Args, door: Door, tell: Callable[[str], None]) -> None:
     if not len(read_tokens(storage)):
         shown = new_token(storage, None)
         tell(f"The operator's token, shown this once: {shown}")
-    # a service manager's way to say Ctrl-C
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt), serving(args, door):
+        # a service manager's way to say Ctrl-C; Ray has put a handler of its own there
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         tell(f"{args.run} is served at {door.address}; Ctrl-C ends it. Ask, for example:")
         tell(
             f"  curl {door.address}/v1/recommend -H 'Authorization: Bearer {shown}' "
