@@ -24,8 +24,15 @@ from ray.util import metrics  # noqa: E402
 __all__ = ["ask_for_token", "connect", "find_address", "metrics", "ray"]
 
 
+_OPEN_PORTS = ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT")
+"""Where Ray 2.60's own metrics listen on all addresses, ask for no token, cannot be turned off: on
+a port that is none they do not start, and nothing else is the worse for it."""
+
+
 def ask_for_token() -> None:
     """The Rays that this process starts from now on ask for a token, which it has."""
+    for name in _OPEN_PORTS:
+        os.environ.setdefault(name, "65536")
     if _FIRST and os.environ.get("RAY_AUTH_MODE") == "token":
         # once per process: Ray remembers the first token it has seen
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

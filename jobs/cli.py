@@ -212,20 +212,83 @@ def recommend(
     round: Annotated[int | None, typer.Option(help="Which round; the best by default.")] = None,
 ) -> None:
     """Recommend items for a history of titles, with one client's model."""
-    from fellray.serve.recommender import Recommender
+    from fellray.jobs.recommend import recommend as ask
 
     if not history.strip(" ;"):
         raise FellrayError('--history is empty; write titles, oldest first: "title; title"')
-    recommender = Recommender.open(run, round)
-    titles = recommender.split_history(history)
-    ranking = recommender.recommend(client, titles, k)
-    for title in titles:
-        if not recommender.knows(title):
-            tell(f"not in the catalogue, so the model has only its words: {title}")
+    answer, unknown = ask(run, client, history, k, round)
+    for title in unknown:
+        tell(f"not in the catalogue, so the model has only its words: {title}")
     table = Table("rank", "item", "title", "score")
-    for one in ranking:
+    for one in answer.items:
         table.add_row(str(one.rank), str(one.item_id), one.title, f"{one.score:.4f}")
     console.print(table)
+
+
+@app.command()
+def serve(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or URI.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Change a setting: round=latest recommenders=2"),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    tls_key: Annotated[Path | None, typer.Option(help="A private key, for HTTPS.")] = None,
+    tls_certificate: Annotated[Path | None, typer.Option(help="Its certificate.")] = None,
+) -> None:
+    """Serve a run over HTTP, on this machine unless told otherwise, until Ctrl-C."""
+    from fellray.jobs.deploy import Door, deploy, read_args
+
+    args = read_args(run, overrides or [])
+    deploy(args, Door(host, port, tls_key, tls_certificate), tell)
+
+
+@app.command()
+def token(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or URI.")],
+    client: Annotated[str | None, typer.Argument(help="Whose token it is.")] = None,
+    operator: Annotated[bool, typer.Option("--operator", help="One for all clients.")] = False,
+    tokens: Annotated[
+        str | None, typer.Option(help="Where tokens.json lies, if not with the run.")
+    ] = None,
+) -> None:
+    """Make a token for the served run; it is shown once, only its hash is kept."""
+    from fellray.platform.run import read_run
+    from fellray.platform.storage import Storage
+    from fellray.serve.tokens import new_token
+
+    if operator == (client is not None):
+        raise FellrayError("name one client, or give --operator for a token that opens all")
+    place = Storage(tokens) if tokens else read_run(run).storage
+    print(new_token(place, client))
+
+
+@app.command()
+def promote(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or URI.")],
+    round: Annotated[int, typer.Argument(help="A committed round.")],
+) -> None:
+    """Serve this round from now on; `fellray rollback` takes it back."""
+    from fellray.platform.promotion import promote as name_round
+    from fellray.platform.run import read_run
+
+    opened = read_run(run)
+    name_round(opened.storage, round, opened.rounds.committed())
+    tell(f"{run}: round {round} is to be served")
+
+
+@app.command()
+def rollback(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or URI.")],
+) -> None:
+    """Take the last `fellray promote` back."""
+    from fellray.platform.promotion import roll_back
+    from fellray.platform.run import read_run
+
+    served = roll_back(read_run(run).storage).served
+    what = "what the application was started with" if served is None else f"round {served}"
+    tell(f"{run}: {what} is to be served")
 
 
 @app.command()

@@ -12,6 +12,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+RECORDED = 2**16
+"""Batches that are remembered."""
+
 Run = Callable[[Sequence[Any]], Sequence[Any]]
 """Requests in, one answer for each out; an answer that is an exception is raised at its caller."""
 
@@ -56,7 +59,7 @@ class Batcher:
         self._filled = threading.Condition()
         self._open = True
         self.sizes: list[int] = []
-        """Requests in each batch so far, for the record."""
+        """Requests in each of the last batches, for the record."""
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -86,6 +89,7 @@ class Batcher:
             if not batch:
                 continue
             self.sizes.append(len(batch))
+            del self.sizes[:-RECORDED]
             began = time.monotonic()
             try:
                 answers = batch[0].run([waiting.item for waiting in batch])

@@ -9,7 +9,7 @@ Shapes: N rows, L real tokens, K lanes, M tokens in lanes, d width, C clients, P
 """
 
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeVar
@@ -58,15 +58,17 @@ class TrunkHost:
     def __init__(
         self,
         config: RunConfig,
-        learners: Sequence[str],
+        learners: Container[str],
         sites: Sequence[Site],
         engine: Engine,
         rounds: Rounds,
         device: torch.device | None = None,
         index: int = 0,
         own: Own = ALIKE,
+        kept: int | None = None,
     ):
-        """Args: learners: ids of everyone who trains. index: names this host's files."""
+        """Args: learners: ids of everyone who may ask. index: names this host's files. kept: see
+        `Slots`."""
         self._holder = f"trunk-{index:05d}"
         self._seeded_P = start(sites, config.model.lora, config.seed)
         self._config = config
@@ -74,7 +76,7 @@ class TrunkHost:
         self._rounds = rounds
         self._engine = engine
         self._life = uuid.uuid4().hex
-        self._learners = frozenset(learners)
+        self._learners = frozenset(learners) if isinstance(learners, Sequence) else learners
         self._sites = sites
         lora = config.model.lora
         self._slots = Slots(
@@ -83,6 +85,7 @@ class TrunkHost:
             config.train.moments == "keep",
             rounds,
             own,
+            kept,
         )
         self._shared = config.server.shared_adapter
         self._shared_gradient = GradientSum(sites, lora.r, 0, device)
@@ -264,7 +267,7 @@ class TrunkHost:
     def _check(self, activation: Activation) -> None:
         if activation.run != self._config.name:
             raise FellrayError(f"server of run {self._config.name} was asked by {activation.run}")
-        if unknown := sorted(set(activation.clients) - self._learners):
+        if unknown := [c for c in activation.clients if c not in self._learners]:
             raise FellrayError(f"client {unknown[0]} does not take part in this run")
         _check_shape(activation)
         turns = [self._turns.get(c) for c in activation.clients]

@@ -40,10 +40,15 @@ class Scorer:
 
     def score(self, u_Nd: Tensor, shard_N: Tensor) -> Tensor:
         """Scores of all items [N, I] for unit vectors u."""
-        n = len(u_Nd)
-        filled = F.pad(u_Nd, (0, 0, 0, -n % ROWS))
-        scores = (filled @ self._vectors_Id.T)[:n] / self._temperature
+        scores = compare(u_Nd, self._vectors_Id, self._temperature)
         return scores + self.prior_KI[shard_N] if self._uses_prior else scores
+
+
+def compare(u_Nd: Tensor, vectors_Id: Tensor, temperature: float) -> Tensor:
+    """Scores of all items [N, I] before any prior, for unit vectors u."""
+    n = len(u_Nd)
+    filled = F.pad(u_Nd, (0, 0, 0, -n % ROWS))
+    return (filled @ vectors_Id.T)[:n] / temperature
 
 
 def mean_losses(scores_NI: Tensor, target_N: Tensor, slot_N: Tensor, num_slots: int) -> Tensor:

@@ -32,6 +32,7 @@ from fellray.platform.manifest import Staged
 from fellray.platform.messages import Damaged, LedgerRow
 from fellray.platform.metrics import Score, balance
 from fellray.platform.own import ALIKE, Own, read_own
+from fellray.platform.promotion import read_promotion
 from fellray.platform.rounds import Rounds
 from fellray.platform.storage import Storage
 
@@ -110,7 +111,7 @@ class Run:
         staged = [*outcome.staged, *carried]
         self.rounds.commit(round, staged, {"data_sha256": self._data_sha256})
         self._best = self._best_of([row], self._best) if self._best else self._read_best()
-        keep = [0, self._best[0]]
+        keep = [0, self._best[0], *read_promotion(self.storage).rounds]
         self._mended(lambda: self.rounds.prune(self.config.keep_last, keep))
         return row
 

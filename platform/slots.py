@@ -39,11 +39,14 @@ class Slots:
         moments: bool,
         rounds: Rounds,
         own: Own = ALIKE,
+        kept: int | None = None,
     ):
         """Args: make: a bank of so many slots. part: `client` or `trunk`, names the pages. own:
-        whose rows have a rank of their own."""
+        whose rows have a rank of their own. kept: clients that stay in memory, `KEPT` by default.
+        """
         self.bank = make(0)
         self._own = own
+        self._kept = KEPT if kept is None else kept
         self._make = make
         self._part = part
         self._moments = moments
@@ -194,7 +197,7 @@ class Slots:
             return
         rows = len(self.bank.values_SP)
         free = sorted(set(range(rows)) - set(self._slot.values()))
-        if len(self._slot) + len(new) > KEPT:
+        if len(self._slot) + len(new) > self._kept:
             asked = set(clients)
             leaving = [c for c in self._slot if c in self._state and c not in asked]
             for client in leaving[: max(0, len(new) - len(free))]:
@@ -202,7 +205,7 @@ class Slots:
                 del self._state[client]
         if len(new) > len(free):
             # by half as much again: growing wave by wave copies what is there only now and then
-            grown = max(rows + len(new) - len(free), min(rows + rows // 2, KEPT))
+            grown = max(rows + len(new) - len(free), min(rows + rows // 2, self._kept))
             free += range(rows, grown)
             self._grow(grown)
         self._slot |= dict(zip(new, free, strict=False))

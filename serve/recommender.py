@@ -1,280 +1,358 @@
-"""Recommend with a trained run: a history's titles in, the client's own ranking out.
+"""The recommender: a run's private side, answering queries from one committed round each.
 
-The whole model in one process, in plain torch. It must not know Ray, DeepSpeed or how a request
-arrives. Scores are computed by the same parts as in the run's evaluation.
-
-Shapes: N histories, H items of a history, L real tokens of all rows together, I items, d width,
-S learners, P parameters of one learner.
+It holds bottom, top, item vectors, histories, counts and a bounded number of adapters; the trunk is
+somewhere else and is asked. Whoever waits crosses together. A query is pinned to the round that is
+served when it arrives. This file must not know Ray or HTTP.
 """
 
-import difflib
+import asyncio
+import logging
 import threading
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from fellray.platform.adapters import Bank, cut_, rescale, views
-from fellray.platform.encoder import Backbone, Tokens, load_backbone, load_tokenizer, tokenize
+from fellray.platform.allocator import keep_freed_memory
+from fellray.platform.batcher import Batcher
+from fellray.platform.encoder import load_backbone, load_tokenizer
 from fellray.platform.errors import FellrayError
-from fellray.platform.reader import EVALUATION_ROWS, assemble
-from fellray.platform.retrieval import Scorer
-from fellray.platform.rows import Rows
-from fellray.platform.run import Run, read_run
+from fellray.platform.messages import Activation, StaleLease
+from fellray.platform.run import read_run
 from fellray.platform.shards import Dataset
-from fellray.platform.split import cut_model
-from fellray.platform.tower import Tower
+from fellray.serve.args import Args
+from fellray.serve.blends import EVERYBODY, Blends, name_blend
+from fellray.serve.ends import Crossing, Ends, Question
+from fellray.serve.histories import Histories
+from fellray.serve.items import Items, Reading
+from fellray.serve.ladder import Counts, Known, Layer, choose_layer, find_nearest, stack_counts
+from fellray.serve.ranking import Choice, Ranking, rank
+from fellray.serve.refusal import Refusal
+from fellray.serve.schema import (
+    Answer,
+    ByHistory,
+    ByUser,
+    ClientState,
+    Filters,
+    Item,
+    Place,
+    RunState,
+)
+from fellray.serve.served import Served, Watch
+from fellray.serve.trunk import plain_config
 
-MOST_NAMED = 10
-"""Clients that an error names one by one."""
+TRIES = 3
+"""Times a query is begun before it is refused: a round may be deleted while it is served."""
+CHECK_S = 5.0
+"""Seconds that the trunk has to say that it is there."""
+_log = logging.getLogger("fellray.serve")
+
+
+class Far(Protocol):
+    """The far side of the cut: `serve.trunk.Trunk`, here or behind a handle."""
+
+    async def forward(self, activation: Activation) -> np.ndarray:
+        """Hidden states at the upper cut [L, d]."""
+        ...
+
+    async def ready(self) -> bool:
+        """True, once it can be asked."""
+        ...
 
 
 @dataclass(frozen=True)
-class Recommendation:
-    """One place of a ranking."""
+class _Asked:
+    """A query that was looked up."""
 
-    rank: int
-    """1 is the best."""
-    item_id: int
-    title: str
-    score: float
-    """Cosine / temperature, plus the client's prior; comparable within one ranking only."""
+    layer: Layer
+    learner: str
+    reading: Reading | None
+    prior_I: torch.Tensor
+    choice: Choice
 
 
 class Recommender:
-    """The models of all clients of a run at one round. Open it with `Recommender.open`.
+    """Answers for all clients of a run."""
 
-    Threads may share it; their requests go through the model one after the other.
-    """
-
-    def __init__(self, run: Run, round: int):
-        """Args: round: a committed one. Raises as `open`."""
-        self._config = config = run.config
-        self._data = _open_data(run, round)
+    def __init__(self, args: Args, trunk: Far):
+        """Raises:
+        FellrayError: there is no run, the round is not committed, or the prepared data or the
+            encoder are missing or not those that the run was trained with.
+        """
+        self._args = args
+        self._trunk = trunk
+        run = read_run(args.run)
+        self._config = config = plain_config(run.config)
+        self._data = data = Dataset(config.data.path)
+        self.seats = config.method.seat(data.clients)
+        """Learner -> the clients whose shards it reads."""
+        self._learner = {c: learner for learner, own in self.seats.items() for c in own}
+        self._watch = Watch(args, self.seats, data.sha256)
         backbone = load_backbone(config.model.name)
-        _refuse_other_encoder(run, self._data, backbone)
-        self._tokenizer = load_tokenizer(config.model.name)
-        self._tokens = tokenize(self._tokenizer, self._data.titles, config.model.max_tokens)
-        self._vectors_Id = self._data.vectors.numpy()
-        self._items_of: dict[str, list[int]] = {}
-        for item, title in enumerate(self._data.titles):
-            self._items_of.setdefault(_fold(title), []).append(item)
+        made_with = data.manifest["encoder"]["sha256"]
+        if made_with != backbone.sha256:
+            raise FellrayError(
+                f"model.name {backbone.name}: has other weights ({backbone.sha256[:12]}) than the "
+                f"encoder that {run.storage} was trained with ({made_with[:12]}); restore that "
+                "encoder"
+            )
+        self.items = Items(data, load_tokenizer(config.model.name), config.model)
+        anybodys = data.popularity / len(data.clients)
+        self._anybodys_I = torch.from_numpy(anybodys).float().log1p()
+        self._histories: OrderedDict[str, Histories] = OrderedDict()
+        """Longest unused first."""
+        self._counting = threading.Lock()
+        self._counts: Counts | None = None
+        self._crossings: WeakKeyDictionary[Crossing, asyncio.Task[list[Ranking]]] = (
+            WeakKeyDictionary()
+        )
+        self._batcher = Batcher(config.server.max_tokens)
 
-        seats = config.method.seat(self._data.clients)
-        learners = sorted(seats)
-        self._slot = {c: slot for slot, learner in enumerate(learners) for c in seats[learner]}
-        self._shards = {client: self._data.shard(client) for client in sorted(self._slot)}
-        self.clients = tuple(self._shards)
-        """Sorted."""
-        self.round = round
+        def make() -> Ends:
+            torch.set_num_threads(args.threads)
+            keep_freed_memory()
+            rounds = Blends(run.storage, self.seats)
+            return Ends(config, backbone, self.items, rounds, run.own(), args.adapters, args.rows)
 
-        self._model_lock = threading.Lock()
-        parts = cut_model(backbone, config.model)
-        sites, lora = parts.cut.sites, config.model.lora
-        loaded = run.rounds.load(round, learners, ["client.values", "trunk.values"])
-        own, everyone = run.own(), torch.arange(len(learners))
-        ranks = own.ranks_of(learners, lora.r)
-        bank = Bank(sites["bottom"] + sites["top"], lora, config.train, len(learners))
-        bank.set_ranks(everyone, ranks)
-        bank.reset(everyone, {"values": loaded["client.values"]})
-        self._tower = Tower(parts.bottom, parts.top, self._tokens.pad, bank)
-        self._trunk = parts.trunk
-        personal = views(loaded["trunk.values"], sites["trunk"], lora.r)
-        if own.ranks:
-            # a page that is everyone's came as one row for all: no two could be cut apart
-            personal = [(a.clone(), b.clone()) for a, b in personal]
-            cut_(personal, everyone, torch.tensor(ranks))
-            personal = rescale(personal, lora, ranks)
-        self._trunk_sets = [personal]
-        if config.server.shared_adapter:
-            shared_SP = run.rounds.load_shared(round, "shared.values").expand(len(learners), -1)
-            self._trunk_sets.append(views(shared_SP, sites["trunk"], lora.r))
+        self._ends = self._batcher.call(make).result()
 
-    @classmethod
-    def open(cls, path: str, round: int | None = None) -> "Recommender":
-        """The run in a folder or at a URI, at its best round or at another committed one.
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Of the run, sorted."""
+        return tuple(sorted(self._learner))
+
+    @property
+    def served(self) -> Served:
+        """The round that the next query is answered from."""
+        return self._watch.served
+
+    def watch(self) -> None:
+        """Take over new rounds from now on, as they are committed or promoted."""
+        self._watch.start()
+
+    def close(self) -> None:
+        """Finish what is queued and end the threads."""
+        self._watch.close()
+        self._batcher.close()
+
+    async def recommend(self, queries: Sequence[ByUser | ByHistory]) -> list[Answer]:
+        """Answers in the order of the queries, all from one round.
 
         Raises:
-            FellrayError: there is no run, the round is not committed or damaged, the prepared data
-                or the encoder are missing or not those that the run was trained with.
+            Refusal: a query cannot be answered; with several, `field` begins with its place.
         """
-        run = read_run(path)
-        committed = run.rounds.committed()
-        if not committed:
-            raise FellrayError(
-                f"{run.storage}: no round is committed yet; first `fellray train` it"
-            )
-        chosen = run.best_round() if round is None else round
-        if chosen not in committed:
-            raise FellrayError(
-                f"{run.storage}: round {chosen} is not committed; give one of these as `round`: "
-                f"{', '.join(map(str, committed))}"
-            )
-        return cls(run, chosen)
+        for tries in range(1, TRIES + 1):
+            served = self.served
+            try:
+                async with asyncio.timeout(self._args.timeout_s):
+                    return await self._answer(queries, served)
+            except TimeoutError:
+                raise Refusal(
+                    503, "overloaded", f"no answer within {self._args.timeout_s:g} s"
+                ) from None
+            except (FellrayError, StaleLease) as error:
+                # the round may have been given up by its run: then there is another
+                _log.warning("round %d: %s", served.round, error)
+                if tries < TRIES:
+                    await asyncio.to_thread(self._watch.look)
+        raise Refusal(503, "unavailable", f"round {served.round} cannot be read")
 
-    def split_history(self, text: str) -> list[str]:
-        """The titles in `title; title`; a title of the catalogue may hold a semicolon itself."""
-        parts = [part for part in text.split(";") if part.strip()]
-        titles: list[str] = []
-        while parts:
-            lengths = range(len(parts), 1, -1)
-            known = (n for n in lengths if self.knows(";".join(parts[:n])))
-            taken = next(known, 1)
-            titles.append(";".join(parts[:taken]).strip())
-            parts = parts[taken:]
-        return titles
-
-    def knows(self, title: str) -> bool:
-        """Whether the catalogue has the title, up to case and surrounding space."""
-        return _fold(title) in self._items_of
-
-    def recommend(
-        self, client: str, titles: Sequence[str], k: int = 10, with_prior: bool = True
-    ) -> list[Recommendation]:
-        """The client's best items for a user who met these titles.
-
-        Args:
-            client: whose adapters and prior to use.
-            titles: what the user met, oldest first. They need not be in the catalogue; items whose
-                title is among them, up to case and surrounding space, are not recommended.
-            k: how many; fewer come back where fewer items are left.
-            with_prior: False leaves out the client's counts; a run without prior has none anyway.
-
-        Raises:
-            FellrayError: there is no such client, a title is empty, or k is out of range.
+    def find_item(self, item_id: int) -> Item:
+        """Raises:
+        Refusal: there is none.
         """
-        self._refuse(client, k)
-        texts = [] if isinstance(titles, str) else [title.strip() for title in titles]
-        if not texts or not all(texts):
-            raise FellrayError(
-                f"titles {titles!r}: pass a list of at least one title, oldest first, none empty"
-            )
-        met = {item for text in texts for item in self._items_of.get(_fold(text), ())}
-        seen = [np.array(sorted(met), np.int64)]
-        tokens = tokenize(self._tokenizer, texts, self._config.model.max_tokens)
-        newest_1H = np.arange(len(texts))[None, -self._config.model.max_history :]
-        return self._rank(client, tokens, newest_1H, seen, k, with_prior)[0]
+        try:
+            (at,) = self.items.find([item_id], "id")
+        except Refusal as refusal:
+            raise Refusal(404, refusal.code, refusal.message, "id") from None
+        return Item(
+            item_id=item_id,
+            title=self.items.titles[at],
+            categories=sorted(self.items.categories[at]),
+            popularity=int(self.items.popularity[at]),
+        )
 
-    def recommend_users(
-        self, client: str, histories: Sequence[np.ndarray], k: int = 10, with_prior: bool = True
-    ) -> list[list[Recommendation]]:
-        """The same for many users of one client at once, whose histories are item indices.
-
-        For held-out users this is the ranking of the run's evaluation, except that evaluation lets
-        an item be found again that the user had met before.
-
-        Args:
-            client: whose adapters and prior to use.
-            histories: per user, indices of items, oldest first; none of them is recommended.
-            k: as in `recommend`.
-            with_prior: as in `recommend`.
-
-        Raises:
-            FellrayError: there is no such client, a history is empty or names an item that is not
-                there, or k is out of range.
+    async def find_client(self, client: str) -> ClientState:
+        """Raises:
+        Refusal: there is none.
         """
-        self._refuse(client, k)
-        num_items = len(self._data.titles)
-        met = [np.asarray(items, np.int64) for items in histories]
-        for user, items in enumerate(met):
-            if not len(items) or items.min() < 0 or items.max() >= num_items:
-                raise FellrayError(
-                    f"histories[{user}]: pass at least one item index, oldest first, each from 0 "
-                    f"to {num_items - 1}"
-                )
-        ranked = []
-        for at in range(0, len(met), EVALUATION_ROWS):
-            chunk = met[at : at + EVALUATION_ROWS]
-            items_NH = np.full((len(chunk), self._config.model.max_history), -1, np.int64)
-            for row, items in zip(items_NH, chunk, strict=True):
-                newest = items[-len(row) :]
-                row[len(row) - len(newest) :] = newest
-            ranked += self._rank(client, self._tokens, items_NH, chunk, k, with_prior)
-        return ranked
+        served, learner = self.served, self._learner.get(client)
+        if learner is None:
+            raise Refusal(404, "unknown_client", "the run has no such client", "id")
+        own = await self._read(client)
+        known = Known(learner, served.trained, True)
+        layer = choose_layer(known, ())
+        if layer == "mean":
+            layer = choose_layer(known, await self._find_nearest(own.counts_I, served))
+        return ClientState(
+            client=client,
+            users=own.num_users,
+            round=served.round,
+            layer=layer,
+            validation_ndcg_at_10=served.validation.get(client),
+        )
 
-    def _rank(
-        self,
-        client: str,
-        tokens: Tokens,
-        items_NH: np.ndarray,
-        seen: Sequence[np.ndarray],
-        k: int,
-        with_prior: bool,
-    ) -> list[list[Recommendation]]:
-        """Rankings of N users; equal scores stand in the order of the items."""
-        prior = with_prior and self._config.model.prior
-        shard, temperature = self._shards[client], self._config.model.temperature
-        with torch.no_grad():
-            u_Nd = self._encode(self._slot[client], tokens, items_NH)
-            scorer = Scorer(self._vectors_Id, [shard], temperature, prior)
-            scores_NI = scorer.score(u_Nd, torch.zeros(len(u_Nd), dtype=torch.int64))
-        for scores_I, items in zip(scores_NI, seen, strict=True):
-            scores_I[torch.from_numpy(items)] = -torch.inf
-        best = scores_NI.sort(dim=1, descending=True, stable=True)
-        rankings = zip(best.indices[:, :k].tolist(), best.values[:, :k].tolist(), strict=True)
-        ids, titles = self._data.item_ids, self._data.titles
+    def describe(self) -> RunState:
+        """The run and what of it is served."""
+        served = self.served
+        return RunState(
+            run=self._config.name,
+            method=self._config.method.kind,
+            round=served.round,
+            promoted=served.promoted,
+            committed=list(served.committed),
+            clients=len(self._learner),
+            items=len(self.items),
+        )
+
+    def has_client(self, client: str) -> bool:
+        """Whether it is a client of the run."""
+        return client in self._learner
+
+    async def check(self) -> None:
+        """Raises:
+        Refusal: the trunk does not answer.
+        """
+        try:
+            async with asyncio.timeout(CHECK_S):
+                await self._trunk.ready()
+        except Exception as error:
+            _log.warning("the trunk does not answer: %r", error)
+            raise Refusal(503, "not_ready", "the trunk does not answer") from None
+
+    def gauges(self) -> dict[str, float]:
+        """What a scrape shows besides requests."""
+        sizes = self._batcher.sizes
+        return {
+            "round": self.served.round,
+            "clients_held": len(self._histories),
+            "batch_size_mean": sum(sizes) / len(sizes) if sizes else 0.0,
+        }
+
+    async def _answer(self, queries: Sequence[ByUser | ByHistory], served: Served) -> list[Answer]:
+        asked = []
+        for place, query in enumerate(queries):
+            try:
+                asked.append(await self._look_up(query, served))
+            except Refusal as refusal:
+                raise refusal if len(queries) == 1 else refusal.below(f"queries.{place}") from None
+        rankings = await asyncio.gather(*(self._rank(one, served.round) for one in asked))
         return [
-            [
-                Recommendation(rank, int(ids[item]), titles[item], score)
-                for rank, (item, score) in enumerate(zip(*ranking, strict=True), start=1)
-                if score > -np.inf
-            ]
-            for ranking in rankings
+            self._tell(query, one.layer, served.round, ranking)
+            for query, one, ranking in zip(queries, asked, rankings, strict=True)
         ]
 
-    def _encode(self, slot: int, tokens: Tokens, items_NH: np.ndarray) -> Tensor:
-        """Users' unit vectors [N, d] by one learner's adapters."""
-        model = self._config.model
-        ids_L, lengths_N = assemble(tokens, items_NH, model.max_tokens)
-        rows = Rows(lengths_N, model.pad_multiple)
-        slot_N = torch.full((len(items_NH),), slot)
+    async def _look_up(self, query: ByUser | ByHistory, served: Served) -> _Asked:
+        learner = self._learner.get(query.client)
+        own = await self._read(query.client) if learner else None
+        if isinstance(query, ByUser):
+            found = own.find(query.user_id, query.as_of) if own else None
+            if found is None:
+                raise Refusal(404, "unknown_user", "the client has no such user", "user_id")
+            history, seen = found
+            reading = self.items.read_items(history) if len(history) else None
+        else:
+            reading = self.items.read(query.history) if query.history else None
+            seen = reading.met if reading else np.empty(0, np.int64)
+        known = Known(learner, served.trained, reading is not None)
+        layer = choose_layer(known, ())
+        adapters = learner or EVERYBODY
+        if layer == "mean":
+            counts_I = own.counts_I if own else np.bincount(seen, minlength=len(self.items))
+            nearest = await self._find_nearest(counts_I, served)
+            layer = choose_layer(known, nearest)
+            adapters = name_blend(nearest) if nearest else EVERYBODY
+        prior_I = own.prior_I if own and own.counts_I.any() else self._anybodys_I
+        choice = self._choose(query.k, query.filters, query.candidates, seen)
+        return _Asked(layer, adapters, reading, prior_I, choice)
 
-        def cross(h_Ld: Tensor) -> Tensor:
-            outputs = []
-            for group in rows.groups:
-                own = slot_N[group.rows_n]
-                sets = [[(a[own], b[own]) for a, b in pairs] for pairs in self._trunk_sets]
-                outputs.append(self._trunk(rows.pad(h_Ld, group), group.mask_nT, sets))
-            return rows.pack(outputs)
+    async def _rank(self, asked: _Asked, round: int) -> Ranking:
+        """One ranking; its crossing is shared with whoever waited at the same moment."""
+        if asked.layer == "popularity" or asked.reading is None:
+            return rank(asked.prior_I[None], [asked.choice])[0]
+        prior_I = asked.prior_I if self._config.model.prior else None
+        ids_L = asked.reading.ids_L
+        question = Question(round, asked.learner, ids_L, prior_I, asked.choice)
+        risen = self._batcher.submit(self._ends.rise, question, len(ids_L))
+        crossing, place = await asyncio.wrap_future(risen)
+        if crossing not in self._crossings:
+            self._crossings[crossing] = asyncio.create_task(self._cross(crossing))
+        # whoever gives up must not end the others' crossing
+        rankings = await asyncio.shield(self._crossings[crossing])
+        ranking: Ranking = rankings[place]
+        return ranking
 
-        # a forward pass leaves its adapters in the blocks while it runs: two at once would mix them
-        with self._model_lock:
-            u_Nd, _ = self._tower.encode(rows, ids_L, slot_N, cross, train=False)
-        return u_Nd
+    async def _cross(self, crossing: Crossing) -> list[Ranking]:
+        output = await self._trunk.forward(crossing.activation)
+        size = len(output)
+        finished = self._batcher.submit(self._ends.finish, (crossing, output), size)
+        rankings: list[Ranking] = await asyncio.wrap_future(finished)
+        return rankings
 
-    def _refuse(self, client: str, k: int) -> None:
-        if client not in self._shards:
-            near = difflib.get_close_matches(client, self.clients, n=1, cutoff=0)[0]
-            few = len(self.clients) <= MOST_NAMED
-            told = ", ".join(self.clients) if few else f"{len(self.clients)}, the nearest {near!r}"
-            raise FellrayError(f"client {client!r}: the run has no such client; it has {told}")
-        num_items = len(self._data.titles)
-        if not 1 <= k <= num_items:
-            raise FellrayError(f"k={k}: must be from 1 to {num_items}, the number of items")
+    def _choose(
+        self, k: int, filters: Filters, candidates: Sequence[int] | None, seen: np.ndarray
+    ) -> Choice:
+        only = [
+            np.unique(self.items.find(ids, name))
+            for name, ids in (("candidates", candidates), ("filters.allow", filters.allow))
+            if ids is not None
+        ]
+        if filters.categories is not None:
+            only.append(self.items.in_categories(filters.categories, "filters.categories"))
+        without = [seen] if filters.seen else []
+        if filters.deny is not None:
+            without.append(self.items.find(filters.deny, "filters.deny"))
+        kept = only[0] if only else None
+        for more in only[1:]:
+            assert kept is not None
+            kept = np.intersect1d(kept, more)
+        return Choice(min(k, len(self.items)), kept, np.concatenate(without) if without else None)
 
-
-def _open_data(run: Run, round: int) -> Dataset:
-    """The data the run was trained on, and no other."""
-    data = Dataset(run.config.data.path)
-    if data.sha256 != run.rounds.facts(round)["data_sha256"]:
-        raise FellrayError(
-            f"{run.config.data.path}: holds other data than {run.storage} was trained on; restore "
-            "that folder, or train a new run on the data that is there now"
+    def _tell(
+        self, query: ByUser | ByHistory, layer: Layer, round: int, ranking: Ranking
+    ) -> Answer:
+        ids, titles = self.items.ids, self.items.titles
+        places = zip(ranking.items.tolist(), ranking.scores.tolist(), strict=True)
+        return Answer(
+            run=self._config.name,
+            round=round,
+            client=query.client,
+            layer=layer,
+            items=[
+                Place(rank=rank, item_id=int(ids[item]), title=titles[item], score=score)
+                for rank, (item, score) in enumerate(places, start=1)
+            ],
         )
-    return data
 
+    async def _find_nearest(self, counts_I: np.ndarray, served: Served) -> tuple[str, ...]:
+        counts = await asyncio.to_thread(self._count)
+        return find_nearest(counts, counts_I, served.trained)
 
-def _refuse_other_encoder(run: Run, data: Dataset, backbone: Backbone) -> None:
-    made_with = data.manifest["encoder"]["sha256"]
-    if made_with != backbone.sha256:
-        raise FellrayError(
-            f"model.name {backbone.name}: has other weights ({backbone.sha256[:12]}) than the "
-            f"encoder that {run.storage} was trained with ({made_with[:12]}); restore that encoder"
-        )
+    def _count(self) -> Counts:
+        """Every learner's counts, read once, when a client without adapters first asks."""
+        with self._counting:
+            if self._counts is None:
+                self._counts = stack_counts(self._count_learners())
+        return self._counts
 
+    def _count_learners(self) -> Iterator[tuple[str, np.ndarray]]:
+        for learner, clients in sorted(self.seats.items()):
+            shards = (self._data.shard(client) for client in clients)
+            total = np.zeros(len(self.items), np.int64)
+            for shard in shards:
+                total += shard.counts(len(self.items))
+            yield learner, total
 
-def _fold(title: str) -> str:
-    """What two titles that count as the same have in common."""
-    return title.strip().casefold()
+    async def _read(self, client: str) -> Histories:
+        """Of a client of the run; from disk where it was not asked for lately."""
+        if client not in self._histories:
+            shard = await asyncio.to_thread(self._data.shard, client)
+            self._histories[client] = Histories(shard, len(self.items))
+            if len(self._histories) > self._args.shards:
+                self._histories.popitem(last=False)
+        self._histories.move_to_end(client)
+        return self._histories[client]

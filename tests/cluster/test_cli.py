@@ -30,7 +30,7 @@ pytestmark = pytest.mark.timeout(600)
 CLUSTER = pytest.mark.cluster
 COMMANDS = (
     *("init", "doctor", "prepare", "plan", "train", "evaluate", "compare", "runs", "recommend"),
-    "scale",
+    *("scale", "serve", "token", "promote", "rollback"),
 )
 ROWS = [(user, item, 10 * user + at) for user in range(12) for at, item in enumerate("abcdef")]
 """Twelve users, each of whom met the same six items."""

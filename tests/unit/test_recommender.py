@@ -1,10 +1,11 @@
 """What is recommended is what was evaluated, for the client that asked, and mistakes are named."""
 
+import asyncio
 import json
 import math
 import shutil
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +19,14 @@ from fellray.platform.aggregation import reduce
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.metrics import Score
-from fellray.platform.run import Outcome, open_run, pool
+from fellray.platform.run import Outcome, open_run, pool, read_run
 from fellray.platform.shards import Dataset
-from fellray.serve.recommender import Recommendation, Recommender
+from fellray.serve.args import Args
+from fellray.serve.recommender import Recommender
+from fellray.serve.refusal import Refusal
+from fellray.serve.schema import Answer, ByHistory, ByUser, Filters, Place
+from fellray.serve.served import verify
+from fellray.serve.whole import open_whole
 
 K = 10
 LAST = 2
@@ -57,9 +63,19 @@ def trained(tiny_config: Callable[..., RunConfig]) -> Trained:
     return train(tiny_config(clients={"per_actor": 5}, keep_last=LAST + 1))
 
 
+@contextmanager
+def opened(folder: str, **settings: object) -> Iterator[Recommender]:
+    recommender = open_whole(Args.model_validate({"run": folder, **settings}))
+    try:
+        yield recommender
+    finally:
+        recommender.close()
+
+
 @pytest.fixture(scope="module")
-def recommender(trained: Trained) -> Recommender:
-    return Recommender.open(trained.folder, LAST)
+def recommender(trained: Trained) -> Iterator[Recommender]:
+    with opened(trained.folder, round=LAST) as recommender:
+        yield recommender
 
 
 @pytest.fixture
@@ -68,19 +84,29 @@ def run_copy(trained: Trained, tmp_path: Path) -> Path:
     return tmp_path / "tiny"
 
 
-def items_of(ranking: list[Recommendation]) -> list[int]:
+def ask(recommender: Recommender, *queries: ByUser | ByHistory) -> list[Answer]:
+    return asyncio.run(recommender.recommend(queries))
+
+
+def by_history(
+    recommender: Recommender, client: str, history: Sequence[int | str], k: int = K
+) -> list[Place]:
+    (answer,) = ask(recommender, ByHistory(client=client, history=[*history], k=k))
+    return answer.items
+
+
+def items_of(ranking: list[Place]) -> list[int]:
     return [place.item_id for place in ranking]
 
 
 def ndcgs(recommender: Recommender, data: Dataset, client: str) -> list[float]:
     """NDCG@10 of a client's test users, by its definition."""
     held = data.shard(client).held_out(2)
+    queries = [ByUser(client=client, user_id=u, as_of="test") for u in held.users.tolist()]
     values = []
-    for ranking, truth in zip(
-        recommender.recommend_users(client, held.histories, K), held.truth, strict=True
-    ):
+    for answer, truth in zip(ask(recommender, *queries), held.truth, strict=True):
         relevant = set(data.item_ids[truth].tolist())
-        gains = [1 / math.log2(p.rank + 1) for p in ranking if p.item_id in relevant]
+        gains = [1 / math.log2(p.rank + 1) for p in answer.items if p.item_id in relevant]
         ideal = sum(1 / math.log2(rank + 1) for rank in range(1, min(len(relevant), K) + 1))
         values.append(sum(gains) / ideal)
     return values
@@ -120,10 +146,10 @@ def test_clients_of_their_own_rank_are_evaluated_alike(
 
 
 def check_rankings(trained: Trained, tiny_data: Path) -> None:
-    recommender = Recommender.open(trained.folder, LAST)
     data = Dataset(tiny_data)
-    assert recommender.clients == data.clients
-    values = {client: ndcgs(recommender, data, client) for client in recommender.clients}
+    with opened(trained.folder, round=LAST, adapters=2) as recommender:
+        assert recommender.clients == data.clients
+        values = {client: ndcgs(recommender, data, client) for client in recommender.clients}
     for client, own in values.items():
         expected = trained.test[client].means()["ndcg@10"]
         assert sum(own) / len(own) == pytest.approx(expected, abs=1e-9)
@@ -136,11 +162,13 @@ def check_rankings(trained: Trained, tiny_data: Path) -> None:
 def test_titles_rank_like_the_items_they_name(recommender: Recommender, tiny_data: Path) -> None:
     data = Dataset(tiny_data)
     unique = [i for i, title in enumerate(data.titles) if data.titles.count(title) == 1]
-    history = np.array(unique[:9])  # longer than model.max_history
+    history = unique[:9]  # longer than model.max_history
+    ids, titles = data.item_ids[history].tolist(), [data.titles[i] for i in history]
     for client in recommender.clients:
-        titles = [data.titles[i] for i in history]
-        (expected,) = recommender.recommend_users(client, [history])
-        assert recommender.recommend(client, titles) == expected
+        expected = by_history(recommender, client, ids)
+        mixed = [title if at % 2 else ids[at] for at, title in enumerate(titles)]
+        assert by_history(recommender, client, titles) == expected
+        assert by_history(recommender, client, mixed) == expected
         assert [place.rank for place in expected] == list(range(1, K + 1))
         scores = [place.score for place in expected]
         assert scores == sorted(scores, reverse=True)
@@ -151,9 +179,9 @@ def test_titles_rank_like_the_items_they_name(recommender: Recommender, tiny_dat
 def test_order_matters_and_only_the_newest_are_read(recommender: Recommender) -> None:
     client = recommender.clients[0]
     titles = [f"word{i:02d} word{i + 1:02d} word{i + 2:02d}" for i in range(0, 18, 3)]
-    whole = recommender.recommend(client, titles)
-    assert recommender.recommend(client, titles[::-1]) != whole
-    assert recommender.recommend(client, ["word40 word41", *titles]) == whole
+    whole = by_history(recommender, client, titles)
+    assert by_history(recommender, client, titles[::-1]) != whole
+    assert by_history(recommender, client, ["word40 word41", *titles]) == whole
 
 
 def test_every_item_of_a_met_title_is_left_out(
@@ -171,106 +199,115 @@ def test_every_item_of_a_met_title_is_left_out(
     }
     config = tiny_config(data=data, train={"rounds": 0})
     prepare(config)
-    recommender = Recommender.open(train(config).folder)
-    client = recommender.clients[0]
-    ranking = recommender.recommend(client, ["  WORD02 word03 "], k=5)
-    assert sorted(items_of(ranking)) == [10, 12, 14]
-    assert [place.rank for place in ranking] == [1, 2, 3]
-    foreign = recommender.recommend(client, ["word02 word03 word04"], k=5)
-    assert sorted(items_of(foreign)) == [10, 11, 12, 13, 14]
+    with opened(train(config).folder) as recommender:
+        client = recommender.clients[0]
+        ranking = by_history(recommender, client, ["  WORD02 word03 "], k=5)
+        assert sorted(items_of(ranking)) == [10, 12, 14]
+        assert [place.rank for place in ranking] == [1, 2, 3]
+        foreign = by_history(recommender, client, ["word02 word03 word04"], k=5)
+        assert sorted(items_of(foreign)) == [10, 11, 12, 13, 14]
 
 
-def test_the_prior_is_the_clients_own_and_can_be_left_out(
-    recommender: Recommender, tiny_data: Path
+def test_the_prior_is_the_clients_own(
+    tiny_config: Callable[..., RunConfig], recommender: Recommender, tiny_data: Path
 ) -> None:
-    data = Dataset(tiny_data)
+    """The same adapters with and without it: scores differ by the client's counts."""
+    data, folder = Dataset(tiny_data), train(tiny_config(train={"rounds": 0})).folder
+    bare = train(tiny_config(train={"rounds": 0}, model={"prior": False})).folder
     num_items, titles = len(data.titles), ["word01 word02 not a title"]
-    for client in recommender.clients[:2]:
-        ranked = recommender.recommend(client, titles, num_items)
-        bare = recommender.recommend(client, titles, num_items, with_prior=False)
-        difference = {p.item_id: p.score for p in ranked}
-        for place in bare:
-            difference[place.item_id] -= place.score
-        counts = data.shard(client).counts(num_items)
-        got = [difference[item] for item in data.item_ids.tolist()]
-        np.testing.assert_allclose(got, np.log1p(counts), atol=1e-5)
+    with opened(folder) as with_prior, opened(bare) as without:
+        for client in data.clients[:2]:
+            difference = {
+                p.item_id: p.score for p in by_history(with_prior, client, titles, num_items)
+            }
+            for place in by_history(without, client, titles, num_items):
+                difference[place.item_id] -= place.score
+            got = [difference[item] for item in data.item_ids.tolist()]
+            counts = data.shard(client).counts(num_items)
+            np.testing.assert_allclose(got, np.log1p(counts), atol=1e-5)
 
 
-def test_clients_have_models_of_their_own(recommender: Recommender) -> None:
-    titles = ["word01 word02", "word03"]
-    scores = {
-        tuple(p.score for p in recommender.recommend(client, titles, with_prior=False))
-        for client in recommender.clients
-    }
-    assert len(scores) == len(recommender.clients)
+def test_queries_that_wait_together_do_not_mix_clients(trained: Trained) -> None:
+    """Whoever shares the crossing, and however often adapters are evicted, a bit never changes."""
+    titles: list[list[int | str]] = [["word01 word02", "word03"], ["word04"], ["word05"] * 6]
+    with opened(trained.folder, round=LAST, adapters=2, rows=4) as recommender:
+        queries = [
+            ByHistory(client=client, history=history)
+            for history in titles
+            for client in recommender.clients
+        ] * 4
+        alone = [ask(recommender, query)[0] for query in queries]
+        assert ask(recommender, *queries) == alone
+        assert len({answer.items[0].score for answer in alone}) > len(recommender.clients)
 
 
-def test_threads_do_not_mix_clients(recommender: Recommender) -> None:
-    titles = ["word01 word02", "word03"]
-    clients = [*recommender.clients] * 8
-    alone = [recommender.recommend(client, titles) for client in clients]
-    with ThreadPoolExecutor(4) as threads:
-        assert list(threads.map(lambda c: recommender.recommend(c, titles), clients)) == alone
-
-
-def test_another_round_is_another_model(trained: Trained, recommender: Recommender) -> None:
-    start = Recommender.open(trained.folder, round=0)
+def test_another_round_is_another_model(
+    trained: Trained, recommender: Recommender, tiny_data: Path
+) -> None:
     titles = ["word01 word02"]
-    scores = {  # round 0 is the one start that all clients share
-        tuple(p.score for p in start.recommend(client, titles, with_prior=False))
-        for client in start.clients
-    }
-    assert len(scores) == 1
-    client = start.clients[0]
-    assert recommender.recommend(client, titles) != start.recommend(client, titles)
-    assert Recommender.open(trained.folder).round == trained.best
+    client = recommender.clients[0]
+    with opened(trained.folder, round=0) as start:
+        assert by_history(recommender, client, titles) != by_history(start, client, titles)
+    with opened(trained.folder) as best, opened(trained.folder, round="latest") as latest:
+        assert best.served.round == trained.best
+        assert latest.served.round == LAST
 
 
 def test_a_history_as_text(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
     """A semicolon inside a title of the catalogue does not divide it."""
-    monkeypatch.setitem(recommender._items_of, "moby-dick; or, the whale", [0])
+    items = recommender.items
+    monkeypatch.setitem(items._of_title, "moby-dick; or, the whale", [0])
     text = "Nobody; knows;;Moby-Dick; or, The Whale ; word01; Moby-Dick"
     titles = ["Nobody", "knows", "Moby-Dick; or, The Whale", "word01", "Moby-Dick"]
-    assert recommender.split_history(text) == titles
-    assert [recommender.knows(title) for title in titles] == [False, False, True, False, False]
-    assert recommender.split_history(" ; ") == []
+    assert items.split_history(text) == titles
+    assert [items.knows(title) for title in titles] == [False, False, True, False, False]
+    assert items.split_history(" ; ") == []
 
 
-def test_mistakes_in_a_request_are_named(recommender: Recommender) -> None:
-    client = recommender.clients[0]
-    with pytest.raises(
-        FellrayError, match=rf"'{client}x': .* it has {', '.join(recommender.clients)}$"
-    ):
-        recommender.recommend(f"{client}x", ["word01"])
-    for titles in ([], ["word01", "  "], "word01"):
-        with pytest.raises(FellrayError, match="list of at least one title"):
-            recommender.recommend(client, titles)
-    for k in (0, 51):
-        with pytest.raises(FellrayError, match=f"k={k}: must be from 1 to 50"):
-            recommender.recommend(client, ["word01"], k=k)
-        with pytest.raises(FellrayError, match=f"k={k}"):
-            recommender.recommend_users(client, [], k=k)
-    for items in ([], [50], [-1]):
-        with pytest.raises(FellrayError, match=r"histories\[1\]: .* from 0 to 49"):
-            recommender.recommend_users(client, [np.array([1]), np.array(items, np.int64)])
-    assert recommender.recommend_users(client, []) == []
+def test_mistakes_in_a_query_are_named(recommender: Recommender, tiny_data: Path) -> None:
+    client, data = recommender.clients[0], Dataset(tiny_data)
+
+    def refused(*queries: ByUser | ByHistory) -> tuple[int, str, str | None]:
+        with pytest.raises(Refusal) as caught:
+            ask(recommender, *queries)
+        return caught.value.status, caught.value.code, caught.value.field
+
+    item = int(data.item_ids[0])
+    good = ByHistory(client=client, history=["word01"])
+    assert refused(ByHistory(client=client, history=["word01", item, -7])) == (
+        404,
+        "unknown_item",
+        "history.2",
+    )
+    assert refused(ByUser(client=client, user_id=10**6)) == (404, "unknown_user", "user_id")
+    assert refused(ByUser(client="nobody", user_id=0)) == (404, "unknown_user", "user_id")
+    assert refused(good, ByUser(client=client, user_id=10**6))[2] == "queries.1.user_id"
+    for field in ("candidates", "filters.allow", "filters.deny"):
+        inner = {field.rpartition(".")[2]: [item, 999]}
+        body = {"filters": inner} if "." in field else inner
+        query = ByHistory.model_validate({"client": client, "history": [item], **body})
+        assert refused(query) == (404, "unknown_item", f"{field}.1")
+    query = ByHistory(client=client, history=[item], filters=Filters(categories=["Noir"]))
+    assert refused(query) == (404, "unknown_category", "filters.categories.0")
 
 
-def test_only_committed_rounds_are_opened(run_copy: Path) -> None:
+def test_only_committed_rounds_are_opened(run_copy: Path, tiny_data: Path) -> None:
     for round in (7, -1):
         with pytest.raises(FellrayError, match=rf"round {round} is not committed; .*: 0, 1, 2"):
-            Recommender.open(str(run_copy), round)
+            open_whole(Args(run=str(run_copy), round=round))
     with pytest.raises(FellrayError, match="holds no run"):
-        Recommender.open(str(run_copy / "rounds"))
+        open_whole(Args(run=str(run_copy / "rounds")))
     trunk = run_copy / "rounds/000002/trunk-00000.safetensors"
     damaged = bytearray(trunk.read_bytes())
     damaged[-1] ^= 1
     trunk.write_bytes(damaged)
+    run = read_run(str(run_copy))
+    verify(run, 1, Dataset(tiny_data).clients)
     with pytest.raises(FellrayError, match=r"trunk-00000\.safetensors: is damaged"):
-        Recommender.open(str(run_copy), 2)
+        verify(run, 2, Dataset(tiny_data).clients)
     shutil.rmtree(run_copy / "rounds")
     with pytest.raises(FellrayError, match="no round is committed yet"):
-        Recommender.open(str(run_copy))
+        open_whole(Args(run=str(run_copy)))
 
 
 def test_only_the_runs_own_data_and_encoder_are_used(
@@ -280,15 +317,15 @@ def test_only_the_runs_own_data_and_encoder_are_used(
     config["data"]["path"] = str(tmp_path / "elsewhere")
     (run_copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(FellrayError, match="elsewhere: is no prepared folder"):
-        Recommender.open(str(run_copy))
+        open_whole(Args(run=str(run_copy)))
     shutil.copytree(tiny_data, tmp_path / "elsewhere")
-    Recommender.open(str(run_copy))
+    open_whole(Args(run=str(run_copy))).close()
     manifest = tmp_path / "elsewhere/manifest.json"
     manifest.write_text(manifest.read_text() + "\n")
     with pytest.raises(FellrayError, match=r"elsewhere: holds other data than .*tiny was trained"):
-        Recommender.open(str(run_copy))
+        open_whole(Args(run=str(run_copy)))
     config["data"]["path"] = str(tiny_data)
     config["model"]["name"] = str(tiny_roberta)
     (run_copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(FellrayError, match=r"tiny-roberta: has other weights"):
-        Recommender.open(str(run_copy))
+        open_whole(Args(run=str(run_copy)))

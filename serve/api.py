@@ -1,0 +1,178 @@
+"""The HTTP API, version 1: routes, what they take and answer, and the OpenAPI document.
+
+Every answer that is none has one shape, `{"error": {code, message, field}}`. It must not know how a
+ranking comes about, nor Ray.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Path, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.security import HTTPBearer
+from starlette.exceptions import HTTPException
+
+import fellray
+from fellray.serve.args import Args
+from fellray.serve.counters import Counters
+from fellray.serve.gate import CALLER, Gate, headers_of
+from fellray.serve.recommender import Recommender
+from fellray.serve.refusal import Refusal
+from fellray.serve.schema import (
+    Answer,
+    Answers,
+    ClientState,
+    Item,
+    Queries,
+    Query,
+    Refused,
+    RunStates,
+    State,
+)
+from fellray.serve.tokens import Bucket, Caller, Tokens
+
+_WORDS = {
+    401: "The token is missing or wrong.",
+    403: "The token is another client's.",
+    404: "Something that was named is not there.",
+    413: "The body is too large.",
+    422: "The request is not what the schema says.",
+    429: "Too many requests with this token.",
+    503: "The service cannot answer now.",
+}
+
+
+def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": Refused, "description": _WORDS[status]} for status in statuses}
+
+
+def make_api(
+    recommender: Recommender,
+    args: Args,
+    tokens: Callable[[], Tokens],
+    labels: dict[str, str],
+) -> FastAPI:
+    """The application. Args: tokens: those that count now. labels: name this replica's counters."""
+    api = FastAPI(
+        title="fellray",
+        version=fellray.__version__,
+        # their pages load scripts from elsewhere
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        separate_input_output_schemas=False,
+    )
+    counters = Counters()
+    asked = [Depends(HTTPBearer(auto_error=False, description="A token of one client, or all."))]
+    guarded = _refusals(401, 403, 404, 413, 422, 429, 503)
+
+    @api.post("/v1/recommend", dependencies=asked, responses=guarded)
+    async def recommend(query: Query, request: Request) -> Answer:
+        """The best items for one user."""
+        _check(request, recommender, [query.client], "client")
+        (answer,) = await recommender.recommend([query])
+        return answer
+
+    @api.post("/v1/recommend/batch", dependencies=asked, responses=guarded)
+    async def recommend_batch(queries: Queries, request: Request) -> Answers:
+        """The same for many users, all from one round; one that cannot be answered refuses all."""
+        clients = [query.client for query in queries.queries]
+        _check(request, recommender, clients, "queries.{}.client")
+        return Answers(answers=await recommender.recommend(queries.queries))
+
+    @api.get("/v1/items/{id}", dependencies=asked, responses=_refusals(401, 404, 413, 422, 429))
+    async def find_item(id: Annotated[int, Path(ge=-(2**63), lt=2**63)]) -> Item:
+        """An item of the catalogue."""
+        return recommender.find_item(id)
+
+    @api.get("/v1/clients/{id}", dependencies=asked, responses=_refusals(401, 403, 404, 413, 429))
+    async def find_client(id: str, request: Request) -> ClientState:
+        """A client of the run."""
+        _check(request, recommender, [id], "id")
+        return await recommender.find_client(id)
+
+    @api.get("/v1/runs", dependencies=asked, responses=_refusals(401, 413, 429))
+    async def list_runs() -> RunStates:
+        """What is served."""
+        return RunStates(runs=[recommender.describe()])
+
+    @api.get("/healthz", responses=_refusals(413))
+    async def live() -> State:
+        """Whether the service lives."""
+        return State(status="ok")
+
+    @api.get("/readyz", responses=_refusals(413, 503))
+    async def ready() -> State:
+        """Whether the trunk answers too."""
+        await recommender.check()
+        return State(status="ok")
+
+    @api.get(
+        "/metrics",
+        dependencies=asked,
+        response_class=PlainTextResponse,
+        responses=_refusals(401, 403, 413, 429),
+    )
+    async def metrics(request: Request) -> PlainTextResponse:
+        """What this replica counted, for Prometheus; an operator's token is asked for."""
+        caller: Caller = request.scope[CALLER]
+        if caller.client is not None:
+            raise Refusal(403, "not_allowed", "metrics are the operator's")
+        gauges = recommender.gauges()
+        return PlainTextResponse(counters.render(gauges, labels), media_type=_PROMETHEUS)
+
+    _explain(api)
+    api.add_middleware(
+        Gate,
+        tokens=tokens,
+        bucket=Bucket(args.rate, args.burst),
+        counters=counters,
+        body_bytes=args.body_kib * 1024,
+    )
+    return api
+
+
+_BRANCHES = ("ByUser", "ByHistory", "int", "str", "constrained-int", "constrained-str")
+_PROMETHEUS = "text/plain; version=0.0.4"
+
+
+def _check(request: Request, recommender: Recommender, clients: Sequence[str], field: str) -> None:
+    """That the caller may ask for all of these clients, and that they are there.
+
+    Who is nobody's client yet is answered to the operator, from the ladder's lower rungs.
+    """
+    caller: Caller = request.scope[CALLER]
+    for place, client in enumerate(clients):
+        if not caller.may_ask_for(client):
+            raise Refusal(403, "not_allowed", "the token is another client's", field.format(place))
+        if caller.client is not None and not recommender.has_client(client):
+            raise Refusal(404, "unknown_client", "the run has no such client", field.format(place))
+
+
+def _explain(api: FastAPI) -> None:
+    """Errors in the one shape. Nothing of a request's body is repeated."""
+
+    def respond(refusal: Refusal) -> JSONResponse:
+        return JSONResponse(refusal.body(), refusal.status, headers=headers_of(refusal))
+
+    @api.exception_handler(Refusal)
+    async def refuse(request: Request, error: Refusal) -> JSONResponse:
+        return respond(error)
+
+    @api.exception_handler(RequestValidationError)
+    async def tell_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return respond(Refusal(422, "no_json", "the body is not JSON"))
+        # pydantic names the branches of a union as well
+        place = [str(part) for part in first["loc"][1:] if part not in _BRANCHES]
+        return respond(Refusal(422, "invalid", first["msg"], ".".join(place) or None))
+
+    @api.exception_handler(HTTPException)
+    async def tell(request: Request, error: HTTPException) -> JSONResponse:
+        codes = {400: "no_json", 404: "no_such_route", 405: "wrong_method"}
+        status = 422 if error.status_code == 400 else error.status_code
+        words = "the body is not JSON" if status == 422 else str(error.detail)
+        refusal = Refusal(status, codes.get(error.status_code, "refused"), words)
+        return JSONResponse(refusal.body(), status, headers=error.headers)

@@ -1,0 +1,99 @@
+"""Tokens: hashed at rest, each for one client or for the operator; so many requests a second."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fellray.platform.errors import FellrayError
+from fellray.platform.storage import Storage
+from fellray.serve.tokens import FILE, Bucket, Caller, TokenFile, new_token, read_tokens
+
+
+def test_a_token_opens_its_own_clients_door(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    assert len(read_tokens(storage)) == 0
+    own, other, operator = (new_token(storage, c) for c in ("c0", "c1", None))
+    tokens = read_tokens(storage)
+    assert len(tokens) == 3
+    found = {token: tokens.find(token) for token in (own, other, operator)}
+    opens = {
+        token: {c for c in ("c0", "c1", "c2") if caller and caller.may_ask_for(c)}
+        for token, caller in found.items()
+    }
+    assert opens == {own: {"c0"}, other: {"c1"}, operator: {"c0", "c1", "c2"}}
+    for wrong in ("", own[:-1], own + "x", own.upper(), "\udcff"):
+        assert tokens.find(wrong) is None
+
+
+def test_the_file_holds_no_token(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    token = new_token(storage, "c0")
+    text = (tmp_path / FILE).read_text()
+    assert token not in text
+    assert token.removeprefix("fellray_") not in text
+    (entry,) = json.loads(text)["tokens"]
+    assert (entry["client"], len(entry["sha256"])) == ("c0", 64)
+    assert len(token) >= 43 + len("fellray_")  # 256 bits
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    new_token(storage, "c0")
+    whole = json.loads((tmp_path / FILE).read_text())
+    entry = whole["tokens"][0]
+    damaged = [
+        "{",
+        "[]",
+        json.dumps({**whole, "version": 2}),
+        json.dumps({**whole, "tokens": [{**entry, "client": 3}]}),
+        json.dumps({**whole, "tokens": [{**entry, "sha256": "00"}]}),
+    ]
+    for text in damaged:
+        (tmp_path / FILE).write_text(text)
+        with pytest.raises(FellrayError, match=r"tokens\.json: is damaged"):
+            read_tokens(storage)
+
+
+def test_new_tokens_count_without_a_restart(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    file = TokenFile(storage, poll_s=0.01)
+    file.start()
+    token = new_token(storage, None)
+    for _ in range(1000):
+        if file.tokens.find(token):
+            break
+        file._ended.wait(0.01)
+    file.close()
+    assert file.tokens.find(token) is not None
+
+
+def test_the_command_makes_tokens_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fellray.jobs.cli import token
+
+    with pytest.raises(FellrayError, match="holds no run"):
+        token(str(tmp_path), "c0")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "config.json").write_text("{}")
+    for client, operator in ((None, False), ("c0", True)):
+        with pytest.raises(FellrayError, match="name one client, or give --operator"):
+            token(str(tmp_path), client, operator)
+    token(str(tmp_path), "c0")
+    token(str(tmp_path), None, operator=True, tokens=str(tmp_path / "else"))
+    own, operators = capsys.readouterr().out.split()
+    found = read_tokens(Storage(tmp_path)).find(own)
+    assert found is not None
+    assert found.client == "c0"
+    assert read_tokens(Storage(tmp_path)).find(operators) is None
+    assert read_tokens(Storage(tmp_path / "else")).find(operators) is not None
+
+
+def test_a_bucket_fills_again() -> None:
+    bucket, one, other = Bucket(rate=2, burst=3), Caller("a", "1"), Caller("b", "2")
+    assert [bucket.take(one, 0.0) for _ in range(4)] == [0, 0, 0, 0.5]
+    assert bucket.take(other, 0.0) == 0
+    assert bucket.take(one, 0.25) == 0.25
+    assert bucket.take(one, 0.5) == 0
+    assert [bucket.take(one, 100.0) for _ in range(4)] == [0, 0, 0, 0.5]
