@@ -16,8 +16,8 @@ test-long: setup  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m long
 
 bench: setup  ## ratios against named rivals, arms interleaved
-	$(BIN)/python -m fellray.jobs.bench
-	$(BIN)/python -m fellray.jobs.roofline
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m fellray.jobs.bench
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m fellray.jobs.roofline
 
 check: lint types
 

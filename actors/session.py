@@ -13,6 +13,8 @@ from contextlib import contextmanager
 
 from fellray.platform.config import RunConfig
 
+# a thread that spins while it waits takes its core from the other actors of the machine
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _FIRST = "ray" not in sys.modules
 if _FIRST and not os.environ.get("RAY_ADDRESS"):
     os.environ.setdefault("RAY_AUTH_MODE", "token")
