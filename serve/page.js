@@ -1,8 +1,6 @@
 // The page at "/": asks the API with the token that was typed, and shows what it answers.
 //
 // The token lives in one variable here and nowhere else. Every text is set as text, never as markup.
-"use strict";
-
 const LIVE_MS = 2000; // between two looks at the live figures
 const REPLICA_MS = 30000; // a replica that was not heard of for so long is not counted
 const WAIT_MS = 120; // after a key, before suggestions are asked for
@@ -116,6 +114,7 @@ class Suggestions {
     this.options = [];
     this.active = -1;
     this.asked = 0;
+    this.opening = null;
     this.list = make("ul", {
       id: `${input.id}-options`, role: "listbox", class: "options", hidden: "",
       "aria-label": input.labels[0].textContent,
@@ -194,7 +193,7 @@ class Suggestions {
     const open = !this.list.hidden;
     if (event.key === "ArrowDown" || event.key === "ArrowUp") {
       event.preventDefault();
-      if (!open) await this.open("");
+      if (!open) await (this.opening ??= this.open("").finally(() => { this.opening = null; }));
       const n = this.options.length;
       if (n === 0 || this.list.hidden) return;
       const step = event.key === "ArrowDown" ? 1 : -1;
@@ -327,7 +326,7 @@ function showAnswer(answer, whom, took) {
   const [, layer] = LAYERS[answer.layer];
   find("status").textContent =
     `${count(answer.items.length, "item")} for ${whom}, answered by ${layer} ` +
-    `of round ${answer.round} in ${took.toFixed(0)} ms.`;
+    `of round ${answer.round} in ${took.toFixed(0)}\u00a0ms.`;
   find("ladder").hidden = false;
   find("ladder").replaceChildren(...Object.entries(LAYERS).map(([name, [short]]) =>
     make("li", { "aria-current": name === answer.layer ? "true" : null }, short)));
@@ -373,6 +372,7 @@ function addTyped() {
 }
 
 function addEntry(entry) {
+  titles.close();
   picked.push(entry);
   find("title").value = "";
   showHistory();
@@ -465,36 +465,35 @@ function drawQuality() {
   const told = bars.slice(0, FEW).map((bar) => `${bar.client} ${bar.ndcg_at_10.toFixed(3)}`);
   const words = `NDCG@10 by client, best first: ${told.join(", ")}` +
     (bars.length > FEW ? `, and ${bars.length - FEW} more` : "");
-  const parts = bars.length <= FEW ? drawNamed(bars, most, own, width) : drawMany(bars, most, own, width);
+  const drawThem = bars.length <= FEW ? drawNamed : drawMany;
+  const parts = drawThem(bars, most, mean, own, width);
   const height = bars.length <= FEW ? bars.length * 26 + 22 : 140;
-  if (bars.length > 1) {
-    const [x1, y1, x2, y2] = bars.length <= FEW
-      ? [72 + (width - 124) * mean / most, 0, 72 + (width - 124) * mean / most, height - 20]
-      : [0, 110 - 100 * mean / most, width, 110 - 100 * mean / most];
-    parts.push(draw("line", { class: "mean", x1, y1, x2, y2 }),
-      draw("text", { class: "mean", x: bars.length <= FEW ? x1 : width,
-        y: bars.length <= FEW ? height - 5 : y1 - 4,
-        "text-anchor": bars.length <= FEW ? "middle" : "end" }, `mean ${mean.toFixed(3)}`));
-  }
   box.replaceChildren(draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img",
     "aria-label": words }, ...parts));
 }
 
-function drawNamed(bars, most, own, width) {
-  return bars.flatMap((bar, at) => {
-    const long = bar.client.length > 9;
-    return [
-      draw("text", { x: 64, y: at * 26 + 17, "text-anchor": "end" },
-        long ? `${bar.client.slice(0, 8)}…` : bar.client),
-      draw("rect", { class: bar.client === own ? "own" : "bar1", x: 72, y: at * 26 + 3, rx: 3,
-        height: 20, width: Math.max(1, (width - 124) * bar.ndcg_at_10 / most) },
-      draw("title", {}, bar.client)),
-      draw("text", { x: width, y: at * 26 + 17, "text-anchor": "end" }, bar.ndcg_at_10.toFixed(3)),
-    ];
-  });
+// A bar with its name before and its value behind, for each client.
+function drawNamed(bars, most, mean, own, width) {
+  const short = (name) => name.length > 12 ? `${name.slice(0, 11)}…` : name;
+  const left = 10 + 8 * Math.max(...bars.map((bar) => short(bar.client).length));
+  const room = Math.max(20, width - left - 52);
+  const parts = bars.flatMap((bar, at) => [
+    draw("text", { x: left - 8, y: at * 26 + 17, "text-anchor": "end" }, short(bar.client)),
+    draw("rect", { class: bar.client === own ? "own" : "bar1", x: left, y: at * 26 + 3, rx: 3,
+      height: 20, width: Math.max(1, room * bar.ndcg_at_10 / most) },
+    draw("title", {}, bar.client)),
+    draw("text", { x: width, y: at * 26 + 17, "text-anchor": "end" }, bar.ndcg_at_10.toFixed(3)),
+  ]);
+  if (bars.length === 1) return parts;
+  const x = left + room * mean / most;
+  const bottom = bars.length * 26;
+  return [...parts, draw("line", { class: "mean", x1: x, y1: 0, x2: x, y2: bottom + 2 }),
+    draw("text", { class: "mean", x, y: bottom + 17, "text-anchor": "middle" },
+      `mean ${mean.toFixed(3)}`)];
 }
 
-function drawMany(bars, most, own, width) {
+// Where there are too many for names: the best one left, the worst one right.
+function drawMany(bars, most, mean, own, width) {
   const step = width / bars.length;
   const parts = bars.map((bar, at) => {
     const high = Math.max(1, 100 * bar.ndcg_at_10 / most);
@@ -503,6 +502,10 @@ function drawMany(bars, most, own, width) {
     draw("title", {}, `${bar.client}: ${bar.ndcg_at_10.toFixed(3)}`));
   });
   return [...parts, draw("line", { class: "axis", x1: 0, y1: 110.5, x2: width, y2: 110.5 }),
+    draw("line", { class: "mean", x1: 0, y1: 110 - 100 * mean / most, x2: width,
+      y2: 110 - 100 * mean / most }),
+    draw("text", { class: "mean", x: width, y: 104 - 100 * mean / most, "text-anchor": "end" },
+      `mean ${mean.toFixed(3)}`),
     draw("text", { class: "dim", x: 0, y: 130 }, "best"),
     draw("text", { class: "dim", x: width, y: 130, "text-anchor": "end" }, "worst client")];
 }
@@ -520,7 +523,7 @@ function showLive(live) {
   rates.push(rate);
   if (rates.length > SAMPLES) rates.shift();
   const show = (ms) => ms === null ? ["–"] : ms < 10 ? [ms.toFixed(1), " ms"] : [ms.toFixed(0), " ms"];
-  const figures = { "Requests / s": [rate.toFixed(rate < 10 ? 2 : 0)], "p50": show(slowest("p50_ms")),
+  const figures = { "Rate": [rate.toFixed(rate < 10 ? 2 : 0), " /s"], "p50": show(slowest("p50_ms")),
     "p99": show(slowest("p99_ms")) };
   find("live-words").hidden = false;
   find("live-words").textContent = `Recommendations of the last ${Math.round(live.window_s)} s, ` +
@@ -568,7 +571,7 @@ new Suggestions(find("user"), async (prefix) => {
   const { users } = await ask("GET", query(path, { prefix, limit: 50 }));
   return users.map((one) => ({ label: String(one.user_id), note: count(one.interactions, "item") }));
 }, (option) => { find("user").value = option.label; });
-new Suggestions(find("title"), async (title) => {
+const titles = new Suggestions(find("title"), async (title) => {
   if (!title) return [];
   const { items } = await ask("GET", query("v1/items", { title, limit: 20 }));
   return items.map((item) => ({ label: item.title, note: "", item }));

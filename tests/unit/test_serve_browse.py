@@ -19,16 +19,9 @@ from fellray.serve.whole import open_whole
 SERVE = Path(page.__file__).parent
 LAST = 1
 FORBIDDEN = (
-    *(
-        "innerHTML",
-        "outerHTML",
-        "insertAdjacent",
-        "document.write",
-        "DOMParser",
-        "createContextual",
-    ),
+    *("innerHTML", "outerHTML", "insertAdjacent", "document.write", "DOMParser", "Fragment"),
     *("eval(", "Function(", "import(", "setAttributeNS"),
-    *("localStorage", "sessionStorage", "indexedDB", "cookie", "location", "history.", "caches"),
+    *("localStorage", "sessionStorage", "indexedDB", "cookie", "location", "caches", "pushState"),
 )
 """What makes markup or code of text, or keeps something."""
 

@@ -185,7 +185,7 @@ def test_what_does_not_fit_is_not_sent() -> None:
     for wrong in ({}, {"user_id": 1, "history": []}):
         with pytest.raises(FellrayError, match="one of them"):
             client.recommend("c0", **wrong)
-    with pytest.raises(FellrayError, match="^k: "):
+    with pytest.raises(FellrayError, match=r"^k: "):
         client.recommend("c0", user_id=1, k=0)
     with pytest.raises(FellrayError, match="queries: "):
         client.recommend_batch([])
