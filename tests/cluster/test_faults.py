@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -138,14 +138,6 @@ class Striker(threading.Thread):
         assert self._failure is None, repr(self._failure)
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """A shell without job control starts what runs in the background deaf to Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def kill(driver: Driver, config: RunConfig) -> None:
     """SIGKILL to the driver alone; its Ray and its actors have to notice by themselves."""
     driver.look()
@@ -176,7 +168,6 @@ def test_the_driver_is_killed_and_interrupted(
     tiny_config: Configure,
     undisturbed: dict[str, Any],
     local_ray: None,
-    interruptible: None,
     launch: Launch,
     on_disk: Callable[[RunConfig], str],
 ) -> None:
