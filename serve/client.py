@@ -222,7 +222,7 @@ class Client:
         for tries in range(1, self._tries + 1):
             last = tries == self._tries
             try:
-                status, headers, raw = self._send(method, target, data)
+                status, after, raw = self._send(method, target, data)
             except (OSError, http.client.HTTPException) as error:
                 self.close()
                 # the kept connection may have been ended meanwhile
@@ -235,12 +235,10 @@ class Client:
                 return self._read(kind, raw)
             if last or status not in AGAIN:
                 raise self._refusal(status, raw)
-            time.sleep(_pause_s(tries, headers.get("Retry-After")))
+            time.sleep(_pause_s(tries, after))
         raise AssertionError("the last try returns or raises")
 
-    def _send(
-        self, method: str, target: str, data: bytes | None
-    ) -> tuple[int, Mapping[str, str], bytes]:
+    def _send(self, method: str, target: str, data: bytes | None) -> tuple[int, str | None, bytes]:
         if self._connection is None:
             host, port = self._address
             self._connection = (
@@ -255,7 +253,7 @@ class Client:
             headers["Authorization"] = f"Bearer {self._token}"
         self._connection.request(method, target, data, headers)
         response = self._connection.getresponse()
-        return response.status, response.headers, response.read()
+        return response.status, response.headers["Retry-After"], response.read()
 
     def _read(self, kind: type[_Answer], raw: bytes) -> _Answer:
         try:

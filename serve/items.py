@@ -107,7 +107,7 @@ class Items:
         """
         wanted = np.asarray(item_ids, np.int64)
         place_of = np.searchsorted(self.ids, wanted, sorter=self._order)
-        at = self._order[place_of.clip(max=len(self.ids) - 1)]
+        at: np.ndarray = self._order[place_of.clip(max=len(self.ids) - 1)]
         if (unknown := np.flatnonzero(self.ids[at] != wanted)).size:
             first = int(unknown[0])
             place = f"{field}.{places[first] if places else first}"

@@ -327,6 +327,10 @@ function showAnswer(answer, whom, took) {
   find("status").textContent =
     `${count(answer.items.length, "item")} for ${whom}, answered by ${layer} ` +
     `of round ${answer.round} in ${took.toFixed(0)}\u00a0ms.`;
+  // on a narrow screen it stands below the form
+  if (find("status").getBoundingClientRect().top > innerHeight) {
+    find("answer-title").scrollIntoView();
+  }
   find("ladder").hidden = false;
   find("ladder").replaceChildren(...Object.entries(LAYERS).map(([name, [short]]) =>
     make("li", { "aria-current": name === answer.layer ? "true" : null }, short)));
@@ -522,15 +526,14 @@ function showLive(live) {
   };
   rates.push(rate);
   if (rates.length > SAMPLES) rates.shift();
-  const show = (ms) => ms === null ? ["–"] : ms < 10 ? [ms.toFixed(1), " ms"] : [ms.toFixed(0), " ms"];
-  const figures = { "Rate": [rate.toFixed(rate < 10 ? 2 : 0), " /s"], "p50": show(slowest("p50_ms")),
-    "p99": show(slowest("p99_ms")) };
+  const show = (ms) => ms === null ? "–" : ms.toFixed(ms < 10 ? 1 : 0);
+  const figures = { "per s": rate.toFixed(rate < 10 ? 2 : 0), "p50, ms": show(slowest("p50_ms")),
+    "p99, ms": show(slowest("p99_ms")) };
   find("live-words").hidden = false;
   find("live-words").textContent = `Recommendations of the last ${Math.round(live.window_s)} s, ` +
     `${count(all.length, "replica")}.`;
-  find("live-figures").replaceChildren(...Object.entries(figures).map(([name, [value, unit]]) =>
-    make("div", {}, make("dt", {}, name),
-      make("dd", {}, value, unit ? make("small", {}, unit) : ""))));
+  find("live-figures").replaceChildren(...Object.entries(figures).map(([name, value]) =>
+    make("div", {}, make("dt", {}, name), make("dd", {}, value))));
   drawRates();
 }
 
