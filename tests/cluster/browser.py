@@ -46,6 +46,7 @@ class Page:
         self._held = b""
         self._number = 0
         self._session: str | None = None
+        self._loaded = False
         self.complaints: list[str] = []
         """Errors and warnings: of the console, uncaught, of the policy, of the network."""
         self.requests: list[str] = []
@@ -73,8 +74,10 @@ class Page:
 
     def open(self, address: str) -> None:
         """Load a page, to the end."""
+        self._loaded = False
         self.send("Page.navigate", url=address)
-        self.wait("document.readyState === 'complete'")
+        while not self._loaded:
+            self._receive()
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page; a promise is waited for."""
@@ -142,7 +145,9 @@ class Page:
         return message
 
     def _note(self, method: str | None, params: dict[str, Any]) -> None:
-        if method == "Network.requestWillBeSent":
+        if method == "Page.loadEventFired":
+            self._loaded = True
+        elif method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
         elif method == "Runtime.exceptionThrown":
             self.complaints.append(json.dumps(params["exceptionDetails"]))
