@@ -501,8 +501,9 @@ function drawMany(bars, most, mean, own, width) {
   const step = width / bars.length;
   const parts = bars.map((bar, at) => {
     const high = Math.max(1, 100 * bar.ndcg_at_10 / most);
-    return draw("rect", { class: bar.client === own ? "own" : "bar1", x: at * step,
-      y: 110 - high, width: Math.max(step * .85, .5), height: high },
+    const is = bar.client === own;
+    return draw("rect", { class: is ? "own" : "bar1", x: at * step, y: 110 - high, height: high,
+      width: Math.max(step * .85, is ? 3 : .5) },
     draw("title", {}, `${bar.client}: ${bar.ndcg_at_10.toFixed(3)}`));
   });
   return [...parts, draw("line", { class: "axis", x1: 0, y1: 110.5, x2: width, y2: 110.5 }),
