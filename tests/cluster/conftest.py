@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from driver import Driver
-from served import service as service
 
 from fellray.actors.session import connect
 from fellray.platform import config as configs
