@@ -9,14 +9,11 @@ client belongs to one thread at a time. This file must not know how an answer co
 or torch.
 """
 
-import http.client
-import json
 import os
 import ssl
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, TypeVar
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 from pydantic import BaseModel, ValidationError
 
@@ -46,28 +43,11 @@ from fellray.serve.schema import (
     RunStates,
     State,
 )
+from fellray.serve.transport import ServiceError, Transport
 
 TOKEN = "FELLRAY_TOKEN"
 """The environment variable that holds the token where none is given."""
-AGAIN = (429, 503)
-"""Statuses that pass: the request is sent again, after what the service says or a growing pause."""
-LONGEST_PAUSE_S = 30.0
 _Answer = TypeVar("_Answer", bound=BaseModel)
-
-
-class ServiceError(FellrayError):
-    """The service refused, or cannot be reached."""
-
-    def __init__(self, message: str, status: int | None = None, body: Any = None):
-        super().__init__(message)
-        self.status = status
-        """Of the response; None: there was none."""
-        self.body = body
-        """What it said: JSON as values, else text."""
-        error = body.get("error") if isinstance(body, dict) else None
-        error = error if isinstance(error, dict) else {}
-        self.code: str | None = error.get("code")
-        self.field: str | None = error.get("field")
 
 
 class Client:
@@ -86,29 +66,15 @@ class Client:
         Args:
             timeout_s: for connecting, and for each wait for bytes.
             tries: times a request is sent before it is given up. All requests may be repeated:
-                what they add, they add once.
+                what they add, they add once. Status 429 and 503 and a lost connection are tried
+                again, after what the service says or a growing pause; a timeout is not.
             tls: whom to trust, for https; by default whom the system trusts.
 
         Raises:
             FellrayError: the URL or the token is none.
         """
-        try:
-            parts = urlsplit(url)
-            self._address = (parts.hostname or "", parts.port)
-        except ValueError:  # a port that is none
-            parts = urlsplit("")
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
-            raise FellrayError(f"{url!r}: is no address of a service; write http://127.0.0.1:8000")
-        self._token = os.environ.get(TOKEN) if token is None else token
-        if self._token and not (self._token.isascii() and self._token.isprintable()):
-            raise FellrayError("the token is none: it has letters, digits, - and _ only")
-        self._secure = parts.scheme == "https"
-        self._base = parts.path.rstrip("/")
-        self._url = url
-        self._timeout_s = timeout_s
-        self._tries = max(1, tries)
-        self._tls = tls
-        self._connection: http.client.HTTPConnection | None = None
+        token = os.environ.get(TOKEN) if token is None else token
+        self._transport = Transport(url, token, timeout_s, tries, tls)
 
     def __enter__(self) -> Self:
         return self
@@ -118,9 +84,7 @@ class Client:
 
     def close(self) -> None:
         """End the connection; a later request opens another."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        self._transport.close()
 
     def recommend(
         self,
@@ -217,69 +181,14 @@ class Client:
         wanted: Mapping[str, Any] | None = None,
         body: BaseModel | None = None,
     ) -> _Answer:
-        target = self._base + path + (f"?{urlencode(wanted)}" if wanted else "")
+        target = path + (f"?{urlencode(wanted)}" if wanted else "")
         data = body.model_dump_json(exclude_none=True).encode() if body else None
-        for tries in range(1, self._tries + 1):
-            last = tries == self._tries
-            try:
-                status, after, raw = self._send(method, target, data)
-            except (OSError, http.client.HTTPException) as error:
-                self.close()
-                # the kept connection may have been ended meanwhile
-                if last or not isinstance(error, ConnectionError):
-                    why = str(error) or type(error).__name__
-                    raise ServiceError(f"{self._url}: cannot be reached ({why})") from error
-                time.sleep(_pause_s(tries, None))
-                continue
-            if status == 200:
-                return self._read(kind, raw)
-            if last or status not in AGAIN:
-                raise self._refusal(status, raw)
-            time.sleep(_pause_s(tries, after))
-        raise AssertionError("the last try returns or raises")
-
-    def _send(self, method: str, target: str, data: bytes | None) -> tuple[int, str | None, bytes]:
-        if self._connection is None:
-            host, port = self._address
-            self._connection = (
-                http.client.HTTPSConnection(host, port, timeout=self._timeout_s, context=self._tls)
-                if self._secure
-                else http.client.HTTPConnection(host, port, timeout=self._timeout_s)
-            )
-        headers = {"Accept": "application/json"}
-        if data is not None:
-            headers["Content-Type"] = "application/json"
-        if self._token:
-            headers["Authorization"] = f"Bearer {self._token}"
-        self._connection.request(method, target, data, headers)
-        response = self._connection.getresponse()
-        return response.status, response.headers["Retry-After"], response.read()
-
-    def _read(self, kind: type[_Answer], raw: bytes) -> _Answer:
+        raw = self._transport.ask(method, target, data)
         try:
             return kind.model_validate_json(raw)
         except ValidationError as error:
-            raise ServiceError(
-                f"{self._url}: answers something else than this fellray knows: {error}", 200, raw
-            ) from None
-
-    def _refusal(self, status: int, raw: bytes) -> ServiceError:
-        text = raw.decode(errors="replace")
-        try:
-            body = json.loads(text)
-            said = body["error"]
-            field = f" ({said['field']})" if said["field"] else ""
-            message = f"{said['message']}{field}"
-        except (ValueError, KeyError, TypeError):
-            body, message = text, text[:200]
-        return ServiceError(f"{self._url}: {status}: {message}", status, body)
-
-
-def _pause_s(tries: int, said: str | None) -> float:
-    """What the service says in seconds, or 0.1 s, 0.2 s, 0.4 s and so on."""
-    if said is not None and said.isdecimal():
-        return min(float(said), LONGEST_PAUSE_S)
-    return min(0.1 * 2.0 ** (tries - 1), LONGEST_PAUSE_S)
+            why = "answers something else than this fellray knows"
+            raise ServiceError(f"{self._transport.url}: {why}: {error}", 200, raw) from None
 
 
 def _list(prefix: str, after: int | str | None, limit: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`fellray serve` on a Ray of its own, over HTTP: answers, refusals, live rounds, sockets, the page."""
+"""`fellray serve` on a Ray of its own, over HTTP: answers, refusals, live rounds, sockets, page."""
 
 import asyncio
 import http.client
@@ -27,10 +27,11 @@ from fellray.platform.run import open_run, read_run
 from fellray.platform.shards import Dataset
 from fellray.platform.storage import Storage
 from fellray.serve.args import Args
-from fellray.serve.client import Client, ServiceError
+from fellray.serve.client import Client
 from fellray.serve.listings import NewItem
 from fellray.serve.schema import ByHistory, ByUser
 from fellray.serve.tokens import new_token
+from fellray.serve.transport import ServiceError
 from fellray.serve.whole import open_whole
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from fellray.platform.errors import FellrayError
-from fellray.serve import client as clients
-from fellray.serve.client import Client, ServiceError
+from fellray.serve import transport
+from fellray.serve.client import Client
 from fellray.serve.listings import NewItem
 from fellray.serve.schema import ByHistory, Filters
+from fellray.serve.transport import ServiceError
 
 ANSWER = {
     "run": "demo",
@@ -79,7 +80,7 @@ def service() -> Iterator[Service]:
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     kept: list[float] = []
-    monkeypatch.setattr(clients.time, "sleep", kept.append)
+    monkeypatch.setattr(transport.time, "sleep", kept.append)
     return kept
 
 
