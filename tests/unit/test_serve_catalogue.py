@@ -188,9 +188,11 @@ def test_a_damaged_file_is_named(clean: Storage, asked: Asked, tmp_path: Path) -
     add(asked, NEW)
     path = "items/000001.safetensors"
     whole = clean.read(path)
+    newer = whole.replace(b'version\\": 1', b'version\\": 2')
+    assert newer != whole
     wrong_width = Storage(tmp_path)
     write_batch(wrong_width, Batch(np.array([1]), ["x"], [()], torch.ones(1, 3)), "e")
-    for raw in (b"", whole[:9], whole[:-1], whole.replace(b"version", b"versiom")):
+    for raw in (b"", whole[:9], whole[:-1], newer):
         clean.write(path, raw)
         with pytest.raises(FellrayError, match=r"000001\.safetensors: is damaged; delete it"):
             make_catalogue(clean)
