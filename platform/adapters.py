@@ -35,6 +35,12 @@ class Site:
     """Its name in the whole model, as in peft's state dict."""
     d_in: int
     d_out: int
+    cuts: range | None = None
+    """With which cuts a client has it on this side, where cuts differ; None: with any."""
+
+    def has(self, cut: int) -> bool:
+        """Whether a client of this cut has it on this side."""
+        return self.cuts is None or cut in self.cuts
 
     def num_parameters(self, r: int) -> int:
         """Numbers in A and B."""
@@ -124,13 +130,16 @@ class GradientSum:
     ):
         size = sum(site.num_parameters(r) for site in sites)
         self.total_SP = torch.zeros(num_slots, size, device=device)
+        self._sites = sites
         self._views = views(self.total_SP, sites, r)
 
     def add(self, slots_N: Tensor, pairs: Sequence[Pair]) -> None:
         """Add the leaves' gradients [N, ...] to their slots."""
-        for leaves, totals in zip(pairs, self._views, strict=True):
+        for site, leaves, totals in zip(self._sites, pairs, self._views, strict=True):
             for leaf, total in zip(leaves, totals, strict=True):
-                assert leaf.grad is not None
+                if leaf.grad is None:  # on the other side for all of these rows
+                    assert site.cuts is not None
+                    continue
                 total.index_add_(0, slots_N, leaf.grad)
 
 
@@ -138,7 +147,8 @@ class Bank:
     """The adapters of S clients for one part of the model, and one AdamW state for each.
 
     What is behind a slot's own rank is zero and stays so: with A's row and B's column zero, either
-    gradient has the other as a factor, so values and moments take steps of exactly zero.
+    gradient has the other as a factor, so values and moments take steps of exactly zero. So is what
+    a client of its cut has on the other side: no row of it passes there.
     """
 
     def __init__(
@@ -155,6 +165,8 @@ class Bank:
         self.spec = spec
         self.ranks_S = torch.full((num_slots,), spec.r, device=device)
         self._mixed = False
+        self.cuts_S = torch.full_like(self.ranks_S, -1)
+        """Where cuts differ: each slot's; -1: a row that is nobody's and whole."""
         self.gradient = GradientSum(sites, spec.r, num_slots, device)
         self.values_SP = torch.zeros_like(self.gradient.total_SP)
         self.moment1_SP = torch.zeros_like(self.values_SP)
@@ -169,6 +181,10 @@ class Bank:
         assert all(1 <= rank <= self.spec.r for rank in ranks), ranks
         self.ranks_S[slots_s] = self.ranks_S.new_tensor(ranks)
         self._mixed = self._mixed or any(rank != self.spec.r for rank in ranks)
+
+    def set_cuts(self, slots_s: Tensor, cuts: Sequence[int]) -> None:
+        """Give slots cuts of their own, before anything else is put there."""
+        self.cuts_S[slots_s] = self.cuts_S.new_tensor(cuts)
 
     def gather(self, slots_N: Tensor, train: bool) -> list[Pair]:
         """Each row's own adapters, one pair per site; leaves that collect gradients if `train`."""
@@ -267,8 +283,8 @@ class Bank:
         return {name: tensor[place] for name, tensor in tensors.items()}
 
     def reset(self, slots_s: Tensor, state: Mapping[str, Tensor]) -> None:
-        """Put slots to the rows of a `state`, in their order, values cut to each slot's rank; what
-        it does not hold starts anew."""
+        """Put slots to the rows of a `state`, in their order, values cut to each slot's rank and
+        side; what it does not hold starts anew."""
         place = _place(slots_s)
         self.gradient.total_SP[place] = 0.0
         for name, tensor in self._tensors().items():
@@ -276,6 +292,14 @@ class Bank:
         if self._mixed:
             slots = slots_s.to(self.ranks_S.device)
             cut_(self._values, slots, self.ranks_S[slots])
+        for site, pair in zip(self._sites, self._values, strict=True):
+            if site.cuts is not None:
+                slots = slots_s.to(self.cuts_S.device)
+                cuts_s = self.cuts_S[slots]
+                here = (cuts_s >= site.cuts.start) & (cuts_s < site.cuts.stop)
+                away = ~here & (cuts_s >= 0)
+                for part in pair:
+                    part[slots[away]] = 0.0
 
     def _tensors(self) -> dict[str, Tensor]:
         return {

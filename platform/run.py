@@ -180,6 +180,7 @@ def open_run(config: RunConfig, data_sha256: str) -> Iterator[Run]:
             as `read_own`.
     """
     own = read_own(config)
+    config = own.settle(config)
     storage = Storage(config.storage).sub(config.name)
     with storage.lock("train") as still_locked:
         run = Run(config, data_sha256, still_locked)

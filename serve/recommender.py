@@ -23,8 +23,10 @@ from fellray.platform.batcher import Batcher
 from fellray.platform.encoder import load_backbone, load_tokenizer
 from fellray.platform.errors import FellrayError
 from fellray.platform.messages import Activation, StaleLease
+from fellray.platform.middle import Middle
 from fellray.platform.run import read_run
 from fellray.platform.shards import Dataset
+from fellray.platform.split import plan_cut
 from fellray.serve.args import Args
 from fellray.serve.blends import EVERYBODY, Blends, name_blend
 from fellray.serve.catalogue import Catalogue
@@ -122,8 +124,10 @@ class Recommender:
         def make() -> Ends:
             torch.set_num_threads(args.threads)
             keep_freed_memory()
-            rounds = Blends(run.storage, self.seats)
-            return Ends(config, backbone, items, rounds, run.own(), args.adapters, args.rows)
+            own, cut = run.own(), plan_cut(backbone, config.model)
+            middle = Middle(cut.outer, config.model.lora.r)
+            rounds = Blends(run.storage, self.seats, own, middle)
+            return Ends(config, backbone, items, rounds, own, args.adapters, args.rows)
 
         self._ends = self._batcher.call(make).result()
 
