@@ -24,8 +24,10 @@ from fellray.serve.schema import (
     Answers,
     ClientState,
     Item,
+    NewEvents,
     Queries,
     Query,
+    Receipt,
     Refused,
     RunStates,
     State,
@@ -36,6 +38,7 @@ _WORDS = {
     401: "The token is missing or wrong.",
     403: "The token is another client's.",
     404: "Something that was named is not there.",
+    409: "Another event has the id.",
     413: "The body is too large.",
     422: "The request is not what the schema says.",
     429: "Too many requests with this token.",
@@ -80,6 +83,13 @@ def make_api(
         clients = [query.client for query in queries.queries]
         _check(request, recommender, clients, "queries.{}.client")
         return Answers(answers=await recommender.recommend(queries.queries))
+
+    @api.post("/v1/events", dependencies=asked, responses=guarded | _refusals(409))
+    async def add_events(body: NewEvents, request: Request) -> Receipt:
+        """New interactions: stored once each, and part of their users' next request."""
+        clients = [event.client for event in body.events]
+        _check(request, recommender, clients, "events.{}.client")
+        return await recommender.events.add(body.events)
 
     @api.get("/v1/items/{id}", dependencies=asked, responses=_refusals(401, 404, 413, 422, 429))
     async def find_item(id: Annotated[int, Path(ge=-(2**63), lt=2**63)]) -> Item:

@@ -22,12 +22,14 @@ from fellray.platform.batcher import Batcher
 from fellray.platform.encoder import load_backbone, load_tokenizer
 from fellray.platform.errors import FellrayError
 from fellray.platform.messages import Activation, StaleLease
+from fellray.platform.origin import event_folder
 from fellray.platform.run import read_run
 from fellray.platform.shards import Dataset
 from fellray.serve.args import Args
 from fellray.serve.blends import EVERYBODY, Blends, name_blend
 from fellray.serve.ends import Crossing, Ends, Question
-from fellray.serve.histories import Histories
+from fellray.serve.events import Events
+from fellray.serve.histories import NOTHING, Histories
 from fellray.serve.items import Items, Reading
 from fellray.serve.ladder import Counts, Known, Layer, choose_layer, find_nearest, stack_counts
 from fellray.serve.ranking import Choice, Ranking, rank
@@ -105,6 +107,9 @@ class Recommender:
         self._anybodys_I = torch.from_numpy(anybodys).float().log1p()
         self._histories: OrderedDict[str, Histories] = OrderedDict()
         """Longest unused first."""
+        folder = event_folder(run.storage, args.events)
+        self.events = Events(folder, data, self.items, self._read, args.shards)
+        """What users met since the data were prepared."""
         self._counting = threading.Lock()
         self._counts: Counts | None = None
         self._crossings: WeakKeyDictionary[Crossing, asyncio.Task[list[Ranking]]] = (
@@ -137,6 +142,7 @@ class Recommender:
     def close(self) -> None:
         """Finish what is queued and end the threads."""
         self._watch.close()
+        self.events.close()
         self._batcher.close()
 
     async def recommend(self, queries: Sequence[ByUser | ByHistory]) -> list[Answer]:
@@ -250,7 +256,9 @@ class Recommender:
         learner = self._learner.get(query.client)
         own = await self._read(query.client) if learner else None
         if isinstance(query, ByUser):
-            found = own.find(query.user_id, query.as_of) if own else None
+            now = own is not None and query.as_of == "now"
+            later = await self.events.later(query.client, query.user_id) if now else NOTHING
+            found = own.find(query.user_id, query.as_of, later) if own else None
             if found is None:
                 raise Refusal(404, "unknown_user", "the client has no such user", "user_id")
             history, seen = found
