@@ -5,8 +5,8 @@ their state, then the records are appended, then the manifest is renamed into pl
 happened. Records of rounds that did not happen are dropped when the run is opened again.
 
 Layout: config.json, own.json, environment.json, metrics.jsonl, ledger.jsonl, rounds/NNNNNN/,
-summary.json, costs.json, report.html, adapters/, and, where the run is served or goes on in another,
-tokens.json, serving.json, events/, continuation.json, origin.json.
+summary.json, costs.json, report.html, adapters/. A run that is served, or goes on in another, has
+tokens.json, serving.json, events/, continuation.json, origin.json as well.
 """
 
 import hashlib

@@ -16,7 +16,7 @@ what is held out came before it, so no history of an evaluation has it."""
 
 def is_training(splits: np.ndarray) -> np.ndarray:
     """Which rows are trained on and counted: bool, like `splits`."""
-    return (splits == 0) | (splits == LATER)
+    return np.isin(splits, (0, LATER))
 
 
 @dataclass(frozen=True)

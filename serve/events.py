@@ -66,9 +66,7 @@ class Events:
             why = "the run lies on no disk; the operator can start the service with events=FOLDER"
             raise Refusal(503, "no_events", why)
         await self._check(events)
-        asked = [
-            (e.client, Event(e.event_id, e.user_id, e.item_id, e.timestamp)) for e in events
-        ]
+        asked = [(e.client, Event(e.event_id, e.user_id, e.item_id, e.timestamp)) for e in events]
         future = self._batcher.submit(self._store, asked, len(asked))
         answer: Stored | Conflict = await asyncio.wrap_future(future)
         if isinstance(answer, Conflict):

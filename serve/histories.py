@@ -40,8 +40,9 @@ class Histories:
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """What a user met, oldest first, and what of it is not recommended; None: no such user.
 
-        `later` is what the user met since the data were prepared, and is met last. All are indices of items. In evaluation's view an item that is the truth as well stays a
-        candidate, as in `platform.shard.Held`.
+        `later` is what the user met since the data were prepared, and is met last. All are indices
+        of items. In evaluation's view an item that is the truth as well stays a candidate, as in
+        `platform.shard.Held`.
         """
         users = self._shard.users
         at = int(np.searchsorted(users, user_id))

@@ -2,9 +2,9 @@
 
 import fcntl
 import json
-import multiprocessing
 import os
-import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -199,27 +199,27 @@ def test_what_the_disk_refuses_names_the_file(tmp_path: Path) -> None:
         add(EventLog(str(tmp_path / "events" / "c0.jsonl")), event(1))
 
 
-def _write(path: str, numbers: range, step: int) -> None:
-    log = EventLog(path)
-    for at in range(numbers.start, numbers.stop, step):
-        add_events([[("c0", event(n)) for n in range(at, at + step)]], {"c0": log}, 30.0)
+WRITER = """
+import sys
+from fellray.platform.events import Event, EventLog
+from fellray.platform.intake import add_events
+
+log = EventLog(sys.argv[1])
+for at in range(0, 600, 3):
+    events = [Event(f"e{n}", 7, 1, 100) for n in range(at, at + 3)]
+    add_events([[("c0", one) for one in events]], {"c0": log}, 30.0)
+"""
 
 
 def test_writers_that_are_killed_leave_each_event_once(path: str) -> None:
     """Four processes store the same 600 events; two are killed while they do."""
-    fork = multiprocessing.get_context("fork")
-    writers = [fork.Process(target=_write, args=(path, range(600), 3)) for _ in range(4)]
-    for writer in writers:
-        writer.start()
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, path]) for _ in range(4)]
     seen = EventLog(path)
     for victim, least in zip(writers[:2], (60, 200), strict=True):
         while len(seen.later(7)) < least:
             pass
-        assert victim.pid
-        os.kill(victim.pid, signal.SIGKILL)
-    for writer in writers:
-        writer.join()
-    assert [writer.exitcode for writer in writers] == [-9, -9, 0, 0]
+        victim.kill()
+    assert [writer.wait() for writer in writers] == [-9, -9, 0, 0]
     stored = [decode(line) for line in lines(path)]
     assert sorted(one.event_id for one in stored if one) == sorted(f"e{n}" for n in range(600))
     assert len(seen.later(7)) == 600
