@@ -1,18 +1,20 @@
-"""Events over real HTTP: each is sent twice, a replica is killed meanwhile, and each is there once."""
+"""Events over HTTP: sent twice, a replica killed meanwhile, each stored and trained on once."""
 
 import http.client
+import itertools
 import json
 import random
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pyarrow.compute as pc
 import pytest
 from driver import Driver, title, wait_until
 from test_job import free_ports
@@ -33,17 +35,51 @@ TOGETHER = 5
 """Events of one request."""
 
 
+REPLICA = """
+import sys
+import uvicorn
+from fellray.platform.storage import Storage
+from fellray.serve.api import make_api
+from fellray.serve.args import Args
+from fellray.serve.tokens import read_tokens
+from fellray.serve.whole import open_whole
+
+run, port = sys.argv[1:]
+args = Args(run=run, round="latest", rate=1e5, burst=100_000)
+tokens = read_tokens(Storage(run))
+api = make_api(open_whole(args), args, lambda: tokens, {"replica": port})
+uvicorn.run(api, port=int(port), log_level="error")
+"""
+"""One without Ray: it can be asked by itself."""
+
+
 @pytest.fixture
-def service(
-    tiny_config: Callable[..., RunConfig], tiny_data: Path, tmp_path: Path
-) -> Iterator[Service]:
-    """Two replicas of a run of round 0, whose data are its own."""
+def folder(tiny_config: Callable[..., RunConfig], tiny_data: Path, tmp_path: Path) -> str:
+    """A run of round 0, whose data are its own."""
     shutil.copytree(tiny_data, tmp_path / "data" / "prepared")
     path = str(tmp_path / "data" / "prepared")
-    config = tiny_config(
-        storage=str(tmp_path / "runs"), data={"path": path}, train={"rounds": 0}
-    )
+    config = tiny_config(storage=str(tmp_path / "runs"), data={"path": path}, train={"rounds": 0})
     folder = train_here(config)
+    Storage(folder).write("summary.json", b"{}")  # so it counts as finished
+    return folder
+
+
+@pytest.fixture
+def replicas(folder: str, launch: Callable[..., Driver]) -> list[Service]:
+    """Two processes that know nothing of each other."""
+    operator = new_token(Storage(folder), None)
+    started = []
+    for port in free_ports(2):
+        driver = launch("-c", REPLICA, folder, str(port))
+        started.append(Service(folder, port, operator, "", driver))
+    for one in started:
+        wait_until(lambda: answers(one), 200, "a replica answers", pause_s=0.05)  # noqa: B023
+    return started
+
+
+@pytest.fixture
+def service(folder: str, tmp_path: Path) -> Iterator[Service]:
+    """`fellray serve` with two replicas."""
     operator = new_token(Storage(folder), None)
     (port,) = free_ports(1)
     driver = Driver.python(
@@ -56,6 +92,14 @@ def service(
         yield Service(folder, port, operator, "", driver)
     finally:
         driver.end()
+
+
+def answers(service: Service) -> bool:
+    assert service.driver.running(), service.driver.text()
+    try:
+        return service.ask("GET", "/healthz", token=None)[0] == 200
+    except OSError:
+        return False
 
 
 def make_events(data: Dataset, count: int) -> list[dict[str, Any]]:
@@ -78,64 +122,67 @@ def make_events(data: Dataset, count: int) -> list[dict[str, Any]]:
 
 
 class Senders:
-    """Some threads that send every request until it is answered, and count what came."""
+    """Send every request until it is answered, to whichever service answers; count what came."""
 
-    def __init__(self, service: Service):
-        self.service = service
+    def __init__(self, services: Sequence[Service]):
+        self.services = services
         self.answers: Counter[str] = Counter()
         self.done = 0
+        self._turn = itertools.count()
         self._counting = threading.Lock()
 
     def send(self, events: list[dict[str, Any]]) -> dict[str, int]:
-        """Until it is stored; then at once ask for a user whose event it was."""
+        """Until it is stored; then every service is asked at once for a user that met something."""
         while True:
-            try:
-                status, answer = self.service.ask("POST", "/v1/events", {"events": events})
-            except (OSError, http.client.HTTPException) as error:
-                status, answer = type(error).__name__, {}
-            with self._counting:
-                self.answers[str(status)] += 1
+            status, answer = self._try("/v1/events", {"events": events}, next(self._turn))
             if status == 200:
                 break
             assert status in (500, 503) or isinstance(status, str), answer
-        self.done += 1
-        self.look(events[-1])
+        for at in range(2):
+            self._look(events[-1], at)
+        with self._counting:
+            self.done += 1
         found: dict[str, int] = answer
         return found
 
-    def look(self, event: dict[str, Any]) -> None:
-        """Whichever replica answers: the item is seen."""
+    def _look(self, event: dict[str, Any], at: int) -> None:
         query = {"client": event["client"], "user_id": event["user_id"], "k": 50}
-        try:
-            status, answer = self.service.ask("POST", "/v1/recommend", query)
-        except (OSError, http.client.HTTPException):
-            return
+        status, answer = self._try("/v1/recommend", query, at)
         if status == 200:
-            self.answers["looked"] += 1
             assert event["item_id"] not in [item["item_id"] for item in answer["items"]]
 
+    def _try(self, path: str, body: Any, turn: int) -> tuple[int | str, Any]:
+        service = self.services[turn % len(self.services)]
+        status: int | str
+        try:
+            status, answer = service.ask("POST", path, body)
+        except (OSError, http.client.HTTPException) as error:
+            status, answer = type(error).__name__, {}
+        with self._counting:
+            self.answers[f"{path} {status}"] += 1
+        return status, answer
 
-def replicas(service: Service) -> list[Any]:
+
+def find_replicas(service: Service) -> list[Any]:
     return [p for p in service.driver.look() if "ServeReplica:fellray:Recommender" in title(p)]
 
 
-def send_twice_and_kill(service: Service, events: list[dict[str, Any]]) -> Counter[str]:
-    """Every request twice, by different threads; at half of it a replica is killed."""
-    wait_until(lambda: len(replicas(service)) == 2, 60, "there are two replicas")
+def send_twice(
+    services: Sequence[Service], events: list[dict[str, Any]], kill: Callable[[], None]
+) -> Counter[str]:
+    """Every request twice, by different threads; in the middle `kill` is called."""
     requests = [events[at : at + TOGETHER] for at in range(0, len(events), TOGETHER)]
-    twice = [*requests, *requests[::-1]]
+    twice = requests * 2
     random.Random(4).shuffle(twice)
-    senders = Senders(service)
+    senders = Senders(services)
     with ThreadPoolExecutor(4) as pool:
         sent = [pool.submit(senders.send, few) for few in twice]
         wait_until(lambda: senders.done >= len(twice) // 2, 200, "half of them are sent", 0.001)
-        victim = replicas(service)[0]
-        victim.kill()
-        answers = [one.result() for one in sent]
-    assert all(a["stored"] + a["known"] == TOGETHER for a in answers)
-    assert not victim.is_running()
-    # what was stored in a request that was not answered is known in the next
-    assert sum(a["stored"] for a in answers) <= len(events)
+        kill()
+        told = [one.result() for one in sent]
+    assert all(one["stored"] + one["known"] == TOGETHER for one in told)
+    # a request that was stored and not answered is known the next time
+    assert sum(one["stored"] for one in told) <= len(events)
     return senders.answers
 
 
@@ -148,27 +195,66 @@ def check_stored(service: Service, events: list[dict[str, Any]]) -> None:
     assert len(stored) == len(events)
     for line in stored:
         del line["sha256"]
-    key = lambda event: event["event_id"]  # noqa: E731
-    assert sorted(stored, key=key) == sorted(events, key=key)
+    assert sorted(stored, key=itemgetter("event_id")) == sorted(events, key=itemgetter("event_id"))
 
 
 def check_trained(data: Dataset, events: list[dict[str, Any]]) -> None:
     expected = Counter((e["client"], e["user_id"], e["item_id"], e["timestamp"]) for e in events)
     found: Counter[tuple[Any, ...]] = Counter()
     for client in data.clients:
-        table = data.rows(client).to_pandas() if False else data.rows(client)
-        later = table["split"].to_numpy() == LATER
-        columns = [table[name].to_numpy()[later] for name in ("user_id", "item", "timestamp")]
-        columns[1] = data.item_ids[columns[1]]
-        found.update((client, *row) for row in zip(*(c.tolist() for c in columns), strict=True))
+        table = data.rows(client)
+        rows = table.filter(pc.equal(table["split"], LATER)).to_pylist()
+        found.update(
+            (client, row["user_id"], int(data.item_ids[row["item"]]), row["timestamp"])
+            for row in rows
+        )
     assert found == expected
 
 
+class Quiet:
+    """`RunTelemetry` without Ray."""
+
+    def __init__(self, config: RunConfig):
+        pass
+
+    def show(self, row: Any) -> None:
+        pass
+
+
 def test_sent_twice_and_a_replica_killed_each_event_is_trained_on_once(
-    service: Service, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+    replicas: list[Service], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    events = make_events(Dataset(tiny_data), 100)
-    answers = send_twice_and_kill(service, events)
-    assert answers["looked"]
-    check_stored(service, events)
+    """The training itself in this process."""
+    events = make_events(Dataset(tmp_path / "data" / "prepared"), 300)
+    answered = send_twice(replicas, events, replicas[0].driver.process.kill)
+    assert answered["/v1/events ConnectionRefusedError"]
+    assert answered["/v1/recommend 200"] >= 120
+    check_stored(replicas[1], events)
     monkeypatch.setattr(Plant, "on_ray", Plant.inline)
+    monkeypatch.setattr(training, "connect", lambda *_: nullcontext())
+    monkeypatch.setattr(training, "RunTelemetry", Quiet)
+    summary = continue_run(replicas[1].folder)
+    assert summary["run"] == "tiny-1"
+    check_trained(Dataset(tmp_path / "data" / "tiny-1"), events)
+
+
+@pytest.mark.long
+def test_a_thousand_events_and_the_commands(
+    service: Service, tmp_path: Path, launch: Callable[..., Driver]
+) -> None:
+    """`fellray serve` with two replicas, one of which is killed, and `fellray continue`."""
+    wait_until(lambda: len(find_replicas(service)) == 2, 60, "there are two replicas")
+    events = make_events(Dataset(tmp_path / "data" / "prepared"), 1000)
+    victim = find_replicas(service)[0]
+    answered = send_twice([service], events, victim.kill)
+    assert not victim.is_running()
+    check_stored(service, events)
+    cli = ("-m", "fellray.jobs.cli", "continue", service.folder)
+    status, out, err = launch(*cli, "--rounds=2").finish()
+    assert status == 0, out + err
+    assert "1000 new events of 5 clients are training interactions in" in out
+    check_trained(Dataset(tmp_path / "data" / "tiny-1"), events)
+    status, out, err = launch(*cli).finish()
+    assert status == 2
+    assert "was continued as tiny-1, which has its events" in err
+    print(f"1000 events sent twice: stored once each, trained on once each; {dict(answered)}")
