@@ -47,8 +47,6 @@ from fellray.platform.span import Remote, Span, Trip, take_turns
 from fellray.platform.split import cut_model
 from fellray.platform.tower import Tower
 
-SIDES = ("bottom", "top")
-
 
 @dataclass(frozen=True)
 class Desk:
@@ -94,7 +92,7 @@ class Client:
         self._desks: tuple[tuple[str, ...], list[Desk]] = ((), [])
         parts = cut_model(backbone, config.model)
         bottom, top = parts.bottom.to(device), parts.top.to(device)
-        sites = [site for side in SIDES for site in parts.cut.sites[side]]
+        sites = parts.cut.outer
         lora = config.model.lora
         self._slots = Slots(
             lambda slots: Bank(sites, lora, config.train, slots, device),

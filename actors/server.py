@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from fellray.actors.telemetry import ServerTelemetry
-from fellray.platform.adapters import start
 from fellray.platform.allocator import give_back_freed_memory, keep_freed_memory
 from fellray.platform.batcher import Batcher
 from fellray.platform.config import RunConfig
@@ -24,8 +23,7 @@ from fellray.platform.messages import Activation, Gradient, Installation, Lease
 from fellray.platform.own import ALIKE, Own
 from fellray.platform.rounds import Rounds
 from fellray.platform.slots import WRITTEN
-from fellray.platform.split import cut_model
-from fellray.platform.trunk import Engine, TorchEngine, Trunk
+from fellray.platform.trunk import Engine, TorchEngine, build_trunk
 
 
 def make_host(
@@ -39,11 +37,8 @@ def make_host(
     """The trunk with the engine that the config names."""
     torch.set_num_threads(config.server.threads)
     keep_freed_memory()
-    parts = cut_model(backbone, config.model)
     device = own_device()
-    sites = parts.cut.sites["trunk"]
-    seeded = start(sites, config.model.lora, config.seed)
-    trunk = Trunk(parts.trunk, seeded, getattr(torch, config.server.dtype)).to(device)
+    trunk, sites = build_trunk(backbone, config, device)
     engine: Engine
     if config.server.engine == "deepspeed":
         from fellray.actors.engine import DeepSpeedEngine

@@ -14,7 +14,6 @@ from rich import box
 from rich.progress import track
 from rich.table import Table
 
-from fellray.actors.client import SIDES
 from fellray.actors.pool import Demand, RayPool, Shared
 from fellray.actors.remote import RayRemote
 from fellray.actors.server import Server
@@ -31,7 +30,7 @@ from fellray.platform.errors import FellrayError
 from fellray.platform.rounds import Rounds
 from fellray.platform.run import COSTS, Run
 from fellray.platform.shards import Dataset
-from fellray.platform.split import PARTS, plan_cut
+from fellray.platform.split import PARTS, SIDES, plan_cut
 
 TURNS = 3
 """Fresh actors of every arm."""

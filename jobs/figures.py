@@ -91,7 +91,7 @@ def measure_split(config: RunConfig, world: World, threads: int, crews: int) -> 
     for server in servers:
         server.close()
     through, again, inside, plain = (taken[name].wall for name in arms)
-    return _figure(
+    return figure(
         f"split / whole, {crews} crew(s), {threads} thread(s)",
         taken,
         ("split through Ray", "whole"),
@@ -122,7 +122,7 @@ def measure_batching(config: RunConfig, world: World, tokens: int, threads: int)
         },
         2 * TURNS,
     )
-    return _figure(
+    return figure(
         f"one by one / merged, 16 clients x {tokens} tokens, {threads} thread(s)",
         taken,
         ("one call per client", "merged"),
@@ -163,7 +163,7 @@ def measure_round(config: RunConfig, world: World) -> Figure:
         taken = interleave({"released order": released_round, "ours": our_round}, TURNS)
     loading = released.loading / (TURNS + 1)
     without = [seconds - loading for seconds in taken["released order"].wall]
-    return _figure(
+    return figure(
         f"released order / ours, a round of {len(world.seats)} clients",
         taken,
         ("released order", "ours"),
@@ -194,7 +194,7 @@ def measure_engines(config: RunConfig, world: World) -> Figure:
         TURNS,
     )
     pairs = zip(first["deepspeed"], first["torch"], strict=True)
-    return _figure(
+    return figure(
         f"DeepSpeed / torch, server step, {CORES} threads",
         taken,
         ("deepspeed", "torch"),
@@ -294,13 +294,14 @@ def is_met(goal: tuple[str, float] | None, ratio: float) -> bool | None:
     return ratio <= goal[1] if goal[0] == "<=" else ratio >= goal[1]
 
 
-def _figure(
+def figure(
     name: str,
     taken: Mapping[str, Taken],
     of: tuple[str, str],
     goal: tuple[str, float] | None,
     **more: Any,
 ) -> Figure:
+    """One ratio, by the wall and by this process's processor time."""
     over, under = (taken[arm] for arm in of)
     ratio = ratios(over.wall, under.wall)
     cpu = [sum(taken[arm].cpu) for arm in of]

@@ -5,10 +5,11 @@ that would be kept and knows nothing of what it is compared with.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -88,6 +89,24 @@ class Timed:
         began = time.perf_counter()
         yield
         self.waiting += time.perf_counter() - began
+
+
+class ClockedClient(Client):
+    """The client actor of every run, with a clock at the cut."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        index: int,
+        seats: Mapping[str, Sequence[str]],
+        backbone: Backbone,
+        catalogue: Catalogue,
+        remote: RayRemote,
+        *rest: Any,
+    ):
+        """See `Client`."""
+        self._timed = Timed(remote)
+        super().__init__(config, index, seats, backbone, catalogue, self._timed, *rest)
 
 
 class Weighed:

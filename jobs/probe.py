@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from fellray.actors.client import SIDES
 from fellray.actors.plant import Plant
 from fellray.actors.pool import Demand, RayPool, Shared, check_places
 from fellray.actors.remote import RayRemote
@@ -28,7 +27,7 @@ from fellray.platform.messages import LedgerRow
 from fellray.platform.own import ALIKE
 from fellray.platform.reader import EVALUATION_ROWS
 from fellray.platform.rounds import Rounds
-from fellray.platform.split import plan_cut
+from fellray.platform.split import SIDES, plan_cut
 from fellray.platform.storage import Storage
 
 CLIENTS = 4

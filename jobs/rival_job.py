@@ -22,7 +22,6 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from fellray.actors.client import SIDES
 from fellray.actors.world import World, survey
 from fellray.platform import config as configs
 from fellray.platform.adapters import Bank, Pair, Site, start, views
@@ -109,7 +108,7 @@ def export_rival_job(config: RunConfig, folder: Path, cores: int) -> None:
 def to_rival_order(config: RunConfig, world: World, ours_P: Tensor) -> Tensor:
     """One client's adapters, bottom, top and trunk in turn, as a job's `theta_P`."""
     cut = plan_cut(world.backbone, config.model)
-    ours = [site for part in (*SIDES, "trunk") for site in cut.sites[part]]
+    ours = [*cut.outer, *cut.sites["trunk"]]
     sizes = [site.num_parameters(config.model.lora.r) for site in ours]
     held = {site.path: p for site, p in zip(ours, ours_P.split(sizes), strict=True)}
     return torch.cat([held[site.path] for site in _sites(config, world)])
@@ -126,7 +125,7 @@ def rank(config: RunConfig, world: World, theta_P: Tensor) -> dict[str, Score]:
             strict=True,
         )
     )
-    outer = [site for side in SIDES for site in parts.cut.sites[side]]
+    outer = parts.cut.outer
     flat = [leaf.flatten() for site in outer for leaf in whole[site.path]]
     bank = Bank(outer, lora, config.train, 1)
     bank.reset(_ALONE, {"values": torch.cat(flat)[None]})

@@ -12,7 +12,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ import torch.nn.functional as F
 
 from fellray.actors.server import make_host
 from fellray.jobs.display import console
-from fellray.jobs.figures import Figure, is_met, make_messages, train_step
-from fellray.jobs.timings import BUSY, Taken, interleave, load_average, ratios, spread
+from fellray.jobs.figures import Figure, figure, make_messages, train_step
+from fellray.jobs.timings import BUSY, Taken, interleave, load_average, spread
 from fellray.platform import config as configs
 from fellray.platform.adapters import Bank
 from fellray.platform.config import LoraSpec, ModelConfig, RunConfig
@@ -55,7 +54,7 @@ def measure_clients(backbone: Backbone, folder: Path, tokens: int, turns: int) -
     answers = {name: train_step(hosts[name], calls[name], 0) for name in hosts}
     outputs = [answers["alone"][0::2] + answers["alone"][1::2], answers["merged"]]
     taken = interleave({name: repeat(hosts[name], calls[name], first=1) for name in hosts}, turns)
-    return figure(
+    return _ratio(
         f"one call per client / merged, {CLIENTS} x {tokens} tokens",
         taken,
         ("alone", "merged"),
@@ -88,15 +87,15 @@ def measure_peak(backbone: Backbone, folder: Path, tokens: int, turns: int) -> l
     rate = 2 * 4 * WIDTH**2 * total * 3 * BLOCKS * 2 / spread(taken["products twice"].wall).median
     name = f"share of the GEMM peak, {total} tokens"
     return [
-        figure(f"{name}, kept", taken, ("products twice", "kept"), (">=", 0.85), flops=rate),
-        figure(
+        _ratio(f"{name}, kept", taken, ("products twice", "kept"), (">=", 0.85), flops=rate),
+        _ratio(
             f"{name}, computed twice",
             taken,
             ("products three times", "computed twice"),
             (">=", 0.85),
             flops=rate,
         ),
-        figure(f"computed twice / kept, {total} tokens", taken, ("computed twice", "kept"), None),
+        _ratio(f"computed twice / kept, {total} tokens", taken, ("computed twice", "kept"), None),
     ]
 
 
@@ -110,7 +109,7 @@ def measure_adapters(backbone: Backbone, folder: Path, clients: int, turns: int)
         },
         turns,
     )
-    return figure(
+    return _ratio(
         f"one adapter / {clients} adapters, {16 * clients} tokens",
         taken,
         ("one adapter", "many adapters"),
@@ -151,7 +150,7 @@ def measure_ranks(backbone: Backbone, tokens: int, turns: int) -> Figure:
 
     mean = sum(RANKS) // len(RANKS)
     taken = interleave({"equal": step([mean]), "mixed": step(RANKS)}, turns)
-    return figure(
+    return _ratio(
         f"rank {mean} / ranks {', '.join(map(str, RANKS))}, {CLIENTS * tokens} tokens",
         taken,
         ("equal", "mixed"),
@@ -175,8 +174,8 @@ def measure_bf16(backbone: Backbone, folder: Path, turns: int) -> list[Figure]:
         turns,
     )
     return [
-        figure("a product in fp32 / in bf16", interleave(arms, turns), ("fp32", "bf16"), None),
-        figure(
+        _ratio("a product in fp32 / in bf16", interleave(arms, turns), ("fp32", "bf16"), None),
+        _ratio(
             f"one call per client in fp32 / merged in bf16, {CLIENTS} x 16 tokens",
             taken,
             ("alone", "merged"),
@@ -236,29 +235,18 @@ def repeat(host: TrunkHost, calls: Sequence[Sent], first: int = 0) -> Callable[[
     return lambda: train_step(host, calls, next(steps))
 
 
-def figure(
+def _ratio(
     name: str,
     taken: Mapping[str, Taken],
     of: tuple[str, str],
     goal: tuple[str, float] | None,
     **more: Any,
 ) -> Figure:
-    """One ratio, by the wall and by this process's processor time."""
-    over, under = (taken[arm] for arm in of)
-    wall, cpu = ratios(over.wall, under.wall), ratios(over.cpu, under.cpu)
-    met = is_met(goal, wall.median)
-    console.print(f"{name}: {wall.median:.2f} (processor time {cpu.median:.2f})")
-    arms = {arm: asdict(spread(taken[arm].wall)) for arm in of}
-    return {
-        "name": name,
-        "of": of,
-        "ratio": asdict(wall),
-        "ratio_cpu": asdict(cpu),
-        "goal": goal,
-        "met": met,
-        "arms": arms,
-        **more,
-    }
+    """A figure, said as soon as it is known."""
+    made = figure(name, taken, of, goal, **more)
+    said = made["ratio"]["median"]
+    console.print(f"{name}: {said:.2f} (processor time {made['ratio_cpu']:.2f})")
+    return made
 
 
 def _config(kept_mib: int, dtype: str = "float32") -> RunConfig:

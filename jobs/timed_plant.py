@@ -7,25 +7,18 @@ differences of one process's clock are taken, so clocks of different nodes need 
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from fellray.actors.client import Client
 from fellray.actors.plant import Plant
-from fellray.actors.remote import RayRemote
 from fellray.actors.server import Server
-from fellray.actors.world import Catalogue
-from fellray.jobs.measured import Timed
+from fellray.jobs.measured import ClockedClient
 from fellray.jobs.process_tree import read_pss
-from fellray.platform.config import RunConfig
-from fellray.platform.encoder import Backbone
 from fellray.platform.host import TrunkHost
 from fellray.platform.messages import Activation, Gradient, Lease, Update
-from fellray.platform.own import ALIKE, Own
-from fellray.platform.rounds import Rounds
 
 
 @dataclass(frozen=True)
@@ -84,36 +77,16 @@ class Split:
     """Mixing, installing and committing; what an actor that was lost cost."""
 
 
-class TimedClient(Client):
-    """A client actor with a clock at the cut."""
+class TimedClient(ClockedClient):
+    """A client actor that tells how long its rounds took."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        index: int,
-        seats: Mapping[str, Sequence[str]],
-        backbone: Backbone,
-        catalogue: Catalogue,
-        remote: RayRemote,
-        rounds: Rounds,
-        own: Own = ALIKE,
-    ):
-        """See `Client`."""
-        self._timed = Timed(remote)
-        super().__init__(config, index, seats, backbone, catalogue, self._timed, rounds, own)
-        self._fit_s = 0.0
+    _fit_s = 0.0
 
-    def fit(
-        self,
-        round: int,
-        clients: Sequence[str],
-        deadline_s: float | None = None,
-        server: int = 0,
-    ) -> Update:
+    def fit(self, round: int, clients: Sequence[str], *rest: Any) -> Update:
         """See `Client.fit`."""
         self._timed.waiting = 0.0
         began = time.perf_counter()
-        update = super().fit(round, clients, deadline_s, server)
+        update = super().fit(round, clients, *rest)
         self._fit_s = time.perf_counter() - began if clients else 0.0
         return update
 

@@ -4,7 +4,7 @@ what memory they take. They know nothing of what follows from it.
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +12,10 @@ from typing import Any
 
 import torch
 
-from fellray.actors.client import Client
-from fellray.actors.remote import RayRemote
 from fellray.actors.server import Server
-from fellray.actors.world import Catalogue
-from fellray.jobs.measured import STATUS, Timed
-from fellray.platform.config import RunConfig
-from fellray.platform.encoder import Backbone
+from fellray.jobs.measured import STATUS, ClockedClient
 from fellray.platform.messages import Update
 from fellray.platform.metrics import Score
-from fellray.platform.own import ALIKE, Own
-from fellray.platform.rounds import Rounds
 
 CUDA_BYTES = 600 * 2**20
 """Of a process with a GPU, what torch's allocator does not count: CUDA's own. Not measured."""
@@ -63,23 +56,10 @@ class WeighedServer(Scale, Server):
     """The server of every run."""
 
 
-class WeighedClient(Scale, Client):
+class WeighedClient(Scale, ClockedClient):
     """The client actor of every run, with a clock at the cut."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        index: int,
-        seats: Mapping[str, Sequence[str]],
-        backbone: Backbone,
-        catalogue: Catalogue,
-        remote: RayRemote,
-        rounds: Rounds,
-        own: Own = ALIKE,
-    ):
-        self._timed = Timed(remote)
-        self._here = self._served = 0.0
-        super().__init__(config, index, seats, backbone, catalogue, self._timed, rounds, own)
+    _here = _served = 0.0
 
     def fit(self, *args: Any) -> Update:
         """See `Client`."""

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fellray.actors.client import SIDES
 from fellray.actors.world import Catalogue
 from fellray.platform import packed as packing
 from fellray.platform.adapters import Bank, start
@@ -42,7 +41,7 @@ class Whole:
         torch.set_num_threads(config.clients.threads)
         self._config = config
         parts = cut_model(backbone, config.model)
-        sites = [site for side in SIDES for site in parts.cut.sites[side]]
+        sites = parts.cut.outer
         inner = parts.cut.sites["trunk"]
         self._start = [start(part, config.model.lora, config.seed) for part in (sites, inner)]
         self._outer, self._inner = (

@@ -18,6 +18,8 @@ from fellray.platform.encoder import Backbone, build
 from fellray.platform.errors import FellrayError
 
 PARTS = ("bottom", "trunk", "top")
+SIDES = ("bottom", "top")
+"""What a client holds. The order of its adapters' parameters is this one."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class Cut:
 
     blocks: dict[str, range]
     sites: dict[str, list[Site]]
+
+    @property
+    def outer(self) -> list[Site]:
+        """The sites of a client's side."""
+        return [site for side in SIDES for site in self.sites[side]]
 
     def prefixes(self, part: str) -> list[str]:
         """Names of the backbone's arrays that a part needs begin with one of these."""

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fellray.platform.adapters import Site, start
 from fellray.platform.config import RunConfig
+from fellray.platform.encoder import Backbone
 from fellray.platform.packed import Batch, PackedBlocks, Saved
-from fellray.platform.split import Blocks
+from fellray.platform.split import Blocks, cut_model
 
 
 class Trunk(nn.Module):
@@ -102,6 +104,18 @@ class TorchEngine:
     def load_shared(self, state: Mapping[str, Tensor]) -> None:
         """See `Engine`."""
         load_adam_state(self._optimizer, self.module.shared_P, state)
+
+
+def build_trunk(
+    backbone: Backbone, config: RunConfig, device: torch.device
+) -> tuple[Trunk, list[Site]]:
+    """The blocks between the cuts in the precision that the config names, the shared adapter at its
+    seeded start; and the projections that are adapted."""
+    parts = cut_model(backbone, config.model)
+    sites = parts.cut.sites["trunk"]
+    seeded = start(sites, config.model.lora, config.seed)
+    dtype: torch.dtype = getattr(torch, config.server.dtype)
+    return Trunk(parts.trunk, seeded, dtype).to(device), sites
 
 
 def mean_gradient(clients: Sequence[str], rows_CP: np.ndarray) -> np.ndarray:

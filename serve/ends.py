@@ -27,12 +27,10 @@ from fellray.platform.retrieval import compare
 from fellray.platform.rounds import Rounds
 from fellray.platform.rows import Rows
 from fellray.platform.slots import Slots
-from fellray.platform.split import cut_model, plan_cut
+from fellray.platform.split import SIDES, cut_model, plan_cut
 from fellray.platform.tower import Tower, Used
 from fellray.serve.items import Items
 from fellray.serve.ranking import Choice, Ranking, rank
-
-SIDES = ("bottom", "top")
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class Ends:
         cut = plan_cut(backbone, config.model)
         prefixes = [prefix for side in SIDES for prefix in cut.prefixes(side)]
         parts = cut_model(backbone.select(prefixes), config.model)
-        sites = [site for side in SIDES for site in cut.sites[side]]
+        sites = cut.outer
         lora = config.model.lora
         self._ends = (parts.bottom.to(device), parts.top.to(device), items.tokens.pad)
         self._slots = Slots(

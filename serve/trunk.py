@@ -9,7 +9,6 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import torch
 
-from fellray.platform.adapters import start
 from fellray.platform.allocator import keep_freed_memory
 from fellray.platform.batcher import Batcher
 from fellray.platform.config import RunConfig
@@ -19,9 +18,8 @@ from fellray.platform.errors import FellrayError
 from fellray.platform.host import TrunkHost
 from fellray.platform.messages import Activation, StaleLease
 from fellray.platform.run import Run, read_run
-from fellray.platform.split import cut_model, plan_cut
-from fellray.platform.trunk import TorchEngine
-from fellray.platform.trunk import Trunk as TrunkModule
+from fellray.platform.split import plan_cut
+from fellray.platform.trunk import TorchEngine, build_trunk
 from fellray.serve.args import Args
 from fellray.serve.blends import Blends
 
@@ -101,13 +99,9 @@ def _make_host(run: Run, args: Args, rounds: Blends) -> TrunkHost:
     keep_freed_memory()
     config = plain_config(run.config)
     backbone = load_backbone(config.model.name)
-    parts = cut_model(
-        backbone.select(plan_cut(backbone, config.model).prefixes("trunk")), config.model
-    )
     device = own_device()
-    sites = parts.cut.sites["trunk"]
-    seeded = start(sites, config.model.lora, config.seed)
-    trunk = TrunkModule(parts.trunk, seeded, getattr(torch, config.server.dtype)).to(device)
+    part = backbone.select(plan_cut(backbone, config.model).prefixes("trunk"))
+    trunk, sites = build_trunk(part, config, device)
     engine = TorchEngine(trunk, config)
     return TrunkHost(
         config, rounds, sites, engine, rounds, device, own=run.own(), kept=args.adapters

@@ -1,6 +1,7 @@
 """A command in a process group of its own, watched from outside with all that came from it."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -55,9 +56,12 @@ class Driver:
         with ExitStack() as opened:
             # files, not pipes: whoever outlives the driver would hold a pipe open
             out, err = (opened.enter_context(stream.open("w")) for stream in self._streams)
+            # a shell starts what is in its background deaf to Ctrl-C, and all that comes from it
+            before = signal.signal(signal.SIGINT, signal.default_int_handler)
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=dict(env), stdout=out, stderr=err, start_new_session=True
             )
+            signal.signal(signal.SIGINT, before)
         self._seen: set[psutil.Process] = set()
 
     @classmethod
