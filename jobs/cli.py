@@ -302,12 +302,14 @@ def continue_(
         typer.Option(help="The folder of the events, if the service has events=FOLDER."),
     ] = None,
 ) -> None:
-    """Train on, from the served round, with the events that came over POST /v1/events since.
+    """Train on with the events that came over POST /v1/events since.
 
-    A new run is made beside RUN: demo-1 beside demo, demo-2 after it. Each event becomes a training
-    interaction of its client, once: what demo-1 has taken demo-2 will not take again. What is held
-    out for validation and test stays the same, with the same histories before it, so the scores can
-    be compared. RUN itself stays as it is and can be served meanwhile; then serve the new one.
+    It begins with the served round and makes a new run beside RUN: demo-1
+    beside demo, demo-2 after it. Each event becomes a training interaction
+    of its client, once: what demo-1 has taken demo-2 will not take again.
+    What is held out for validation and test stays the same, with the same
+    histories before it, so that scores can be compared. RUN itself stays as
+    it is and can be served meanwhile; then serve the new one.
 
     An interrupted one goes on with the same command.
     """
