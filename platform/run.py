@@ -6,7 +6,7 @@ happened. Records of rounds that did not happen are dropped when the run is open
 
 Layout: config.json, own.json, environment.json, metrics.jsonl, ledger.jsonl, rounds/NNNNNN/,
 summary.json, costs.json, report.html, adapters/. A run that is served, or goes on in another, has
-tokens.json, serving.json, events/, continuation.json, origin.json as well.
+serving.json, tokens.json, items/, events/, continuation.json, origin.json as well.
 """
 
 import hashlib

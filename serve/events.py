@@ -21,7 +21,6 @@ from fellray.platform.events import Event, EventLog
 from fellray.platform.intake import Conflict, Stored, add_events
 from fellray.platform.shards import Dataset
 from fellray.serve.histories import NOTHING, Histories
-from fellray.serve.items import Items
 from fellray.serve.refusal import Refusal
 from fellray.serve.schema import MOST_EVENTS, NewEvent, Receipt
 
@@ -39,7 +38,6 @@ class Events:
         self,
         folder: str | None,
         data: Dataset,
-        items: Items,
         histories: Callable[[str], Awaitable[Histories]],
         kept: int,
     ):
@@ -48,7 +46,7 @@ class Events:
         self._folder = folder
         self._taken: dict[str, dict[str, Any]] = data.manifest.get("events", {})
         self._clients = frozenset(data.clients)
-        self._items = items
+        self._item_ids = data.item_ids
         self._histories = histories
         self._kept = kept
         self._logs: OrderedDict[str, EventLog] = OrderedDict()
@@ -89,7 +87,7 @@ class Events:
             met = log.later(user_id)
         except FellrayError as error:
             raise _unreadable(error) from None
-        return self._items.find(met, "events") if met else NOTHING
+        return np.searchsorted(self._item_ids, met) if met else NOTHING
 
     def close(self) -> None:
         """Finish what is queued and end the thread."""
@@ -104,11 +102,11 @@ class Events:
             if event.timestamp > latest:
                 why = "lies in the future; it is in seconds since 1970"
                 raise Refusal(422, "bad_timestamp", why, f"events.{place}.timestamp")
-        try:
-            self._items.find([event.item_id for event in events], "events")
-        except Refusal as refusal:
-            where = f"{refusal.field}.item_id"
-            raise Refusal(404, refusal.code, refusal.message, where) from None
+        strange = ~np.isin(np.array([event.item_id for event in events]), self._item_ids)
+        if strange.any():
+            # an item that came after the training is in no prepared data, so it cannot be trained on
+            where = f"events.{int(strange.argmax())}.item_id"
+            raise Refusal(404, "unknown_item", "the training data have no such item", where)
         places_of: dict[str, list[int]] = {}
         for place, event in enumerate(events):
             places_of.setdefault(event.client, []).append(place)

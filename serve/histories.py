@@ -3,15 +3,12 @@
 It must not know requests, rounds or models. Shapes: I items.
 """
 
-from typing import Literal
-
 import numpy as np
 import torch
 
 from fellray.platform.shard import LATER, Shard
+from fellray.serve.schema import AsOf
 
-AsOf = Literal["now", "valid", "test"]
-"""Everything a user met, or what came before the validation or test item, as evaluation has it."""
 _SPLIT = {"valid": 1, "test": 2, "now": LATER + 1}
 NOTHING = np.empty(0, np.int64)
 """No items."""
@@ -27,9 +24,14 @@ class Histories:
         self.prior_I = torch.from_numpy(self.counts_I).float().log1p()
 
     @property
-    def num_users(self) -> int:
-        """Users of the client."""
-        return len(self._shard.users)
+    def users(self) -> np.ndarray:
+        """Ids of the client's users, int64, ascending."""
+        return self._shard.users
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """int64: how many interactions each of them has."""
+        return np.diff(self._shard.offsets)
 
     def find_strangers(self, user_ids: np.ndarray) -> np.ndarray:
         """Which of these are no users of the client: their places."""

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from fellray.platform.allocator import keep_freed_memory
 from fellray.platform.batcher import Batcher
@@ -27,6 +28,7 @@ from fellray.platform.run import read_run
 from fellray.platform.shards import Dataset
 from fellray.serve.args import Args
 from fellray.serve.blends import EVERYBODY, Blends, name_blend
+from fellray.serve.catalogue import Catalogue
 from fellray.serve.ends import Crossing, Ends, Question
 from fellray.serve.events import Events
 from fellray.serve.histories import NOTHING, Histories
@@ -39,11 +41,11 @@ from fellray.serve.schema import (
     ByHistory,
     ByUser,
     ClientState,
-    Filters,
     Item,
     Place,
     RunState,
 )
+from fellray.serve.selection import choose
 from fellray.serve.served import Served, Watch
 from fellray.serve.trunk import plain_config
 
@@ -73,7 +75,9 @@ class _Asked:
     layer: Layer
     learner: str
     reading: Reading | None
-    prior_I: torch.Tensor
+    prior_T: torch.Tensor
+    items: Items
+    width: int
     choice: Choice
 
 
@@ -102,13 +106,16 @@ class Recommender:
                 f"encoder that {run.storage} was trained with ({made_with[:12]}); restore that "
                 "encoder"
             )
-        self.items = Items(data, load_tokenizer(config.model.name), config.model)
+        items = Items(data, load_tokenizer(config.model.name), config.model)
+        self.catalogue = Catalogue(
+            run.storage, items, config.model, made_with, args.threads, args.poll_s
+        )
         anybodys = data.popularity / len(data.clients)
-        self._anybodys_I = torch.from_numpy(anybodys).float().log1p()
+        self._anybodys_T = torch.from_numpy(anybodys).float().log1p()
         self._histories: OrderedDict[str, Histories] = OrderedDict()
         """Longest unused first."""
         folder = event_folder(run.storage, args.events)
-        self.events = Events(folder, data, self.items, self._read, args.shards)
+        self.events = Events(folder, data, self.read_client, args.shards)
         """What users met since the data were prepared."""
         self._counting = threading.Lock()
         self._counts: Counts | None = None
@@ -121,9 +128,14 @@ class Recommender:
             torch.set_num_threads(args.threads)
             keep_freed_memory()
             rounds = Blends(run.storage, self.seats)
-            return Ends(config, backbone, self.items, rounds, run.own(), args.adapters, args.rows)
+            return Ends(config, backbone, items, rounds, run.own(), args.adapters, args.rows)
 
         self._ends = self._batcher.call(make).result()
+
+    @property
+    def items(self) -> Items:
+        """The catalogue as it is now."""
+        return self.catalogue.items
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -136,13 +148,15 @@ class Recommender:
         return self._watch.served
 
     def watch(self) -> None:
-        """Take over new rounds from now on, as they are committed or promoted."""
+        """Take over new rounds and items from now on, as they are committed or added."""
         self._watch.start()
+        self.catalogue.start()
 
     def close(self) -> None:
         """Finish what is queued and end the threads."""
         self._watch.close()
         self.events.close()
+        self.catalogue.close()
         self._batcher.close()
 
     async def recommend(self, queries: Sequence[ByUser | ByHistory]) -> list[Answer]:
@@ -175,12 +189,7 @@ class Recommender:
             (at,) = self.items.find([item_id], "id")
         except Refusal as refusal:
             raise Refusal(404, refusal.code, refusal.message, "id") from None
-        return Item(
-            item_id=item_id,
-            title=self.items.titles[at],
-            categories=sorted(self.items.categories[at]),
-            popularity=int(self.items.popularity[at]),
-        )
+        return self.items.describe(at)
 
     async def find_client(self, client: str) -> ClientState:
         """Raises:
@@ -189,14 +198,14 @@ class Recommender:
         served, learner = self.served, self._learner.get(client)
         if learner is None:
             raise Refusal(404, "unknown_client", "the run has no such client", "id")
-        own = await self._read(client)
+        own = await self.read_client(client)
         known = Known(learner, served.trained, True)
         layer = choose_layer(known, ())
         if layer == "mean":
             layer = choose_layer(known, await self._find_nearest(own.counts_I, served))
         return ClientState(
             client=client,
-            users=own.num_users,
+            users=len(own.users),
             round=served.round,
             layer=layer,
             validation_ndcg_at_10=served.validation.get(client),
@@ -214,6 +223,10 @@ class Recommender:
             clients=len(self._learner),
             items=len(self.items),
         )
+
+    def num_users(self, client: str) -> int:
+        """How many users a client of the run has."""
+        return int(self._data.manifest["clients"][client]["users"])
 
     def has_client(self, client: str) -> bool:
         """Whether it is a client of the run."""
@@ -254,7 +267,9 @@ class Recommender:
 
     async def _look_up(self, query: ByUser | ByHistory, served: Served) -> _Asked:
         learner = self._learner.get(query.client)
-        own = await self._read(query.client) if learner else None
+        own = await self.read_client(query.client) if learner else None
+        items = self.items
+        width = len(items)
         if isinstance(query, ByUser):
             now = own is not None and query.as_of == "now"
             later = await self.events.later(query.client, query.user_id) if now else NOTHING
@@ -262,29 +277,34 @@ class Recommender:
             if found is None:
                 raise Refusal(404, "unknown_user", "the client has no such user", "user_id")
             history, seen = found
-            reading = self.items.read_items(history) if len(history) else None
+            reading = items.read_items(history) if len(history) else None
+            width = width if query.as_of == "now" else items.trained
         else:
-            reading = self.items.read(query.history) if query.history else None
+            reading = items.read(query.history) if query.history else None
             seen = reading.met if reading else np.empty(0, np.int64)
         known = Known(learner, served.trained, reading is not None)
         layer = choose_layer(known, ())
         adapters = learner or EVERYBODY
         if layer == "mean":
-            counts_I = own.counts_I if own else np.bincount(seen, minlength=len(self.items))
+            counts_I = own.counts_I if own else np.bincount(seen, minlength=len(items))
             nearest = await self._find_nearest(counts_I, served)
             layer = choose_layer(known, nearest)
             adapters = name_blend(nearest) if nearest else EVERYBODY
-        prior_I = own.prior_I if own and own.counts_I.any() else self._anybodys_I
-        choice = self._choose(query.k, query.filters, query.candidates, seen)
-        return _Asked(layer, adapters, reading, prior_I, choice)
+        prior_T = own.prior_I if own and own.counts_I.any() else self._anybodys_T
+        choice = choose(items, query.k, query.filters, query.candidates, seen)
+        return _Asked(layer, adapters, reading, prior_T, items, width, choice)
 
     async def _rank(self, asked: _Asked, round: int) -> Ranking:
         """One ranking; its crossing is shared with whoever waited at the same moment."""
         if asked.layer == "popularity" or asked.reading is None:
-            return rank(asked.prior_I[None], [asked.choice])[0]
-        prior_I = asked.prior_I if self._config.model.prior else None
+            counts_I = F.pad(asked.prior_T, (0, len(asked.items) - len(asked.prior_T)))
+            counts_I[asked.width :] = -torch.inf
+            return rank(counts_I[None], [asked.choice])[0]
+        prior_T = asked.prior_T if self._config.model.prior else None
         ids_L = asked.reading.ids_L
-        question = Question(round, asked.learner, ids_L, prior_I, asked.choice)
+        question = Question(
+            round, asked.learner, ids_L, prior_T, asked.items, asked.width, asked.choice
+        )
         risen = self._batcher.submit(self._ends.rise, question, len(ids_L))
         crossing, place = await asyncio.wrap_future(risen)
         if crossing not in self._crossings:
@@ -300,25 +320,6 @@ class Recommender:
         finished = self._batcher.submit(self._ends.finish, (crossing, output), size)
         rankings: list[Ranking] = await asyncio.wrap_future(finished)
         return rankings
-
-    def _choose(
-        self, k: int, filters: Filters, candidates: Sequence[int] | None, seen: np.ndarray
-    ) -> Choice:
-        only = [
-            np.unique(self.items.find(ids, name))
-            for name, ids in (("candidates", candidates), ("filters.allow", filters.allow))
-            if ids is not None
-        ]
-        if filters.categories is not None:
-            only.append(self.items.in_categories(filters.categories, "filters.categories"))
-        without = [seen] if filters.seen else []
-        if filters.deny is not None:
-            without.append(self.items.find(filters.deny, "filters.deny"))
-        kept = only[0] if only else None
-        for more in only[1:]:
-            assert kept is not None
-            kept = np.intersect1d(kept, more)
-        return Choice(min(k, len(self.items)), kept, np.concatenate(without) if without else None)
 
     def _tell(
         self, query: ByUser | ByHistory, layer: Layer, round: int, ranking: Ranking
@@ -350,16 +351,16 @@ class Recommender:
     def _count_learners(self) -> Iterator[tuple[str, np.ndarray]]:
         for learner, clients in sorted(self.seats.items()):
             shards = (self._data.shard(client) for client in clients)
-            total = np.zeros(len(self.items), np.int64)
+            total = np.zeros(self.items.trained, np.int64)
             for shard in shards:
-                total += shard.counts(len(self.items))
+                total += shard.counts(self.items.trained)
             yield learner, total
 
-    async def _read(self, client: str) -> Histories:
+    async def read_client(self, client: str) -> Histories:
         """Of a client of the run; from disk where it was not asked for lately."""
         if client not in self._histories:
             shard = await asyncio.to_thread(self._data.shard, client)
-            self._histories[client] = Histories(shard, len(self.items))
+            self._histories[client] = Histories(shard, self.items.trained)
             if len(self._histories) > self._args.shards:
                 self._histories.popitem(last=False)
         self._histories.move_to_end(client)

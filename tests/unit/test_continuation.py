@@ -328,7 +328,7 @@ def test_the_new_run_serves_what_came_before_and_after(place: Path) -> None:
     histories = []
     for name in ("tiny", "tiny-1"):
         whole = open_whole(Args(run=str(place / "runs" / name), round=0))
-        own = asyncio.run(whole._read("c0"))
+        own = asyncio.run(whole.read_client("c0"))
         later = asyncio.run(whole.events.later("c0", user))
         found = own.find(user, "now", later)
         assert found is not None
