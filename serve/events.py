@@ -104,7 +104,7 @@ class Events:
                 raise Refusal(422, "bad_timestamp", why, f"events.{place}.timestamp")
         strange = ~np.isin(np.array([event.item_id for event in events]), self._item_ids)
         if strange.any():
-            # an item that came after the training is in no prepared data, so it cannot be trained on
+            # one that came after the training is in no prepared data, so it could not be trained on
             where = f"events.{int(strange.argmax())}.item_id"
             raise Refusal(404, "unknown_item", "the training data have no such item", where)
         places_of: dict[str, list[int]] = {}
