@@ -291,6 +291,41 @@ def rollback(
     tell(f"{run}: {what} is to be served")
 
 
+@app.command("continue")
+def continue_(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run's folder or URI.")],
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Rounds to train; 1 if not said.", show_default=False)
+    ] = None,
+    events: Annotated[
+        str | None,
+        typer.Option(help="The folder of the events, if the service has events=FOLDER."),
+    ] = None,
+) -> None:
+    """Train on with the events that came over POST /v1/events since.
+
+    It begins with the served round and makes a new run beside RUN: demo-1
+    beside demo, demo-2 after it. Each event becomes a training interaction
+    of its client, once: what demo-1 has taken demo-2 will not take again.
+    What is held out for validation and test stays the same, with the same
+    histories before it, so that scores can be compared. RUN itself stays as
+    it is and can be served meanwhile; then serve the new one.
+
+    An interrupted one goes on with the same command.
+    """
+    from fellray.jobs.continuation import continue_run
+    from fellray.platform.run import read_run
+
+    with interruptible("the same command goes on after the last round that was printed"):
+        summary = continue_run(run, rounds, events, tell)
+    show_summary(summary)
+    old = read_run(run).storage
+    new = old.beside(str(summary["run"]))
+    tell(f"Report: {new}/report.html")
+    tokens = f" tokens={quote(str(old))}" if old.exists("tokens.json") else ""
+    tell(f"Next: fellray serve {quote(str(new))}{tokens}")
+
+
 @app.command()
 def scale(
     folder: Annotated[

@@ -38,6 +38,10 @@ def train(config: RunConfig) -> dict[str, Any]:
         Display(config, str(run.storage), run.to_go(), run.events) as display,
     ):
         telemetry = RunTelemetry(config)
+        if (t := run.without_row()) is not None:  # another run's state, on this one's data
+            scores = plant.replayed(Plant.evaluate, t, 1, config.evaluation.max_users)
+            outcome = Outcome((), scores)
+            display.show(run.record(t, outcome, plant.close_ledger(), plant.take_events()))
         for t in run.to_go():
             outcome = plant.replayed(one_round, t, config)
             row = run.commit(t, outcome, plant.close_ledger(), plant.take_events())

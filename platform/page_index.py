@@ -58,11 +58,11 @@ class PageIndex:
         for one in manifest.files if manifest else ():
             self._take_out(round, one, [c for c in one.clients if c in clients])
 
-    def owners(self, round: int) -> set[str]:
-        """Who has a page up to a round."""
+    def owners(self, round: int, name: str | None = None) -> set[str]:
+        """Who has a page up to a round. Args: name: of this tensor; None: of any."""
         return {
             client
-            for of_name in self._pages.values()
+            for of_name in ([self._pages.get(name, {})] if name else self._pages.values())
             for client, held in of_name.items()
             if held and held[0][0] <= round
         }

@@ -89,16 +89,17 @@ class Reader:
         self._samples = [own.samples_of((s.client for s in of), usual) for of in seats.values()]
         self._steps = [-(-samples // size) for samples in self._samples]
         self._slot_of_shard = [s for s, shards in enumerate(seats.values()) for _ in shards]
-        bases = np.cumsum([0, *(len(shard.items) for shard in self.shards)])
-        self._items = np.concatenate([shard.items for shard in self.shards])
+        readable = [shard.readable() for shard in self.shards]
+        bases = np.cumsum([0, *(len(shard.items) for shard in readable)])
+        self._items = np.concatenate([shard.items for shard in readable])
         self._first = np.concatenate(
             [
                 base + np.repeat(shard.offsets[:-1], np.diff(shard.offsets))
-                for base, shard in zip(bases, self.shards, strict=False)
+                for base, shard in zip(bases, readable, strict=False)
             ]
         )
         self._shard = np.repeat(np.arange(len(self.shards)), np.diff(bases))
-        targets = [b + s.train_targets() for b, s in zip(bases, self.shards, strict=False)]
+        targets = [b + s.train_targets() for b, s in zip(bases, readable, strict=False)]
         self._targets = [
             np.concatenate(
                 [t for t, of in zip(targets, self._slot_of_shard, strict=True) if of == i]

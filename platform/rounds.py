@@ -107,6 +107,11 @@ class Rounds:
         self._where.learn(round)
         return sorted(self._where.index.owners(round) - {EVERYONE})
 
+    def owners(self, round: int, name: str) -> list[str]:
+        """Sorted ids of all that have a page of a tensor up to a committed round; EVERYONE too."""
+        self._where.learn(round)
+        return sorted(self._where.index.owners(round, name))
+
     def expect(self, round: int, staged: Iterable[Staged]) -> None:
         """Files that are staged, here or elsewhere, for a round that is not committed yet.
 

@@ -5,7 +5,8 @@ their state, then the records are appended, then the manifest is renamed into pl
 happened. Records of rounds that did not happen are dropped when the run is opened again.
 
 Layout: config.json, own.json, environment.json, metrics.jsonl, ledger.jsonl, rounds/NNNNNN/,
-summary.json, costs.json, report.html, adapters/; serving adds serving.json, tokens.json, items/.
+summary.json, costs.json, report.html, adapters/. A run that is served, or goes on in another, has
+serving.json, tokens.json, items/, events/, continuation.json, origin.json as well.
 """
 
 import hashlib
@@ -96,6 +97,29 @@ class Run:
             The round's row of metrics.jsonl.
         """
         carried = self._mended(lambda: self.rounds.carry(round, outcome.staged))
+        row = self.record(round, outcome, ledger, events)
+        self._still_locked()
+        staged = [*outcome.staged, *carried]
+        self.rounds.commit(round, staged, {"data_sha256": self._data_sha256})
+        self._best = self._best_of([row], self._best) if self._best else self._read_best()
+        keep = [0, self._best[0], *read_promotion(self.storage).rounds]
+        self._mended(lambda: self.rounds.prune(self.config.keep_last, keep))
+        return row
+
+    def without_row(self) -> int | None:
+        """The last committed round, where nothing was recorded of it: another run made it."""
+        latest = self.rounds.latest()
+        told = {row["round"] for row in self.journal.rows("metrics")}
+        return None if latest in told else latest
+
+    def record(
+        self, round: int, outcome: Outcome, ledger: Sequence[LedgerRow], events: Sequence[str]
+    ) -> dict[str, Any]:
+        """Add a round's rows to the records.
+
+        Returns:
+            That of metrics.jsonl.
+        """
         now = time.monotonic()
         row = {"round": round, "seconds": round_seconds(now - self._clock)}
         row |= _describe(outcome) | {
@@ -107,13 +131,12 @@ class Run:
         self._clock = now
         self.journal.record("metrics", [row])
         self.journal.record("ledger", [{"round": round, **vars(entry)} for entry in ledger])
-        self._still_locked()
-        staged = [*outcome.staged, *carried]
-        self.rounds.commit(round, staged, {"data_sha256": self._data_sha256})
-        self._best = self._best_of([row], self._best) if self._best else self._read_best()
-        keep = [0, self._best[0], *read_promotion(self.storage).rounds]
-        self._mended(lambda: self.rounds.prune(self.config.keep_last, keep))
         return row
+
+    def is_finished(self) -> bool:
+        """Whether its last round is trained and its summary is written."""
+        done = (self.rounds.latest() or 0) >= self.config.train.rounds
+        return done and self.storage.exists("summary.json")
 
     def best_round(self) -> int:
         """The round with the best validation by `evaluation.select`; the earliest among equals."""

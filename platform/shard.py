@@ -9,6 +9,15 @@ from typing import Literal
 
 import numpy as np
 
+LATER = 3
+"""The split of what a user met after the data were first prepared. It is trained on and counted;
+what is held out came before it, so no history of an evaluation has it."""
+
+
+def is_training(splits: np.ndarray) -> np.ndarray:
+    """Which rows are trained on and counted: bool, like `splits`."""
+    return np.isin(splits, (0, LATER))
+
 
 @dataclass(frozen=True)
 class Held:
@@ -39,17 +48,33 @@ class Shard:
     items: np.ndarray
     """int32 [N], indices of items"""
     splits: np.ndarray
-    """uint8 [N], 0 training, 1 validation, 2 test"""
+    """uint8 [N], 0 training, 1 validation, 2 test, LATER"""
 
     def counts(self, num_items: int) -> np.ndarray:
         """int64 [I]: how often each item occurs in this client's training split."""
-        return np.bincount(self.items[self.splits == 0], minlength=num_items)
+        return np.bincount(self.items[is_training(self.splits)], minlength=num_items)
 
     def train_targets(self) -> np.ndarray:
         """int64 [M]: rows of the training split with an earlier one of the same user."""
-        usable = self.splits == 0
+        usable = is_training(self.splits)
         usable[self.offsets[:-1]] = False
         return np.flatnonzero(usable)
+
+    def readable(self) -> "Shard":
+        """The rows that training may read: without those held out, where training follows them.
+
+        A row that is trained on has then nothing held out in its history.
+        """
+        if not (self.splits == LATER).any():
+            return self
+        kept = is_training(self.splits)
+        return Shard(
+            self.client,
+            self.users,
+            np.concatenate([[0], np.cumsum(kept)])[self.offsets],
+            self.items[kept],
+            self.splits[kept],
+        )
 
     def history(self, n: int, max_history: int) -> np.ndarray:
         """int32, at most max_history: the same user's items before row n, oldest first."""

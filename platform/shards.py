@@ -24,7 +24,7 @@ import torch
 from fellray.platform.config import DataConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.interactions import Interactions
-from fellray.platform.shard import Shard
+from fellray.platform.shard import LATER, Shard, is_training
 
 _VERSION = 1
 _MANIFEST = "manifest.json"
@@ -39,6 +39,7 @@ def write(
     encoder_name: str,
     encoder_sha256: str,
     vectors_ID: np.ndarray,
+    events: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes the prepared folder `config.path` and returns its manifest.
 
@@ -50,6 +51,7 @@ def write(
         splits: uint8 [N], as `interactions.split` gives them.
         clients: client id -> its users' ids, as `partition.partition` gives them.
         vectors_ID: float32 [I, D], unit rows, one per row of `interactions.items`.
+        events: plain JSON data, which of the clients' events are among the interactions.
 
     Raises:
         FellrayError: a client has nothing to train on, or `config.path` is something else than a
@@ -74,7 +76,7 @@ def write(
     place = np.searchsorted(users, interactions.user_id).clip(max=len(users) - 1)
     kept = users[place] == interactions.user_id
     item = np.searchsorted(interactions.items["item_id"].to_numpy(), interactions.item_id)
-    popularity = np.bincount(item[kept & (splits == 0)], minlength=num_items)
+    popularity = np.bincount(item[kept & is_training(splits)], minlength=num_items)
     # A stable sort: within a client the rows stay sorted by (user, seq).
     rows = np.flatnonzero(kept)
     rows = rows[np.argsort(owner[place[rows]], kind="stable")]
@@ -122,6 +124,7 @@ def write(
                 "dim": vectors_ID.shape[1],
             },
             "clients": entries,
+            **({"events": dict(events)} if events else {}),
         }
         text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
         (fresh / _MANIFEST).write_text(text, encoding="utf-8")
@@ -187,15 +190,9 @@ class Dataset:
         """One client's interactions.
 
         Raises:
-            FellrayError: there is no such client, or its file is missing or damaged.
+            FellrayError: as `rows`.
         """
-        if client not in self.manifest["clients"]:
-            near = difflib.get_close_matches(client, self.clients, n=1, cutoff=0)[0]
-            raise FellrayError(
-                f"{self._path}: has no client {client!r}; it has {len(self.clients)} clients, the "
-                f"nearest name is {near!r}"
-            )
-        table = self._read_table(self.manifest["clients"][client])
+        table = self.rows(client)
         users, starts = np.unique(table["user_id"].to_numpy(), return_index=True)
         return Shard(
             client=client,
@@ -204,6 +201,20 @@ class Dataset:
             items=table["item"].to_numpy(),
             splits=table["split"].to_numpy(),
         )
+
+    def rows(self, client: str) -> pa.Table:
+        """One client's interactions as they are stored: user_id, item, timestamp, split.
+
+        Raises:
+            FellrayError: there is no such client, or its file is missing or damaged.
+        """
+        if client not in self.manifest["clients"]:
+            near = difflib.get_close_matches(client, self.clients, n=1, cutoff=0)[0]
+            raise FellrayError(
+                f"{self._path}: has no client {client!r}; it has {len(self.clients)} clients, the "
+                f"nearest name is {near!r}"
+            )
+        return self._read_table(self.manifest["clients"][client])
 
     def _read_table(self, entry: Mapping[str, Any]) -> pa.Table:
         try:
@@ -285,4 +296,5 @@ def _write(file: Path, raw: bytes) -> str:
 
 
 def _count_splits(split: np.ndarray) -> dict[str, int]:
-    return dict(zip(_SPLITS, np.bincount(split, minlength=3).tolist(), strict=True))
+    known = np.where(split == LATER, 0, split)
+    return dict(zip(_SPLITS, np.bincount(known, minlength=3).tolist(), strict=True))

@@ -74,6 +74,24 @@ class Storage:
         base, mark, query = self.uri.partition("?") if _URI.match(self.uri) else (self.uri, "", "")
         return Storage(f"{base.rstrip('/')}/{folder}{mark}{query}", self._given)
 
+    def name(self) -> str:
+        """Of the folder itself."""
+        return self._parts()[1]
+
+    def parent(self) -> str:
+        """The URI of the folder that this one lies in."""
+        above, _, query = self._parts()
+        return above + query
+
+    def beside(self, folder: str) -> "Storage":
+        """The storage of a folder next to this one."""
+        return Storage(self.parent(), self._given).sub(folder)
+
+    def local(self, path: str = "") -> str | None:
+        """Where it lies on this machine's disks, shared ones too; None behind anything else."""
+        filesystem, full = self._locate(path)
+        return full if isinstance(filesystem, LocalFileSystem) else None
+
     def read(self, path: str) -> bytes:
         """The whole file."""
         filesystem, full = self._locate(path)
@@ -190,6 +208,12 @@ class Storage:
         if isinstance(filesystem, LocalFileSystem):
             return is_file_held(full)
         return is_object_held(self, path)
+
+    def _parts(self) -> tuple[str, str, str]:
+        """The folder above, its own name, and what follows in a URI."""
+        base, mark, query = self.uri.partition("?") if _URI.match(self.uri) else (self.uri, "", "")
+        above, _, name = base.rstrip("/").rpartition("/")
+        return above or "/", name, mark + query
 
     def _locate(self, path: str) -> tuple[FileSystem, str]:
         _check_parts(path)

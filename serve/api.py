@@ -28,8 +28,10 @@ from fellray.serve.schema import (
     Answers,
     ClientState,
     Item,
+    NewEvents,
     Queries,
     Query,
+    Receipt,
     RunStates,
     State,
 )
@@ -69,6 +71,13 @@ def make_api(
         clients = [query.client for query in queries.queries]
         check(request, recommender.has_client, clients, "queries.{}.client")
         return Answers(answers=await recommender.recommend(queries.queries))
+
+    @api.post("/v1/events", dependencies=asked, responses=guarded | refusals(409))
+    async def add_events(body: NewEvents, request: Request) -> Receipt:
+        """New interactions: stored once each, and part of their users' next request."""
+        clients = [event.client for event in body.events]
+        check(request, recommender.has_client, clients, "events.{}.client")
+        return await recommender.events.add(body.events)
 
     @api.get("/v1/items/{id}", dependencies=asked, responses=refusals(401, 404, 413, 422, 429))
     async def find_item(id: Annotated[int, Path(ge=-(2**63), lt=2**63)]) -> Item:

@@ -20,6 +20,9 @@ class Args(BaseModel):
     or the last one. Both are followed while the run goes on. A number: this round and no other."""
     tokens: str | None = None
     """The folder or URI that holds `tokens.json`; by default the run's."""
+    events: str | None = None
+    """The folder, on a disk that all replicas share, for new interactions; by default the run's, or
+    that of the run that this one continues."""
     recommenders: int = Field(default=1, ge=1)
     """Replicas of the private side: bottom, top, adapters, ranking."""
     most_recommenders: int | None = Field(default=None, ge=1)

@@ -99,7 +99,7 @@ def add_browsing(
     ) -> Past:
         """What a user met."""
         own = await _read(recommender, id, request)
-        found = own.find(user_id, "now")
+        found = own.find(user_id, "now", await recommender.events.later(id, user_id))
         if found is None:
             raise Refusal(404, "unknown_user", "the client has no such user", "user_id")
         met, items = found[0], recommender.items

@@ -6,10 +6,12 @@ It must not know requests, rounds or models. Shapes: I items.
 import numpy as np
 import torch
 
-from fellray.platform.shard import Shard
+from fellray.platform.shard import LATER, Shard
 from fellray.serve.schema import AsOf
 
-_SPLIT = {"valid": 1, "test": 2, "now": 3}
+_SPLIT = {"valid": 1, "test": 2, "now": LATER + 1}
+NOTHING = np.empty(0, np.int64)
+"""No items."""
 
 
 class Histories:
@@ -31,11 +33,18 @@ class Histories:
         """int64: how many interactions each of them has."""
         return np.diff(self._shard.offsets)
 
-    def find(self, user_id: int, as_of: AsOf) -> tuple[np.ndarray, np.ndarray] | None:
+    def find_strangers(self, user_ids: np.ndarray) -> np.ndarray:
+        """Which of these are no users of the client: their places."""
+        return np.flatnonzero(~np.isin(user_ids, self._shard.users))
+
+    def find(
+        self, user_id: int, as_of: AsOf, later: np.ndarray = NOTHING
+    ) -> tuple[np.ndarray, np.ndarray] | None:
         """What a user met, oldest first, and what of it is not recommended; None: no such user.
 
-        Both are indices of items. In evaluation's view an item that is the truth as well stays a
-        candidate, as in `platform.shard.Held`.
+        `later` is what the user met since the data were prepared, and is met last. All are indices
+        of items. In evaluation's view an item that is the truth as well stays a candidate, as in
+        `platform.shard.Held`.
         """
         users = self._shard.users
         at = int(np.searchsorted(users, user_id))
@@ -44,5 +53,6 @@ class Histories:
         rows = slice(int(self._shard.offsets[at]), int(self._shard.offsets[at + 1]))
         items, splits = self._shard.items[rows].astype(np.int64), self._shard.splits[rows]
         split = _SPLIT[as_of]
-        met, truth = items[splits < split], items[splits == split]
+        met = np.concatenate([items[splits < split], later])
+        truth = items[splits == split]
         return met, met[~np.isin(met, truth)]

@@ -24,6 +24,7 @@ from fellray.platform.encoder import load_backbone, load_tokenizer
 from fellray.platform.errors import FellrayError
 from fellray.platform.messages import Activation, StaleLease
 from fellray.platform.middle import Middle
+from fellray.platform.origin import event_folder
 from fellray.platform.run import read_run
 from fellray.platform.shards import Dataset
 from fellray.platform.split import plan_cut
@@ -31,7 +32,8 @@ from fellray.serve.args import Args
 from fellray.serve.blends import EVERYBODY, Blends, name_blend
 from fellray.serve.catalogue import Catalogue
 from fellray.serve.ends import Crossing, Ends, Question
-from fellray.serve.histories import Histories
+from fellray.serve.events import Events
+from fellray.serve.histories import NOTHING, Histories
 from fellray.serve.items import Items, Reading
 from fellray.serve.ladder import Counts, Known, Layer, choose_layer, find_nearest, stack_counts
 from fellray.serve.ranking import Choice, Ranking, rank
@@ -114,6 +116,9 @@ class Recommender:
         self._anybodys_T = torch.from_numpy(anybodys).float().log1p()
         self._histories: OrderedDict[str, Histories] = OrderedDict()
         """Longest unused first."""
+        folder = event_folder(run.storage, args.events)
+        self.events = Events(folder, data, self.read_client, args.shards)
+        """What users met since the data were prepared."""
         self._counting = threading.Lock()
         self._counts: Counts | None = None
         self._crossings: WeakKeyDictionary[Crossing, asyncio.Task[list[Ranking]]] = (
@@ -154,6 +159,7 @@ class Recommender:
     def close(self) -> None:
         """Finish what is queued and end the threads."""
         self._watch.close()
+        self.events.close()
         self.catalogue.close()
         self._batcher.close()
 
@@ -269,7 +275,9 @@ class Recommender:
         items = self.items
         width = len(items)
         if isinstance(query, ByUser):
-            found = own.find(query.user_id, query.as_of) if own else None
+            now = own is not None and query.as_of == "now"
+            later = await self.events.later(query.client, query.user_id) if now else NOTHING
+            found = own.find(query.user_id, query.as_of, later) if own else None
             if found is None:
                 raise Refusal(404, "unknown_user", "the client has no such user", "user_id")
             history, seen = found

@@ -16,6 +16,7 @@ MOST_HISTORY = 1000
 MOST_ITEMS = 10_000
 MOST_QUERIES = 64
 MOST_K = 1000
+MOST_EVENTS = 500
 
 Id = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
 Name = Annotated[str, Field(strict=True, min_length=1, max_length=200)]
@@ -82,6 +83,33 @@ class Queries(Closed):
     """Several queries, answered from one round."""
 
     queries: Annotated[list[Query], Field(min_length=1, max_length=MOST_QUERIES)]
+
+
+class NewEvent(Closed):
+    """A user met an item."""
+
+    event_id: Name
+    """Yours; unique within the client. Sent again, it is stored once."""
+    client: Name
+    user_id: Id
+    item_id: Id
+    timestamp: Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+    """Seconds since 1970."""
+
+
+class NewEvents(Closed):
+    """Several events of one or more clients; all are stored, or none."""
+
+    events: Annotated[list[NewEvent], Field(min_length=1, max_length=MOST_EVENTS)]
+
+
+class Receipt(Closed):
+    """All events of the request are on the disk."""
+
+    stored: int
+    """New ones."""
+    known: int
+    """Those that were stored before."""
 
 
 class Place(Closed):

@@ -183,6 +183,20 @@ def test_refusals(service: Service) -> None:
         assert refused("POST", path, body) == (422, code, field), body
 
 
+def test_an_event_is_part_of_the_next_request(service: Service, tiny_data: Path) -> None:
+    user = int(Dataset(tiny_data).shard("c0").users[0])
+    query = {"client": "c0", "user_id": user}
+    before = service.ask("POST", "/v1/recommend", query, service.own)[1]["items"][0]["item_id"]
+    event = {"event_id": "one", **query, "item_id": before, "timestamp": 1_700_000_000}
+    for told in ({"stored": 1, "known": 0}, {"stored": 0, "known": 1}):
+        answer = service.ask("POST", "/v1/events", {"events": [event]}, service.own)
+        assert answer == (200, told)
+    after = service.ask("POST", "/v1/recommend", {**query, "k": 50}, service.own)[1]["items"]
+    assert before not in [item["item_id"] for item in after]
+    other = {"events": [{**event, "client": "c1"}]}
+    assert service.ask("POST", "/v1/events", other, service.own)[0] == 403
+
+
 def test_a_round_is_taken_over_while_it_answers(service: Service) -> None:
     storage = read_run(service.folder).storage
     query = {"client": "c0", "history": ["word01", "word02 word03"]}

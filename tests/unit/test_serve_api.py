@@ -515,6 +515,7 @@ def test_the_document_says_what_is_served(asked: Asked) -> None:
     } == {
         "/v1/recommend": ["post"],
         "/v1/recommend/batch": ["post"],
+        "/v1/events": ["post"],
         "/v1/items": ["get", "post"],
         "/v1/items/{id}": ["get"],
         "/v1/clients": ["get"],

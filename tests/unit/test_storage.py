@@ -105,6 +105,19 @@ def test_the_uri_s_query_stays_behind_and_secrets_are_not_shown() -> None:
     assert "hidden" not in str(caught.value)
 
 
+def test_the_folder_next_to_it(tmp_path: Path) -> None:
+    bucket = Storage("s3://bucket/runs/one?region=eu")
+    assert (bucket.name(), bucket.parent()) == ("one", "s3://bucket/runs?region=eu")
+    assert bucket.beside("two").uri == "s3://bucket/runs/two?region=eu"
+    here = Storage(f"{tmp_path}/runs/one/")
+    assert here.beside("two").uri == f"{tmp_path}/runs/two"
+    assert here.local("events") == f"{tmp_path}/runs/one/events"
+    assert Storage(f"file://{tmp_path}/one").local() == f"{tmp_path}/one"
+    assert memory(tmp_path).local("events") is None
+    with pytest.raises(FellrayError, match="must stay inside"):
+        here.beside("../two")
+
+
 @pytest.mark.parametrize("path", ["../x", "/etc/x", "a/../../x"])
 def test_nothing_leaves_the_folder(path: str, storage: Storage) -> None:
     with pytest.raises(FellrayError, match="must stay inside"):
