@@ -137,6 +137,8 @@ class GradientSum:
 class Bank:
     """The adapters of S clients for one part of the model, and one AdamW state for each.
 
+    Where nobody trains a bank holds the values alone, a quarter of that.
+
     What is behind a slot's own rank is zero and stays so: with A's row and B's column zero, either
     gradient has the other as a factor, so values and moments take steps of exactly zero.
     """
@@ -145,20 +147,23 @@ class Bank:
         self,
         sites: Sequence[Site],
         spec: LoraSpec,
-        train: TrainConfig,
+        train: TrainConfig | None,
         num_slots: int,
         device: torch.device | None = None,
     ):
-        """Args: spec: `r` is the largest rank, and every slot's until `set_ranks`."""
+        """Args: spec: `r` is the largest rank, and every slot's until `set_ranks`. train: None:
+        nobody trains."""
         self._train = train
         self.spec = spec
         self.ranks_S = torch.full((num_slots,), spec.r, device=device)
         self._mixed = False
-        self.gradient = GradientSum(sites, spec.r, num_slots, device)
-        self.values_SP = torch.zeros_like(self.gradient.total_SP)
-        self.moment1_SP = torch.zeros_like(self.values_SP)
-        self.moment2_SP = torch.zeros_like(self.values_SP)
-        self.steps_S = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        size = sum(site.num_parameters(spec.r) for site in sites)
+        trained = num_slots if train else 0
+        self.gradient = GradientSum(sites, spec.r, trained, device)
+        self.values_SP = torch.zeros(num_slots, size, device=device)
+        self.moment1_SP = torch.zeros(trained, size, device=device)
+        self.moment2_SP = torch.zeros(trained, size, device=device)
+        self.steps_S = torch.zeros(trained, dtype=torch.int64, device=device)
         self._values = views(self.values_SP, sites, spec.r)
 
     def set_ranks(self, slots_s: Tensor, ranks: Sequence[int]) -> None:
@@ -189,6 +194,7 @@ class Bank:
 
     def _step(self, slots_s: Tensor) -> None:
         c = self._train
+        assert c is not None, "nobody trains"
         gradient = self.gradient.total_SP[slots_s]
         self.gradient.total_SP[slots_s] = 0.0
         if c.clip is not None:
@@ -220,7 +226,8 @@ class Bank:
         """Put slots to the rows of a `state`, in their order, values cut to each slot's rank; what
         it does not hold starts anew."""
         place = _place(slots_s)
-        self.gradient.total_SP[place] = 0.0
+        if self._train:
+            self.gradient.total_SP[place] = 0.0
         for name, tensor in self._tensors().items():
             tensor[place] = state[name].to(tensor.device) if name in state else tensor.new_zeros(())
         if self._mixed:
@@ -228,6 +235,8 @@ class Bank:
             cut_(self._values, slots, self.ranks_S[slots])
 
     def _tensors(self) -> dict[str, Tensor]:
+        if not self._train:
+            return {"values": self.values_SP}
         return {
             "values": self.values_SP,
             "moment1": self.moment1_SP,

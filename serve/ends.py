@@ -81,7 +81,7 @@ class Ends:
         lora = config.model.lora
         self._ends = (parts.bottom.to(device), parts.top.to(device), items.tokens.pad)
         self._slots = Slots(
-            lambda slots: Bank(sites, lora, config.train, slots, device),
+            lambda slots: Bank(sites, lora, None, slots, device),
             "client",
             False,
             rounds,
@@ -94,6 +94,13 @@ class Ends:
         self._config = config
         self._kept = kept
         self._rows = rows
+        self.asked = 0
+        """Questions that have risen so far."""
+
+    @property
+    def loaded(self) -> int:
+        """Adapters that had to be read for them."""
+        return self._slots.loaded
 
     @torch.no_grad()
     def rise(self, questions: Sequence[Question]) -> list[tuple[Crossing, int] | Exception]:
@@ -145,6 +152,7 @@ class Ends:
         ids_L = torch.cat([question.ids_L for question in questions])
         rows = Rows(lengths_N, self._config.model.pad_multiple, self._device)
         slots = self._slots.hold(questions[0].round, learners)
+        self.asked += len(questions)
         slot_N = slots[own_N].to(self._device)
         h_Ld, used = self._tower().rise(rows, ids_L.to(self._device), slot_N, False)
         activation = Activation(
