@@ -116,9 +116,15 @@ class Ends:
         return [found[at] for at in range(len(questions))]
 
     @torch.no_grad()
-    def finish(self, sent: Sequence[tuple[Crossing, np.ndarray]]) -> list[list[Ranking]]:
-        """Rankings of each crossing's questions, given hidden states at the upper cut [L, d]."""
-        return [self._finish(crossing, output) for crossing, output in sent]
+    def finish(self, crossing: Crossing, output: np.ndarray) -> list[Ranking]:
+        """Rankings of a crossing's questions, given hidden states at the upper cut [L, d]."""
+        y_Ld = from_dlpack(output).to(self._device)
+        u_Nd = self._tower().finish(crossing.rows, y_Ld, crossing.used)
+        scores_NI = compare(u_Nd, self._vectors_Id, self._config.model.temperature)
+        for scores_I, question in zip(scores_NI, crossing.questions, strict=True):
+            if question.prior_I is not None:
+                scores_I += question.prior_I.to(self._device)
+        return rank(scores_NI, [question.choice for question in crossing.questions])
 
     def _deal(self, questions: Sequence[Question], places: Sequence[int]) -> Iterator[list[int]]:
         """As many at a time as there are rows, and as there is room for adapters."""
@@ -166,15 +172,6 @@ class Ends:
             h_Ld=h_Ld.cpu().numpy(),
         )
         return Crossing(activation, questions, rows, used)
-
-    def _finish(self, crossing: Crossing, output: np.ndarray) -> list[Ranking]:
-        y_Ld = from_dlpack(output).to(self._device)
-        u_Nd = self._tower().finish(crossing.rows, y_Ld, crossing.used)
-        scores_NI = compare(u_Nd, self._vectors_Id, self._config.model.temperature)
-        for scores_I, question in zip(scores_NI, crossing.questions, strict=True):
-            if question.prior_I is not None:
-                scores_I += question.prior_I.to(self._device)
-        return rank(scores_NI, [question.choice for question in crossing.questions])
 
     def _tower(self) -> Tower:
         return Tower(*self._ends, self._slots.bank)
