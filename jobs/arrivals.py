@@ -33,5 +33,5 @@ def draw_owners(count: int, weights: np.ndarray, seed: int) -> np.ndarray:
     """Whose each of `count` requests is: int64 places in `weights`."""
     draw = np.random.default_rng([seed, 1])
     # by the inverse of the distribution: a longer run begins like a shorter one
-    found = np.searchsorted(weights.cumsum(), draw.random(count), side="right")
-    return found.clip(max=len(weights) - 1)
+    found: np.ndarray = np.searchsorted(weights.cumsum(), draw.random(count), side="right")
+    return np.minimum(found, len(weights) - 1)

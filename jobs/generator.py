@@ -4,13 +4,11 @@ It is told what to do line by line on its standard input, and answers the same w
 what serves.
 """
 
-import asyncio
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -74,7 +72,8 @@ class Generator:
         Raises:
             FellrayError: the process is gone.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         order = {"order": [int(place) for place in load.order]}
         told = {
             "target": asdict(target),
@@ -101,7 +100,8 @@ class Generator:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()

@@ -38,7 +38,7 @@ async def run_open(
     target: Target, requests: Sequence[bytes], order: np.ndarray, times: np.ndarray
 ) -> tuple[Fates, Tally]:
     """Send `requests[order[i]]` at `times[i]` seconds from now, whatever happened to the others."""
-    loop = asyncio.get_running_loop()
+    asyncio.get_running_loop()
     fates = Fates()
     idle: list[Connection] = []
     room = asyncio.Semaphore(MOST_CONNECTIONS)
@@ -77,7 +77,7 @@ async def run_closed(
     Args:
         order: what is asked, place after place, over and over.
     """
-    loop = asyncio.get_running_loop()
+    asyncio.get_running_loop()
     fates = Fates()
     which = order.tolist()
     sent = 0

@@ -53,6 +53,7 @@ def count_load(
 
 def find_quantile(ascending: Sequence[float], share: float) -> float:
     """The smallest value that at least this share of all values does not exceed (nearest rank)."""
-    assert ascending and 0 < share <= 1
+    assert ascending
+    assert 0 < share <= 1
     # 0.99 * 100 is more than 99 in floating point
     return ascending[max(0, math.ceil(round(share * len(ascending), 9)) - 1)]

@@ -45,7 +45,8 @@ class Connection(asyncio.Protocol):
         Raises:
             ConnectionError: it was closed before the answer was whole.
         """
-        assert self._transport is not None and self._waiting is None
+        assert self._transport is not None
+        assert self._waiting is None
         if not self.open:
             raise ConnectionResetError("closed between two requests")
         self._waiting = asyncio.get_running_loop().create_future()

@@ -119,8 +119,8 @@ def make_api(
         caller: Caller = request.scope[CALLER]
         if caller.client is not None:
             raise Refusal(403, "not_allowed", "metrics are the operator's")
-        gauges = recommender.gauges()
-        return PlainTextResponse(counters.render(gauges, labels), media_type=_PROMETHEUS)
+        text = counters.render(recommender.gauges(), labels, recommender.totals())
+        return PlainTextResponse(text, media_type=_PROMETHEUS)
 
     _explain(api)
     api.add_middleware(

@@ -7,6 +7,7 @@ import threading
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
+from types import MappingProxyType
 
 BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 """Upper ends of the latency histogram's bins, seconds."""
@@ -28,11 +29,17 @@ class Counters:
             self._bins[bisect_left(BOUNDS_S, seconds)] += 1
             self._seconds += seconds
 
-    def render(self, gauges: Mapping[str, float], labels: Mapping[str, str]) -> str:
+    def render(
+        self,
+        gauges: Mapping[str, float],
+        labels: Mapping[str, str],
+        totals: Mapping[str, float] = MappingProxyType({}),
+    ) -> str:
         """The exposition format, version 0.0.4.
 
         Args:
             gauges: further values by name.
+            totals: further counts by name.
             labels: on every line; neither quotes nor backslashes in them.
         """
         own = "".join(f',{name}="{value}"' for name, value in labels.items())
@@ -52,4 +59,7 @@ class Counters:
         lines.append(f"fellray_serve_request_seconds_count{plain} {total}")
         for name, value in sorted(gauges.items()):
             lines += [f"# TYPE fellray_serve_{name} gauge", f"fellray_serve_{name}{plain} {value}"]
+        for name, value in sorted(totals.items()):
+            name = f"fellray_serve_{name}_total"
+            lines += [f"# TYPE {name} counter", f"{name}{plain} {value}"]
         return "\n".join(lines) + "\n"

@@ -56,13 +56,12 @@ class Ferry:
             self._loading = asyncio.create_task(self._load())
         return await place
 
-    def gauges(self) -> dict[str, float]:
-        """What it did so far."""
-        ends = self._ends
+    def totals(self) -> dict[str, int]:
+        """What it did so far: `loaded` of the adapters `asked` for were not in memory."""
         return {
-            "adapters_asked": ends.asked,
-            "adapters_loaded": ends.loaded,
-            "batch_size_mean": ends.asked / self._crossings if self._crossings else 0.0,
+            "adapters_asked": self._ends.asked,
+            "adapters_loaded": self._ends.loaded,
+            "crossings": self._crossings,
         }
 
     def close(self) -> None:

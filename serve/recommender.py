@@ -193,8 +193,11 @@ class Recommender:
         return {
             "round": self.served.round,
             "clients_held": self._lookup.held,
-            **self._ferry.gauges(),
         }
+
+    def totals(self) -> dict[str, int]:
+        """What a scrape shows besides: see `Ferry.totals`."""
+        return self._ferry.totals()
 
     async def _answer(self, queries: Sequence[ByUser | ByHistory], served: Served) -> list[Answer]:
         asked = []

@@ -38,7 +38,7 @@ class Trunk:
         self._batcher = Batcher(run.config.server.max_tokens)
         # on the thread that will run it: thread counts belong to a thread
         self._rounds = Blends(run.storage, learners)
-        self._host = self._batcher.call(_make_host, run, args, self._rounds).result()
+        self._host = self._batcher.call(make_host, run, args, self._rounds).result()
 
     async def forward(self, activation: Activation) -> np.ndarray:
         """Hidden states at the upper cut [L, d]; merged with whatever else waits.
@@ -97,7 +97,12 @@ class Trunk:
         return alone
 
 
-def _make_host(run: Run, args: Args, rounds: Blends) -> TrunkHost:
+def make_host(run: Run, args: Args, rounds: Blends) -> TrunkHost:
+    """The host of a run's trunk, with the threads of the application, for whoever calls it.
+
+    Raises:
+        FellrayError: the encoder cannot be loaded.
+    """
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     config = plain_config(run.config)
