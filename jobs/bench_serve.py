@@ -68,21 +68,25 @@ def bench_run(run: str, settings: Settings, say: Say) -> dict[str, Any]:
     questions = [_ask_for(client, user) for client, user in users]
     before = load_average()
     with Generator() as generator, ExitStack() as up:
-        say("three services start", 40)
         with ExitStack() as others:
-            ours = up.enter_context(start_run(run, settings.settings))
-            alone = others.enter_context(start_run(run, [*settings.settings, "rows=1"]))
-            stock = others.enter_context(start_stock())
-            loop, one_ms = _make_loop(run, settings, users)
+            # one after the other: a Ray that starts beside two others may give up
+            say("the service starts", 15)
+            ours = up.enter_context(start_run(run, settings.settings)).wait()
+            say("the unbatched service starts", 15)
+            unbatched = start_run(run, [*settings.settings, "rows=1"])
+            alone = others.enter_context(unbatched).wait()
+            say("stock Serve starts", 10)
+            stock = others.enter_context(start_stock()).wait()
             services = {
-                "service": (ours.wait(), questions),
-                "unbatched": (alone.wait(), questions),
-                "no-op": (ours.wait(), [NOOP]),
-                "stock no-op": (stock.wait(), [Question("GET", "/")]),
+                "service": (ours, questions),
+                "unbatched": (alone, questions),
+                "no-op": (ours, [NOOP]),
+                "stock no-op": (stock, [Question("GET", "/")]),
             }
+            loop, one_ms = _make_loop(run, settings, users)
             arms = _take_turns(services, loop, one_ms, generator, settings, say)
         saturation = spread(arms["service"].throughput).median
-        open_loops = _climb(ours.wait(), questions, saturation, generator, settings, say)
+        open_loops = _climb(ours, questions, saturation, generator, settings, say)
     results = {
         "run": run,
         "model": read_run(run).config.model.name,

@@ -120,7 +120,8 @@ def _arms(results: Mapping[str, Any]) -> Html:
                 "p",
                 "The bare loop ranks the same users in this process, "
                 f"{results['settings']['connections']} at a time: {tokens['median']:.0f} tokens "
-                f"each in the middle, {tokens['low']:.0f} to {tokens['high']:.0f}. One alone takes {one['median']:.1f} ms.",
+                f"each in the middle, {tokens['low']:.0f} to {tokens['high']:.0f}. One "
+                f"alone takes {one['median']:.1f} ms.",
             )
         )
     return section("At saturation", *parts)
