@@ -53,8 +53,10 @@ def describe_front(folder: Path, binary: str) -> dict[str, str]:
     metrics, statistics, fallback, fallback_grpc = find_ports(4)
     return {
         SWITCH: "1",
-        # replicas run our code in their own loop, and calls between them are gRPC
+        # replicas run our code in their own loop
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # a batch's activations are more than gRPC takes, and go through shared memory without it
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # a killed replica's last lines count
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_S),
         OURS: binary,
