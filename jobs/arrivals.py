@@ -19,14 +19,16 @@ def draw_times(rate: float, seconds: float, seed: int) -> np.ndarray:
         gaps = draw.exponential(1 / rate, 64 + int(rate * (seconds - at)))
         times = np.concatenate([times, at + gaps.cumsum()])
         at = float(times[-1])
-    return times[times < seconds]
+    kept: np.ndarray = times[times < seconds]
+    return kept
 
 
 def weigh_zipf(count: int, exponent: float) -> np.ndarray:
     """How often each of `count` is drawn, float64, sums to 1: the k-th in proportion to
     1 / k ** exponent; exponent 0: all alike."""
     weights = np.arange(1, count + 1) ** -float(exponent)
-    return weights / weights.sum()
+    shares: np.ndarray = weights / weights.sum()
+    return shares
 
 
 def draw_owners(count: int, weights: np.ndarray, seed: int) -> np.ndarray:
@@ -34,4 +36,5 @@ def draw_owners(count: int, weights: np.ndarray, seed: int) -> np.ndarray:
     draw = np.random.default_rng([seed, 1])
     # by the inverse of the distribution: a longer run begins like a shorter one
     found: np.ndarray = np.searchsorted(weights.cumsum(), draw.random(count), side="right")
-    return np.minimum(found, len(weights) - 1)
+    last: np.ndarray = np.minimum(found, len(weights) - 1)
+    return last
