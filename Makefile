@@ -10,7 +10,7 @@ demo: setup  ## prepare the demo data, train fellrec, fedavg and local, compare 
 	$(BIN)/fellray compare jobs/demo.yaml --methods fellrec,fedavg,local
 
 test: setup check  ## lint, types, and every everyday test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: setup  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m long

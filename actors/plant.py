@@ -33,6 +33,7 @@ from fellray.platform.host import InProcess
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import Damaged, Installation, LedgerRow, StaleLease, Update
 from fellray.platform.metrics import Score
+from fellray.platform.middle import Middle
 from fellray.platform.own import ALIKE, Own
 from fellray.platform.rounds import EVERYONE, Rounds
 from fellray.platform.sampling import Sampler
@@ -71,7 +72,9 @@ class Plant:
         sites, lora = plan_cut(world.backbone, config.model).sites, config.model.lora
         self._own = world.own
         ends = sites["bottom"] + sites["top"] if config.train.share == "all" else []
-        self._sent_sites = ends + (sites["trunk"] if config.train.share != "none" else [])
+        trunk = sites["trunk"] if config.train.share != "none" else []
+        self._middle = Middle(ends, lora.r)
+        self._sent_sites = ends + (trunk if self._middle.empty else self._middle.without(trunk))
         self._client_columns, self._columns = (
             sum(site.num_parameters(lora.r) for site in own) for own in (ends, self._sent_sites)
         )
@@ -81,6 +84,7 @@ class Plant:
     @classmethod
     def inline(cls, config: RunConfig, world: World, rounds: Rounds) -> "Plant":
         """Everything in this process: for tests and debugging; the same numbers."""
+        config = world.own.settle(config)
         learners, trunk = tuple(sorted(world.seats)), world.trunk_side(config)
         check_servers(config.server.count, len(deal(learners, config.clients.together)))
         servers = InlinePool(
@@ -99,6 +103,7 @@ class Plant:
             FellrayError: not all actors find a place.
         """
         events: list[str] = []
+        config = world.own.settle(config)
         learners = tuple(sorted(world.seats))
         share = config.clients.gpu_denominator
         count = len(deal(learners, config.clients.together))
@@ -153,8 +158,12 @@ class Plant:
         answered = self._servers.report(updates, width < self._columns)
         np.concatenate([update.theta_SP for update in updates], out=whole[:, :width])
         served = answered()
-        np.concatenate([trunk for _, trunk in served], out=whole[:, width:])
-        theta = torch.from_numpy(whole)
+        theta, trunks = torch.from_numpy(whole), [trunk for _, trunk in served]
+        if self._middle.empty:
+            np.concatenate(trunks, out=whole[:, width:])
+        else:
+            held = torch.from_numpy(np.concatenate(trunks))
+            self._middle.join_(theta, held, self._own.cuts_of(learners))
         refused = {c: why for update in updates for c, why in update.refused.items()}
         finite = [usable for their, _ in served for usable in their]
         for learner, usable in zip(learners, finite, strict=True):
@@ -165,7 +174,7 @@ class Plant:
         samples = {c: n for u in updates for c, n in zip(u.clients, u.samples, strict=True)}
         accepted = [c for c in learners if c not in refused]
         # what Ray holds of the answers is as much again
-        del answers, updates, answered, served
+        del answers, updates, answered, served, trunks
         if refused:
             theta = theta[[i for i, c in enumerate(learners) if c not in refused]]
         compared = self._config.method.compares()
@@ -184,14 +193,13 @@ class Plant:
     def install(self, reports: Reports, plan: Plan, mixed_CP: Tensor) -> list[Staged]:
         """Give every accepted learner its row of the mixture, the others their round's start.
 
-        A row is cut to its learner's own rank, in place. A mixture that is everyone's stays whole:
-        each learner cuts what it reads.
+        A row is cut to its learner's own rank, in place, and each side gets what it holds of that
+        learner. A mixture that is everyone's stays whole: each learner cuts what it reads.
 
         Raises:
             StaleLease: a holder lost what it trained: see `replayed`.
         """
         round, accepted = reports.meta.round, reports.meta.clients
-        width = self._client_columns
         common = plan.common and len(accepted) > 0
         refused = set(reports.refused)
         # who is refused has no row; any will do, nobody reads it
@@ -201,25 +209,25 @@ class Plant:
             self._cut_(accepted, mixed_CP)
         sent = mixed_CP if len(accepted) else mixed_CP.new_zeros(1, mixed_CP.shape[1])
 
-        def installation(clients: Sequence[str], columns: slice) -> Installation:
+        def installation(clients: Sequence[str], at_server: bool) -> Installation:
+            rows = [0] if common else [row[c] for c in clients]
+            cuts = None if common or self._middle.empty else self._own.cuts_of(clients)
+            theta = self._part(sent, rows, at_server, cuts).numpy()
             if common:
-                one = sent[:1, columns].numpy()
-                theta = np.broadcast_to(one, (len(clients), one.shape[1]))
-            else:
-                theta = sent[[row[c] for c in clients], columns].numpy()
+                theta = np.broadcast_to(theta, (len(clients), theta.shape[1]))
             here = tuple(c for c in clients if c in refused)
             return Installation(round, tuple(clients), theta, here, common)
 
         client_files = self._clients.ask(
-            "install", [installation(cs, slice(width)) for cs in self._seated(took_part)]
+            "install", [installation(cs, False) for cs in self._seated(took_part)]
         )
         shared = self._config.server.shared_adapter
         server_files = self._servers.install(
             took_part,
-            lambda clients: installation(clients, slice(width, None)),
+            lambda clients: installation(clients, True),
             self._servers.shared_gradient(round, accepted) if shared else None,
         )
-        common_file = self._stage_common(round, common, sent[0])
+        common_file = self._stage_common(round, common, sent[:1])
         return self._expect(round, [*client_files(), *server_files(), common_file])
 
     def sample(self, round: int) -> tuple[str, ...]:
@@ -330,7 +338,13 @@ class Plant:
             return torch.empty(len(clients), 0)
         few, found = deal(clients, WRITTEN), torch.empty(0, 0)
         for at, some in enumerate(few):
-            loaded = torch.cat(list(self._rounds.load(round, some, wanted).values()), dim=1)
+            parts = list(self._rounds.load(round, some, wanted).values())
+            if self._middle.empty:
+                loaded = torch.cat(parts, dim=1)
+            else:
+                loaded = torch.empty(len(some), self._columns)
+                loaded[:, : self._client_columns] = parts[0]
+                self._middle.join_(loaded, parts[1], self._own.cuts_of(some))
             if not at:
                 found = torch.empty(len(clients), loaded.shape[1])
             found[at * WRITTEN : at * WRITTEN + len(some)] = loaded
@@ -344,14 +358,28 @@ class Plant:
             ranks_C = torch.tensor(self._own.ranks_of(clients, largest), dtype=torch.int64)
             cut_(views(sent_CP, self._sent_sites, largest), torch.arange(len(clients)), ranks_C)
 
-    def _stage_common(self, round: int, common: bool, theta_P: Tensor) -> tuple[Staged, ...]:
-        """Everyone's page, where the mixture is one for all."""
-        if not common or not len(theta_P):
-            return ()
+    def _part(
+        self, sent_CP: Tensor, rows: Sequence[int], at_server: bool, cuts: Sequence[int] | None
+    ) -> Tensor:
+        """One side's columns of some rows, a copy; of its cut only, where a row is one client's."""
         width = self._client_columns
-        tensors = {"trunk.values": theta_P[None, width:]}
-        if width:
-            tensors["client.values"] = theta_P[None, :width]
+        if not at_server:
+            part = sent_CP[rows, :width]
+        elif self._middle.empty:
+            return sent_CP[rows, width:]
+        else:
+            part = torch.cat([sent_CP[rows, self._middle.columns], sent_CP[rows, width:]], 1)
+        if cuts is not None:
+            self._middle.clear_(part, at_server, cuts)
+        return part
+
+    def _stage_common(self, round: int, common: bool, theta_1P: Tensor) -> tuple[Staged, ...]:
+        """Everyone's page, where the mixture is one for all."""
+        if not common or not theta_1P.shape[1]:
+            return ()
+        tensors = {"trunk.values": self._part(theta_1P, [0], True, None)}
+        if self._client_columns:
+            tensors["client.values"] = self._part(theta_1P, [0], False, None)
         return (self._rounds.stage(round, "everyone", (EVERYONE,), tensors),)
 
     def _expect(self, round: int, answers: Sequence[tuple[Staged, ...]]) -> list[Staged]:

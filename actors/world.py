@@ -8,7 +8,7 @@ from fellray.platform.aggregation import Method
 from fellray.platform.config import RunConfig
 from fellray.platform.encoder import Backbone, Tokens, load_backbone, load_tokenizer, tokenize
 from fellray.platform.errors import FellrayError
-from fellray.platform.own import ALIKE, Own, read_own
+from fellray.platform.own import ALIKE, Own, check_cuts, read_own
 from fellray.platform.shards import Dataset
 from fellray.platform.split import plan_cut
 
@@ -45,7 +45,7 @@ class World:
     def key(self, config: RunConfig) -> str:
         """Tells what is frozen and public here from that of another run."""
         model = config.model
-        cut = (model.cut, model.top, model.max_tokens, *model.lora.target_modules)
+        cut = (model.span, model.top, model.max_tokens, *model.lora.target_modules)
         return f"{self.backbone.sha256} {self.data_sha256} {cut}"
 
     def client_side(self, config: RunConfig) -> Backbone:
@@ -66,7 +66,7 @@ def survey(config: RunConfig, own: Own | None = None) -> World:
 
     Raises:
         FellrayError: the data is not prepared, was prepared with another encoder, the cut does not
-            fit the model, or as `read_own`.
+            fit the model, or as `read_own` and `check_cuts`.
     """
     data = Dataset(config.data.path)
     backbone = load_backbone(config.model.name)
@@ -85,4 +85,5 @@ def survey(config: RunConfig, own: Own | None = None) -> World:
     entries = data.manifest["clients"]
     sizes = {learner: sum(entries[c]["train"] for c in own) for learner, own in seats.items()}
     own = read_own(config) if own is None else own
+    check_cuts(config, own, backbone.num_blocks)
     return World(seats, backbone, catalogue, data.sha256, data.manifest["counts"], sizes, own)

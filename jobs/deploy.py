@@ -168,7 +168,7 @@ def deploy(args: Args, door: Door, tell: Callable[[str], None]) -> None:
     with suppress(KeyboardInterrupt), serving(args, door):
         # a service manager's way to say Ctrl-C; Ray has put a handler of its own there
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        tell(f"{args.run} is served at {door.address}; Ctrl-C ends it. Ask, for example:")
+        tell(f"{args.run} is served at {door.address}, a page too; Ctrl-C ends it. For example:")
         tell(
             f"  curl {door.address}/v1/recommend -H 'Authorization: Bearer {shown}' "
             "-H 'Content-Type: application/json' "

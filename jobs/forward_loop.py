@@ -10,10 +10,13 @@ from collections.abc import Sequence
 import torch
 
 from fellray.platform.encoder import load_backbone, load_tokenizer
+from fellray.platform.middle import Middle
 from fellray.platform.run import read_run
 from fellray.platform.shards import Dataset
+from fellray.platform.split import plan_cut
 from fellray.serve.args import Args
 from fellray.serve.blends import Blends
+from fellray.serve.catalogue import Catalogue
 from fellray.serve.ends import Ends, Question
 from fellray.serve.items import Items
 from fellray.serve.lookup import Lookup
@@ -35,11 +38,16 @@ class ForwardLoop:
         config = plain_config(run.config)
         data = Dataset(config.data.path)
         items = Items(data, load_tokenizer(config.model.name), config.model)
-        lookup = Lookup(config, data, items, args.shards)
+        made_with = data.manifest["encoder"]["sha256"]
+        catalogue = Catalogue(
+            run.storage, items, config.model, made_with, args.threads, args.poll_s
+        )
+        lookup = Lookup(config, data, catalogue, args.shards)
         served = Watch(args, lookup.seats, data.sha256).served
-        rounds = Blends(run.storage, lookup.seats)
         backbone = load_backbone(config.model.name)
-        self._ends = Ends(config, backbone, items, rounds, run.own(), args.adapters, args.rows)
+        own, cut = run.own(), plan_cut(backbone, config.model)
+        rounds = Blends(run.storage, lookup.seats, own, Middle(cut.outer, config.model.lora.r))
+        self._ends = Ends(config, backbone, items, rounds, own, args.adapters, args.rows)
         self._host = make_host(run, args, Blends(run.storage, lookup.seats))
         torch.set_num_threads(args.threads)
 
@@ -48,15 +56,15 @@ class ForwardLoop:
             for client, user in users:
                 one = await lookup.look_up(ByUser(client=client, user_id=user), served)
                 if one.reading is not None:
-                    prior_I = one.prior_I if config.model.prior else None
+                    prior_T = one.prior_T if config.model.prior else None
                     ids_L = one.reading.ids_L
-                    questions.append(
-                        Question(served.round, one.learner, ids_L, prior_I, one.choice)
-                    )
+                    among = (one.items, one.width, one.choice)
+                    questions.append(Question(served.round, one.learner, ids_L, prior_T, *among))
             return questions
 
         self.questions = asyncio.run(ask())
         """Those that a model answers."""
+        catalogue.close()
         self.lengths = [len(question.ids_L) for question in self.questions]
         """Tokens of each, without the special ones."""
 

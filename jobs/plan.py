@@ -40,16 +40,18 @@ def plan(config: RunConfig) -> tuple[Layout, Workload]:
         FellrayError: the run would not fit, or what keeps the run itself from starting.
     """
     world = survey(config)
+    config = world.own.settle(config)
     return _plan(config, world), count_work(config, world)
 
 
 def settle(config: RunConfig, world: World) -> RunConfig:
-    """The config with a number for `clients.per_actor=auto`: the one with which the run was begun,
-    or, in a new run, a measured one.
+    """The config with the clients' cuts, and a number for `clients.per_actor=auto`: the one with
+    which the run was begun, or, in a new run, a measured one.
 
     Raises:
         FellrayError: as `plan`.
     """
+    config = world.own.settle(config)
     if config.clients.per_actor != "auto":
         return config
     run = Run(config)

@@ -1,7 +1,6 @@
 """Prepare: interactions in, one Parquet shard per client out, with the items' frozen vectors."""
 
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,14 +11,9 @@ from fellray.platform import shards
 from fellray.platform.config import RunConfig
 from fellray.platform.encoder import Backbone, load_backbone, load_tokenizer, tokenize
 from fellray.platform.interactions import read, split
+from fellray.platform.item_vectors import ROWS, embed
 from fellray.platform.partition import partition
-from fellray.platform.reader import assemble
-from fellray.platform.rows import Rows
 from fellray.platform.split import cut_model
-from fellray.platform.tower import encode_texts
-
-ROWS = 256
-"""Titles in one forward pass."""
 
 
 def prepare(config: RunConfig) -> dict[str, Any]:
@@ -44,15 +38,10 @@ def encode_titles(config: RunConfig, backbone: Backbone, titles: list[str]) -> n
     """Unit vectors [titles, d] of the whole frozen encoder."""
     parts = cut_model(backbone, config.model)
     tokens = tokenize(load_tokenizer(config.model.name), titles, config.model.max_tokens)
-
-    def batches() -> Iterator[np.ndarray]:
-        for at in track(range(0, len(titles), ROWS), description="Item vectors", transient=True):
-            items = np.arange(at, min(at + ROWS, len(titles)))[:, None]
-            ids, lengths = assemble(tokens, items, config.model.max_tokens)
-            rows = Rows(lengths, config.model.pad_multiple)
-            yield encode_texts(parts, rows, ids, tokens.pad).numpy()
-
-    return np.concatenate(list(batches()))
+    batches = embed(parts, tokens, config.model)
+    total = -(-len(titles) // ROWS)
+    shown = track(batches, total=total, description="Item vectors", transient=True)
+    return np.concatenate(list(shown))
 
 
 def main() -> None:

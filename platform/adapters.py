@@ -35,6 +35,12 @@ class Site:
     """Its name in the whole model, as in peft's state dict."""
     d_in: int
     d_out: int
+    cuts: range | None = None
+    """With which cuts a client has it on this side, where cuts differ; None: with any."""
+
+    def has(self, cut: int) -> bool:
+        """Whether a client of this cut has it on this side."""
+        return self.cuts is None or cut in self.cuts
 
     def num_parameters(self, r: int) -> int:
         """Numbers in A and B."""
@@ -124,13 +130,16 @@ class GradientSum:
     ):
         size = sum(site.num_parameters(r) for site in sites)
         self.total_SP = torch.zeros(num_slots, size, device=device)
+        self._sites = sites
         self._views = views(self.total_SP, sites, r)
 
     def add(self, slots_N: Tensor, pairs: Sequence[Pair]) -> None:
         """Add the leaves' gradients [N, ...] to their slots."""
-        for leaves, totals in zip(pairs, self._views, strict=True):
+        for site, leaves, totals in zip(self._sites, pairs, self._views, strict=True):
             for leaf, total in zip(leaves, totals, strict=True):
-                assert leaf.grad is not None
+                if leaf.grad is None:  # on the other side for all of these rows
+                    assert site.cuts is not None
+                    continue
                 total.index_add_(0, slots_N, leaf.grad)
 
 
@@ -140,7 +149,8 @@ class Bank:
     Where nobody trains a bank holds the values alone, a quarter of that.
 
     What is behind a slot's own rank is zero and stays so: with A's row and B's column zero, either
-    gradient has the other as a factor, so values and moments take steps of exactly zero.
+    gradient has the other as a factor, so values and moments take steps of exactly zero. So is what
+    a client of its cut has on the other side: no row of it passes there.
     """
 
     def __init__(
@@ -154,9 +164,12 @@ class Bank:
         """Args: spec: `r` is the largest rank, and every slot's until `set_ranks`. train: None:
         nobody trains."""
         self._train = train
+        self._sites = sites
         self.spec = spec
         self.ranks_S = torch.full((num_slots,), spec.r, device=device)
         self._mixed = False
+        self.cuts_S = torch.full_like(self.ranks_S, -1)
+        """Where cuts differ: each slot's; -1: a row that is nobody's and whole."""
         size = sum(site.num_parameters(spec.r) for site in sites)
         trained = num_slots if train else 0
         self.gradient = GradientSum(sites, spec.r, trained, device)
@@ -165,12 +178,18 @@ class Bank:
         self.moment2_SP = torch.zeros(trained, size, device=device)
         self.steps_S = torch.zeros(trained, dtype=torch.int64, device=device)
         self._values = views(self.values_SP, sites, spec.r)
+        self._scratch = torch.empty(6 if train else 0, CACHED, device=device)
+        """A step's memory, made once: fresh pages cost more than the arithmetic on them."""
 
     def set_ranks(self, slots_s: Tensor, ranks: Sequence[int]) -> None:
         """Give slots ranks of their own, before anything else is put there."""
         assert all(1 <= rank <= self.spec.r for rank in ranks), ranks
         self.ranks_S[slots_s] = self.ranks_S.new_tensor(ranks)
         self._mixed = self._mixed or any(rank != self.spec.r for rank in ranks)
+
+    def set_cuts(self, slots_s: Tensor, cuts: Sequence[int]) -> None:
+        """Give slots cuts of their own, before anything else is put there."""
+        self.cuts_S[slots_s] = self.cuts_S.new_tensor(cuts)
 
     def gather(self, slots_N: Tensor, train: bool) -> list[Pair]:
         """Each row's own adapters, one pair per site; leaves that collect gradients if `train`."""
@@ -184,35 +203,83 @@ class Bank:
         return rescale(pairs, self.spec, self.ranks_S[slots_N].tolist()) if self._mixed else pairs
 
     def step(self, slots_s: Tensor) -> None:
-        """One AdamW step of the named slots only; nobody else changes by a bit.
+        """One AdamW step of distinct slots only; nobody else changes by a bit.
 
         Bit-equal to `torch.optim.AdamW(foreach=False)` on each slot alone.
         """
-        at_once = max(1, CACHED // max(1, self.values_SP.shape[1]))
-        for slots in slots_s.split(at_once):
-            self._step(slots)
-
-    def _step(self, slots_s: Tensor) -> None:
         c = self._train
         assert c is not None, "nobody trains"
-        gradient = self.gradient.total_SP[slots_s]
-        self.gradient.total_SP[slots_s] = 0.0
-        if c.clip is not None:
-            norms = torch.stack([row.norm() for row in gradient])
-            gradient = gradient * (c.clip / (norms + 1e-6)).clamp(max=1.0)[:, None]
         self.steps_S[slots_s] += 1
         steps = self.steps_S[slots_s].tolist()
-        values = self.values_SP[slots_s] * (1 - c.learning_rate * c.weight_decay)
-        moment1 = self.moment1_SP[slots_s].lerp_(gradient, 1 - c.beta1)
-        moment2 = self.moment2_SP[slots_s].mul_(c.beta2)
-        moment2.addcmul_(gradient, gradient, value=1 - c.beta2)
-        size = values.new_tensor([c.learning_rate / (1 - c.beta1**t) for t in steps])
-        correction = values.new_tensor([math.sqrt(1 - c.beta2**t) for t in steps])
-        denominator = moment2.sqrt().div_(correction[:, None]).add_(c.eps)
-        values += (moment1 * -size[:, None]).div_(denominator)
-        self.values_SP[slots_s] = values
-        self.moment1_SP[slots_s] = moment1
-        self.moment2_SP[slots_s] = moment2
+        size_s = self.values_SP.new_tensor([c.learning_rate / (1 - c.beta1**t) for t in steps])
+        correction_s = self.values_SP.new_tensor([math.sqrt(1 - c.beta2**t) for t in steps])
+        clip_s = self._clip(slots_s, c.clip) if c.clip is not None and steps else None
+        for rank, places in self._by_rank(slots_s):
+            for part in zip(*self._part(rank), strict=True):
+                at_once = max(1, CACHED // max(1, part[0][:1].numel()))
+                for few in places.split(at_once):
+                    clip = None if clip_s is None else clip_s[few]
+                    self._step(part, slots_s[few], size_s[few], correction_s[few], clip)
+
+    def _by_rank(self, slots_s: Tensor) -> list[tuple[int, Tensor]]:
+        """Ranks, and where in `slots_s` those of it stand."""
+        if not self._mixed:
+            return [(self.spec.r, torch.arange(len(slots_s), device=slots_s.device))]
+        ranks_s = self.ranks_S[slots_s]
+        return [(r, (ranks_s == r).nonzero().squeeze(1)) for r in ranks_s.unique().tolist()]
+
+    def _part(self, rank: int) -> list[list[Tensor]]:
+        """Values, gradient and moments of all slots, as many parts of each: what a rank has of
+        them, views of `CACHED` numbers of a slot at most."""
+        held = (self.values_SP, self.gradient.total_SP, self.moment1_SP, self.moment2_SP)
+        if rank == self.spec.r:
+            return [list(rows_SP.split(CACHED, 1)) for rows_SP in held]
+        return [
+            [
+                few
+                for a, b in views(rows_SP, self._sites, self.spec.r)
+                for part in (a[:, :rank], b[:, :, :rank])
+                for few in part.split(max(1, CACHED // part.shape[2]), 1)
+            ]
+            for rows_SP in held
+        ]
+
+    def _clip(self, slots_s: Tensor, clip: float) -> Tensor:
+        """What each slot's gradient is multiplied by [s]."""
+        norms = torch.stack([self.gradient.total_SP[slot].norm() for slot in slots_s.tolist()])
+        return (clip / (norms + 1e-6)).clamp(max=1.0)
+
+    def _step(
+        self,
+        part: Sequence[Tensor],
+        slots_s: Tensor,
+        size_s: Tensor,
+        correction_s: Tensor,
+        clip_s: Tensor | None,
+    ) -> None:
+        """A step of one part of a few slots."""
+        c, at = self._train, _place(slots_s)
+        assert c is not None
+        in_place = isinstance(at, slice) and part[0][:1].is_contiguous()
+        shape = (len(slots_s), *part[0].shape[1:])
+        taken = [self._scratch[i, : math.prod(shape)].view(shape) for i in range(6)]
+        if in_place:
+            taken[:4] = [rows[at] for rows in part]
+        else:
+            for rows, own in zip(part, taken, strict=False):
+                torch.index_select(rows, 0, slots_s, out=own)
+        values, gradient, moment1, moment2, change, denominator = (t.flatten(1) for t in taken)
+        if clip_s is not None:
+            gradient.mul_(clip_s[:, None])
+        values.mul_(1 - c.learning_rate * c.weight_decay)
+        moment1.lerp_(gradient, 1 - c.beta1)
+        moment2.mul_(c.beta2).addcmul_(gradient, gradient, value=1 - c.beta2)
+        torch.sqrt(moment2, out=denominator).div_(correction_s[:, None]).add_(c.eps)
+        values += torch.mul(moment1, -size_s[:, None], out=change).div_(denominator)
+        gradient.zero_()
+        if not in_place:
+            for rows, own in zip(part, taken, strict=False):
+                rows.index_copy_(0, slots_s, own)
 
     def state(self, slots_s: Tensor, moments: bool) -> dict[str, Tensor]:
         """Copies of the slots' rows: values, and AdamW's moments and step counts if asked."""
@@ -223,8 +290,8 @@ class Bank:
         return {name: tensor[place] for name, tensor in tensors.items()}
 
     def reset(self, slots_s: Tensor, state: Mapping[str, Tensor]) -> None:
-        """Put slots to the rows of a `state`, in their order, values cut to each slot's rank; what
-        it does not hold starts anew."""
+        """Put slots to the rows of a `state`, in their order, values cut to each slot's rank and
+        side; what it does not hold starts anew."""
         place = _place(slots_s)
         if self._train:
             self.gradient.total_SP[place] = 0.0
@@ -233,6 +300,14 @@ class Bank:
         if self._mixed:
             slots = slots_s.to(self.ranks_S.device)
             cut_(self._values, slots, self.ranks_S[slots])
+        for site, pair in zip(self._sites, self._values, strict=True):
+            if site.cuts is not None:
+                slots = slots_s.to(self.cuts_S.device)
+                cuts_s = self.cuts_S[slots]
+                here = (cuts_s >= site.cuts.start) & (cuts_s < site.cuts.stop)
+                away = ~here & (cuts_s >= 0)
+                for part in pair:
+                    part[slots[away]] = 0.0
 
     def _tensors(self) -> dict[str, Tensor]:
         if not self._train:

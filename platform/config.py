@@ -137,6 +137,9 @@ class ModelConfig(Config):
     Face name or by path."""
     cut: int = Field(default=1, ge=0)
     """k: blocks 0..k-1 stay on the client with the embeddings (the bottom)."""
+    cuts: tuple[int, int] | None = None
+    """The smallest and the largest cut of any client. The run enters it where `clients.own` gives
+    cuts; what is written here does not count."""
     top: int = Field(default=1, ge=0)
     """How many of the last blocks stay on the client with the pooling (the top)."""
     lora: LoraSpec = LoraSpec()
@@ -153,6 +156,11 @@ class ModelConfig(Config):
     (docs/results.md); without it try 0.05."""
     prior: bool = True
     """Add log(1 + the item's count in this client's own training split) to the scores."""
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The smallest and the largest cut."""
+        return self.cuts or (self.cut, self.cut)
 
     @model_validator(mode="after")
     def _room_for_a_padded_row(self) -> Self:
@@ -262,10 +270,12 @@ class ClientsConfig(Config):
     threads: int = Field(default=1, ge=1)
     """Threads torch uses in a client actor. Recorded, because it decides the bits."""
     own: Path | None = None
-    """A Parquet or CSV file of clients that differ, with the columns client (text) and `rank`,
-    `local_samples` or both: whole numbers of 1 or more, empty for the run's. `model.lora.r` is the
-    largest rank. A learner who reads several clients' data has that rank, and reads what all of
-    them together do."""
+    """A Parquet or CSV file of clients that differ, with the columns client (text) and some of
+    `rank`, `local_samples`, `cut`: whole numbers of 1 or more (a cut may be 0), empty for the
+    run's. `model.lora.r` is the largest rank. A learner who reads several clients' data has that
+    rank and the run's cut, and reads what all of them together do. Blocks that some hold themselves
+    and others at the server are mixed by their name, wherever they are held; so cuts go with
+    `train.share` all, or none."""
 
     @property
     def together(self) -> int:

@@ -349,6 +349,7 @@ class TrunkHost:
             self._config.model.pad_multiple,
             self._slots.bank.ranks_S[slots_K].cpu(),
             self._device,
+            self._slots.bank.cuts_S[slots_K].cpu(),
         )
         order = lanes.order_K.tolist()
         return lanes, slots_K[lanes.order_K.to(self._device)], [keys[lane] for lane in order]

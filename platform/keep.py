@@ -70,7 +70,7 @@ class Keep:
         saved = _join(found, lanes) if len(found) == len(keys) else None
         for key in keys:
             self._forget(key)
-        return saved if saved and torch.equal(saved[0].x_Md, h_Md) else None
+        return saved if saved and torch.equal(_inputs(saved), h_Md) else None
 
     def clear(self) -> None:
         """Drop all."""
@@ -98,6 +98,15 @@ def measure(saved: Sequence[Saved]) -> int:
     return sum(tensor.nbytes for block in saved for tensor in _tensors(block))
 
 
+def _inputs(saved: Sequence[Saved]) -> Tensor:
+    """What each lane entered with: at a block, those behind the ones that were in before."""
+    entered, parts = 0, []
+    for block in saved:
+        parts.append(block.x_Md[entered:])
+        entered = len(block.x_Md)
+    return saved[0].x_Md if len(saved[0].x_Md) == entered else torch.cat(parts)
+
+
 def _join(found: Sequence[_Lane], lanes: Lanes) -> list[Saved] | None:
     """The lanes' tokens side by side; without a copy where they are a whole pass as it lies."""
     spans = lanes.spans()
@@ -106,7 +115,7 @@ def _join(found: Sequence[_Lane], lanes: Lanes) -> list[Saved] | None:
         return None
     first = found[0].owner
     if all(lane.owner is first for lane in found):
-        whole = len(first.saved[0].x_Md) == lanes.num_tokens
+        whole = len(first.saved[-1].x_Md) == lanes.num_tokens  # where all are in
         if whole and [(lane.start, lane.stop) for lane in found] == spans:
             return list(first.saved)
     blocks = zip(*(lane.owner.saved for lane in found), strict=True)

@@ -50,14 +50,16 @@ class Loras:
         uses the first components. slots_K: each lane's row in values_SP, and in gradient_SP where a
         gradient is wanted."""
         self.sites: list[list[Piece]] = [[] for _ in sites]
-        """Pieces of every site."""
+        """Pieces of every site: of the lanes that have it on this side."""
         of_rank_1 = sum(site.num_parameters(1) for site in sites)
         largest = values_SP.shape[1] // max(of_rank_1, 1)
         values = views(values_SP, sites, largest)
         gradient = None if gradient_SP is None else views(gradient_SP, sites, largest)
         for stack, rank in zip(stacks, ranks, strict=True):
             slots_s = slots_K[stack.lanes]
-            for at, pieces in enumerate(self.sites):
+            for at, (site, pieces) in enumerate(zip(sites, self.sites, strict=True)):
+                if not site.has(stack.entry):  # in a block before their entry
+                    continue
                 own = None if gradient is None else _first(gradient[at], rank)
                 first = _first(values[at], rank)
                 pieces.append(Piece(stack, slots_s, first, own, scaling(rank)))

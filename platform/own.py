@@ -1,4 +1,4 @@
-"""What clients have of their own: rank and histories a round, read from a Parquet or CSV file.
+"""What clients have of their own: rank, histories a round and cut, read from a Parquet or CSV file.
 
 It must not know how adapters are cut to a rank, nor how histories are drawn.
 
@@ -20,7 +20,8 @@ from fellray.platform.errors import FellrayError
 from fellray.platform.shards import Dataset
 from fellray.platform.sources import find_delimiter
 
-_SETTINGS = ("rank", "local_samples")
+_LOWEST = {"rank": 1, "local_samples": 1, "cut": 0}
+_SETTINGS = tuple(_LOWEST)
 _MOST = 2**31 - 1
 
 
@@ -32,10 +33,25 @@ class Own:
     """Learner -> rank of its adapters."""
     local_samples: Mapping[str, int] = field(default_factory=dict)
     """Client -> histories of it that are read in a round."""
+    cuts: Mapping[str, int] = field(default_factory=dict)
+    """Learner -> its cut; of all learners, where anybody's is its own."""
 
     def ranks_of(self, learners: Iterable[str], largest: int) -> list[int]:
         """Their ranks; that of the run where none is their own."""
         return [self.ranks.get(learner, largest) for learner in learners]
+
+    def cuts_of(self, learners: Sequence[str]) -> list[int]:
+        """Their cuts, where there are any; who is no learner has the largest."""
+        found = [self.cuts.get(learner, -1) for learner in learners]
+        if -1 not in found:
+            return found
+        largest = max(self.cuts.values())
+        return [largest if cut < 0 else cut for cut in found]
+
+    def settle(self, config: RunConfig) -> RunConfig:
+        """The config with `model.cuts`, as these clients have them."""
+        cuts = (min(self.cuts.values()), max(self.cuts.values())) if self.cuts else None
+        return config.model_copy(update={"model": config.model.model_copy(update={"cuts": cuts})})
 
     def samples_of(self, clients: Iterable[str], usual: int) -> int:
         """What is read of all of them together in a round."""
@@ -46,11 +62,16 @@ class Own:
         return Own(
             {name: self.ranks[name] for name in names if name in self.ranks},
             {name: self.local_samples[name] for name in names if name in self.local_samples},
+            {name: self.cuts[name] for name in names if name in self.cuts},
         )
 
     def tree(self) -> dict[str, dict[str, int]]:
         """For JSON; `Own(**tree)` is the same again."""
-        return {"ranks": dict(self.ranks), "local_samples": dict(self.local_samples)}
+        return {
+            "ranks": dict(self.ranks),
+            "local_samples": dict(self.local_samples),
+            "cuts": dict(self.cuts),
+        }
 
 
 ALIKE = Own()
@@ -58,12 +79,13 @@ ALIKE = Own()
 
 
 def read_own(config: RunConfig) -> Own:
-    """What the file `clients.own` says; a rank is for a learner who reads one client's data.
+    """What the file `clients.own` says; rank and cut are for a learner who reads one client's data.
 
     Raises:
         FellrayError: the file is missing, unreadable or empty, a column is missing or unknown, a
-            client is missing, unknown or named twice, a value is no whole number of 1 or more, or a
-            rank is above `model.lora.r`; or the data is not prepared.
+            client is missing, unknown or named twice, a value is no whole number (of 1 or more, a
+            cut may be 0), a rank is above `model.lora.r`, or there are cuts and `train.share` is
+            trunk_only; or the data is not prepared.
     """
     path = config.clients.own
     if path is None:
@@ -92,8 +114,35 @@ def read_own(config: RunConfig) -> Own:
         name: {c: v for c, v in zip(clients, values, strict=True) if v is not None}
         for name, values in found.items()
     }
-    alone = {c: rank for c, rank in own.get("rank", {}).items() if seats.get(c) == (c,)}
-    return Own(alone, own.get("local_samples", {}))
+    ranks, cuts = (
+        {c: value for c, value in own.get(name, {}).items() if seats.get(c) == (c,)}
+        for name in ("rank", "cut")
+    )
+    if cuts and config.train.share == "trunk_only":
+        raise FellrayError(
+            f"{path}: cut is each client's own, and train.share=trunk_only mixes what the server "
+            "holds of everybody, which then differs; set train.share to all or none, or leave the "
+            "column out"
+        )
+    if cuts:
+        cuts = {learner: cuts.get(learner, config.model.cut) for learner in seats}
+    return Own(ranks, own.get("local_samples", {}), cuts)
+
+
+def check_cuts(config: RunConfig, own: Own, num_blocks: int) -> None:
+    """Refuse cuts that leave a client no block at the server.
+
+    Raises:
+        FellrayError: that is so.
+    """
+    most = num_blocks - 1 - config.model.top
+    for client, cut in own.cuts.items():
+        if cut > most:
+            raise FellrayError(
+                f"{config.clients.own}: cut {cut} of client {client!r}: {config.model.name} has "
+                f"{num_blocks} blocks, of which model.top={config.model.top} are the top and the "
+                f"trunk needs at least one; write 0 to {most}"
+            )
 
 
 def _read(path: Path) -> pa.Table:
@@ -123,7 +172,7 @@ def _read(path: Path) -> pa.Table:
 
 
 def _check_columns(path: Path, names: Sequence[str]) -> None:
-    told = f"it has {', '.join(names)}; clients.own takes client, rank, local_samples"
+    told = f"it has {', '.join(names)}; clients.own takes client, {', '.join(_SETTINGS)}"
     if names.count("client") != 1:
         raise FellrayError(f"{path}: needs one column 'client'; {told}")
     others = [name for name in names if name != "client"]
@@ -166,7 +215,8 @@ def _check_clients(path: Path, column: pa.ChunkedArray, registered: Collection[s
 def _check_numbers(
     path: Path, name: str, column: pa.ChunkedArray, clients: Sequence[str]
 ) -> list[int | None]:
-    """Whole numbers of 1 or more, None where empty."""
+    """Whole numbers of the lowest or more, None where empty."""
+    lowest = _LOWEST[name]
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         written = pc.utf8_trim_whitespace(column)
         empty_M = pc.equal(written, "").fill_null(True)
@@ -180,17 +230,18 @@ def _check_numbers(
         return [None] * len(column)
     else:
         raise FellrayError(
-            f"{path}: {name} is of type {column.type}; it must hold whole numbers of 1 or more"
+            f"{path}: {name} is of type {column.type}; it must hold whole numbers of {lowest} or "
+            "more"
         )
     empty = np.asarray(empty_M.to_numpy(), bool)
     number = np.where(empty, 1.0, number_M.fill_null(np.nan).to_numpy())
-    wrong = ~((number == np.floor(number)) & (number >= 1) & (number <= _MOST))
+    wrong = ~((number == np.floor(number)) & (number >= lowest) & (number <= _MOST))
     if wrong.any():
         row = int(wrong.argmax())
         raise FellrayError(
             f"{path}: {name} of client {clients[row]!r} (row {row + 1}) is "
-            f"{column[row].as_py()!r}; write a whole number of 1 or more, or leave it empty for "
-            "the run's"
+            f"{column[row].as_py()!r}; write a whole number of {lowest} or more, or leave it empty "
+            "for the run's"
         )
     whole = number.astype(np.int64).tolist()
     return [None if none else value for none, value in zip(empty.tolist(), whole, strict=True)]

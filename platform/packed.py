@@ -4,12 +4,15 @@ The modules and weights are transformers' own (BERT's family); only their forwar
 and its backward beside it, so that what a backward needs is a few flat tensors that can be kept,
 cut by lanes, or made again. Nothing here knows clients, engines or messages.
 
+Lanes may enter at different blocks: a block works on the first so many tokens, those that are in,
+and the others' wait behind them; so they do on the way back.
+
 Shapes: M tokens of all lanes, X tokens of rows padded one by one, n rows of one padded length T,
 d width, f width inside the feed-forward part.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -133,6 +136,12 @@ class PackedBlock:
             dmiddle = projection.backward(gradient, saved.x_Md, batch, onto_Mi=dmiddle)
         return dmiddle
 
+    def skip(self, h_Md: Tensor) -> Saved:
+        """What is left where no lane is in."""
+        none_Md = h_Md[:0]
+        wide = none_Md.new_empty(0, len(self._up.weight))
+        return Saved(none_Md, none_Md, none_Md, none_Md, none_Md, wide, none_Md)
+
     def bytes_per_token(self) -> int:
         """Of `Saved`."""
         weight = self._up.weight
@@ -179,27 +188,45 @@ class PackedBlocks:
 
     def __init__(self, blocks: Blocks):
         self._blocks = [PackedBlock(layer, blocks.adapted) for layer in blocks.blocks]
+        self._first = blocks.first
 
     def measure(self, num_tokens: int) -> int:
-        """Bytes that a forward pass leaves for its backward."""
+        """Bytes that a forward pass leaves for its backward, at most."""
         return num_tokens * sum(block.bytes_per_token() for block in self._blocks)
 
     @torch.no_grad()
     def forward(self, h_Md: Tensor, batch: Batch, keep: bool) -> tuple[Tensor, list[Saved]]:
         """Hidden states after the blocks [M, d], and what `backward` needs of each, or nothing."""
         kept = []
-        for block in self._blocks:
-            h_Md, saved = block.forward(h_Md, batch)
+        for place, block in enumerate(self._blocks, self._first):
+            own = replace(batch, lanes=batch.lanes.entered(place))
+            size = own.lanes.num_tokens
+            if not size:
+                saved = block.skip(h_Md)
+            else:
+                y_Md, saved = block.forward(h_Md[:size], own)
+                h_Md = _before(y_Md, h_Md)
             if keep:
                 kept.append(saved)
         return h_Md, kept
 
     @torch.no_grad()
     def backward(self, g_Md: Tensor, kept: Sequence[Saved], batch: Batch) -> Tensor:
-        """The gradient at the lower cut [M, d]."""
-        for block, saved in zip(reversed(self._blocks), reversed(kept), strict=True):
-            g_Md = block.backward(g_Md, saved, batch)
+        """The gradient at each lane's entry [M, d]."""
+        places = range(self._first, self._first + len(self._blocks))
+        for place, block, saved in zip(
+            reversed(places), reversed(self._blocks), reversed(kept), strict=True
+        ):
+            own = replace(batch, lanes=batch.lanes.entered(place))
+            if size := own.lanes.num_tokens:
+                g_Md = _before(block.backward(g_Md[:size], saved, own), g_Md)
         return g_Md
+
+
+def _before(first_Md: Tensor, all_Md: Tensor) -> Tensor:
+    """All tokens, the first ones replaced."""
+    size = len(first_Md)
+    return first_Md if size == len(all_Md) else torch.cat([first_Md, all_Md[size:]])
 
 
 def _attend(heap: Heap, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

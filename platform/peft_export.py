@@ -29,7 +29,7 @@ def export(run: Run, round: int, learners: Sequence[str]) -> list[str]:
     model up to the pooling: a user's vector is the normalised mean of its hidden states over real
     tokens. peft knows one adapter per projection; where all learners share a trunk adapter, the
     personal and the shared one stand there as one of both ranks together, whose product is their
-    sum. A learner's folder has the learner's own rank.
+    sum. A learner's folder has the learner's own rank, and each block from whoever holds it.
 
     Returns:
         The folders, sorted by learner.
@@ -44,21 +44,27 @@ def export(run: Run, round: int, learners: Sequence[str]) -> list[str]:
     ends, trunk = sites["bottom"] + sites["top"], sites["trunk"]
     loaded = run.rounds.load(round, learners, ["client.values", "trunk.values"])
     stacked = _by_path(ends, views(loaded["client.values"], ends, r))
-    stacked |= _by_path(trunk, views(loaded["trunk.values"], trunk, r))
+    served = _by_path(trunk, views(loaded["trunk.values"], trunk, r))
+    stacked |= {path: pair for path, pair in served.items() if path not in stacked}
     shared: dict[str, Pair] = {}
     if run.config.server.shared_adapter:
         shared_1P = run.rounds.load_shared(round, "shared.values")[None]
         shared = _by_path(trunk, views(shared_1P, trunk, r))
     folders = [f"adapters/{learner}" for learner in learners]
-    ranks = run.own().ranks_of(learners, r)
-    for slot, (folder, rank) in enumerate(zip(folders, ranks, strict=True)):
-        pairs = {p: (a[slot, :rank], b[slot, :, :rank]) for p, (a, b) in stacked.items()}
+    own = run.own()
+    ranks = own.ranks_of(learners, r)
+    cuts = own.cuts_of(learners) if own.cuts else [model.cut] * len(learners)
+    for slot, (folder, rank, cut) in enumerate(zip(folders, ranks, cuts, strict=True)):
+        here = {site.path for site in trunk if site.has(cut)}
+        held = {p: served[p] if p in here else pair for p, pair in stacked.items()}
+        pairs = {p: (a[slot, :rank], b[slot, :, :rank]) for p, (a, b) in held.items()}
         # peft multiplies both by one scale
         extra = model.lora.scaling_of(rank) / model.lora.scaling
-        for path, (c, d) in shared.items():
+        doubled = {path: pair for path, pair in shared.items() if path in here}
+        for path, (c, d) in doubled.items():
             a, b = pairs[path]
             pairs[path] = torch.cat([a, c[0]]), torch.cat([b * extra, d[0]], 1)
-        described = _describe(model, rank, list(pairs), list(shared))
+        described = _describe(model, rank, list(pairs), list(doubled))
         config = json.dumps(described, indent=2, sort_keys=True) + "\n"
         run.storage.write(f"{folder}/adapter_model.safetensors", _pack(pairs))
         # equal for all rounds of a run: whatever ends the process between the two writes, weights

@@ -5,7 +5,7 @@ their state, then the records are appended, then the manifest is renamed into pl
 happened. Records of rounds that did not happen are dropped when the run is opened again.
 
 Layout: config.json, own.json, environment.json, metrics.jsonl, ledger.jsonl, rounds/NNNNNN/,
-summary.json, costs.json, report.html, adapters/.
+summary.json, costs.json, report.html, adapters/; serving adds serving.json, tokens.json, items/.
 """
 
 import hashlib
@@ -180,6 +180,7 @@ def open_run(config: RunConfig, data_sha256: str) -> Iterator[Run]:
             as `read_own`.
     """
     own = read_own(config)
+    config = own.settle(config)
     storage = Storage(config.storage).sub(config.name)
     with storage.lock("train") as still_locked:
         run = Run(config, data_sha256, still_locked)

@@ -42,8 +42,8 @@ class Slots:
         kept: int | None = None,
     ):
         """Args: make: a bank of so many slots. part: `client` or `trunk`, names the pages. own:
-        whose rows have a rank of their own. kept: clients that stay in memory, `KEPT` by default.
-        """
+        whose rows have a rank or a cut of their own. kept: clients that stay in memory, `KEPT` by
+        default."""
         self.bank = make(0)
         self._own = own
         self._kept = KEPT if kept is None else kept
@@ -214,11 +214,14 @@ class Slots:
         self._slot |= dict(zip(new, free, strict=False))
         if self._own.ranks:
             self.bank.set_ranks(self.find(new), self._own.ranks_of(new, self.bank.spec.r))
+        if self._own.cuts:
+            self.bank.set_cuts(self.find(new), self._own.cuts_of(new))
 
     def _grow(self, rows: int) -> None:
         old, self.bank = self.bank, self._make(rows)
         held = torch.arange(len(old.values_SP))
         self.bank.set_ranks(held, old.ranks_S.tolist())
+        self.bank.set_cuts(held, old.cuts_S.tolist())
         self.bank.reset(held, old.state(held, True))
 
 

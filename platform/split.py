@@ -1,7 +1,9 @@
 """The cut: one encoder as bottom, trunk and top.
 
 bottom = embeddings and blocks 0..k-1, trunk = blocks k..n-1-top, top = the last blocks and the
-pooling. Put together they are the model, bit for bit. Nothing here knows where a part runs.
+pooling. Put together they are the model, bit for bit. Where clients have cuts k of their own, the
+bottom has the blocks of the largest, of which each row passes its own, and the trunk those from the
+smallest on, which a row enters at its own. Nothing here knows where a part runs.
 
 Shapes: n rows of one padded length T, d width. Masks are True at real tokens.
 """
@@ -24,7 +26,10 @@ SIDES = ("bottom", "top")
 
 @dataclass(frozen=True)
 class Cut:
-    """Which blocks belong to which part, and the projections adapted in each."""
+    """Which blocks belong to which part, and the projections adapted in each.
+
+    Where cuts differ, blocks between the smallest and the largest belong to bottom and trunk.
+    """
 
     blocks: dict[str, range]
     sites: dict[str, list[Site]]
@@ -43,17 +48,26 @@ class Cut:
 class Blocks(nn.Module):
     """A run of transformer blocks whose adapters are given with every call."""
 
-    def __init__(self, blocks: Sequence[nn.Module]):
+    def __init__(self, blocks: Sequence[nn.Module], first: int = 0):
+        """Args: first: the first one's place in the model."""
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
+        self.first = first
         self.adapted = [m for block in blocks for m in block.modules() if isinstance(m, LoraLinear)]
 
-    def forward(self, h_nTd: Tensor, mask_nT: Tensor, adapters: Sequence[Sequence[Pair]]) -> Tensor:
-        """Hidden states [n, T, d]; `adapters` holds sets of one pair per site, added up."""
+    def forward(
+        self,
+        h_nTd: Tensor,
+        mask_nT: Tensor,
+        adapters: Sequence[Sequence[Pair]],
+        count: int | None = None,
+    ) -> Tensor:
+        """Hidden states [n, T, d] after the first `count` blocks, or all; `adapters` holds sets of
+        one pair per site, added up."""
         for i, module in enumerate(self.adapted):
             module.pairs = tuple(pairs[i] for pairs in adapters)
         mask = mask_nT[:, None, None, :]
-        for block in self.blocks:
+        for block in self.blocks[:count]:
             h_nTd = block(h_nTd, mask)
         for module in self.adapted:
             module.pairs = ()
@@ -63,16 +77,22 @@ class Blocks(nn.Module):
 class Bottom(nn.Module):
     """Embeddings and the first blocks: the only part that sees token ids."""
 
-    def __init__(self, embeddings: nn.Module, blocks: Blocks):
+    def __init__(self, embeddings: nn.Module, blocks: Blocks, cuts_differ: bool = False):
+        """Args: cuts_differ: see `Cut`."""
         super().__init__()
         self.embeddings = embeddings
         self.blocks = blocks
+        self.cuts_differ = cuts_differ
 
     def forward(
-        self, ids_nT: Tensor, mask_nT: Tensor, adapters: Sequence[Sequence[Pair]]
+        self,
+        ids_nT: Tensor,
+        mask_nT: Tensor,
+        adapters: Sequence[Sequence[Pair]],
+        cut: int | None = None,
     ) -> Tensor:
-        """Hidden states at the lower cut [n, T, d]."""
-        h: Tensor = self.blocks(self.embeddings(input_ids=ids_nT), mask_nT, adapters)
+        """Hidden states at the lower cut [n, T, d]; the largest where none is given."""
+        h: Tensor = self.blocks(self.embeddings(input_ids=ids_nT), mask_nT, adapters, cut)
         return h
 
 
@@ -106,13 +126,14 @@ def plan_cut(backbone: Backbone, model: ModelConfig) -> Cut:
     Raises:
         FellrayError: k or top leaves no block to the trunk; a target is not in the model.
     """
-    n, k, top = backbone.num_blocks, model.cut, model.top
+    n, top = backbone.num_blocks, model.top
+    least, k = model.span
     if k + top >= n:
         raise FellrayError(
             f"model.cut={k} and model.top={top}: {backbone.name} has {n} blocks and the trunk "
             f"needs at least one; choose cut + top <= {n - 1}"
         )
-    blocks = {"bottom": range(k), "trunk": range(k, n - top), "top": range(n - top, n)}
+    blocks = {"bottom": range(k), "trunk": range(least, n - top), "top": range(n - top, n)}
     d, wide = backbone.dim, int(backbone.config["intermediate_size"])
     known = {
         "query": ("attention.self.query", d, d),
@@ -129,8 +150,14 @@ def plan_cut(backbone: Backbone, model: ModelConfig) -> Cut:
                 f"known: {', '.join(known)}"
             )
     chosen = [known[t] for t in known if t in model.lora.target_modules]
+    # a client of cut c holds the blocks below c, the server the others
+    own = {"bottom": lambda i: range(i + 1, k + 1), "trunk": lambda i: range(least, i + 1)}
     sites = {
-        part: [Site(f"encoder.layer.{i}.{path}", di, do) for i in span for path, di, do in chosen]
+        part: [
+            Site(f"encoder.layer.{i}.{path}", di, do, own[part](i) if least <= i < k else None)
+            for i in span
+            for path, di, do in chosen
+        ]
         for part, span in blocks.items()
     }
     return Cut(blocks, sites)
@@ -145,10 +172,13 @@ def cut_model(backbone: Backbone, model: ModelConfig) -> Parts:
             parent, _, leaf = site.path.rpartition(".")
             owner = whole.get_submodule(parent)
             base = getattr(owner, leaf)
+            if isinstance(base, LoraLinear):  # of bottom and trunk
+                continue
             assert isinstance(base, nn.Linear)
             setattr(owner, leaf, LoraLinear(base, model.lora.scaling))
     layers = whole.get_submodule("encoder.layer")
     assert isinstance(layers, nn.ModuleList)
-    run = {part: Blocks([layers[i] for i in cut.blocks[part]]) for part in PARTS}
-    embeddings = whole.get_submodule("embeddings")
-    return Parts(cut, Bottom(embeddings, run["bottom"]), run["trunk"], Top(run["top"]))
+    run = {part: Blocks([layers[i] for i in span], span.start) for part, span in cut.blocks.items()}
+    least, most = model.span
+    bottom = Bottom(whole.get_submodule("embeddings"), run["bottom"], least < most)
+    return Parts(cut, bottom, run["trunk"], Top(run["top"]))

@@ -50,12 +50,27 @@ class Tower:
             used.append((slots_n, pairs))
             ids = torch.full_like(group.mask_nT, self._pad, dtype=torch.int64)
             ids[group.mask_nT] = ids_L[group.tokens]
-            sets = self._sets(slots_n, pairs[: self._split])
-            hidden.append(self._bottom(ids, group.mask_nT, sets))
+            hidden.append(self._climb(ids, group.mask_nT, slots_n, pairs[: self._split]))
         h_Ld = rows.pack(hidden)
         if train and not h_Ld.requires_grad:
             h_Ld.requires_grad_()  # a bottom without adapters: the trunk still wants its gradient
         return h_Ld, used
+
+    def _climb(
+        self, ids_nT: Tensor, mask_nT: Tensor, slots_n: Tensor, pairs: Sequence[Pair]
+    ) -> Tensor:
+        """Hidden states at each row's own lower cut [n, T, d]."""
+        if not (self._bank and self._bottom.cuts_differ):
+            h: Tensor = self._bottom(ids_nT, mask_nT, self._sets(slots_n, pairs))
+            return h
+        cuts_n = self._bank.cuts_S[slots_n]
+        order, parts = [], []
+        for cut in cuts_n.unique().tolist():
+            own = (cuts_n == cut).nonzero().squeeze(1)
+            sets = self._sets(slots_n[own], [(a[own], b[own]) for a, b in pairs])
+            order.append(own)
+            parts.append(self._bottom(ids_nT[own], mask_nT[own], sets, cut))
+        return torch.cat(parts)[torch.cat(order).argsort()]
 
     def finish(self, rows: Rows, y_Ld: Tensor, used: Used) -> Tensor:
         """Unit vectors [N, d] from packed hidden states at the upper cut [L, d]."""

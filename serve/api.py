@@ -4,8 +4,8 @@ Every answer that is none has one shape, `{"error": {code, message, field}}`. It
 ranking comes about, nor Ray.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated
 
 from fastapi import Depends, FastAPI, Path, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,11 +14,15 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 import fellray
+from fellray.platform.run import read_run
 from fellray.serve.args import Args
+from fellray.serve.browse import add_browsing
 from fellray.serve.counters import Counters
-from fellray.serve.gate import CALLER, Gate, headers_of
+from fellray.serve.gate import Gate, headers_of
+from fellray.serve.page import add_page
+from fellray.serve.permission import check, refuse_clients
 from fellray.serve.recommender import Recommender
-from fellray.serve.refusal import Refusal
+from fellray.serve.refusal import Refusal, refusals
 from fellray.serve.schema import (
     Answer,
     Answers,
@@ -26,25 +30,10 @@ from fellray.serve.schema import (
     Item,
     Queries,
     Query,
-    Refused,
     RunStates,
     State,
 )
-from fellray.serve.tokens import Bucket, Caller, Tokens
-
-_WORDS = {
-    401: "The token is missing or wrong.",
-    403: "The token is another client's.",
-    404: "Something that was named is not there.",
-    413: "The body is too large.",
-    422: "The request is not what the schema says.",
-    429: "Too many requests with this token.",
-    503: "The service cannot answer now.",
-}
-
-
-def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": Refused, "description": _WORDS[status]} for status in statuses}
+from fellray.serve.tokens import Bucket, Tokens
 
 
 def make_api(
@@ -65,12 +54,12 @@ def make_api(
     )
     counters = Counters()
     asked = [Depends(HTTPBearer(auto_error=False, description="A token of one client, or all."))]
-    guarded = _refusals(401, 403, 404, 413, 422, 429, 503)
+    guarded = refusals(401, 403, 404, 413, 422, 429, 503)
 
     @api.post("/v1/recommend", dependencies=asked, responses=guarded)
     async def recommend(query: Query, request: Request) -> Answer:
         """The best items for one user."""
-        _check(request, recommender, [query.client], "client")
+        check(request, recommender.has_client, [query.client], "client")
         (answer,) = await recommender.recommend([query])
         return answer
 
@@ -78,31 +67,31 @@ def make_api(
     async def recommend_batch(queries: Queries, request: Request) -> Answers:
         """The same for many users, all from one round; one that cannot be answered refuses all."""
         clients = [query.client for query in queries.queries]
-        _check(request, recommender, clients, "queries.{}.client")
+        check(request, recommender.has_client, clients, "queries.{}.client")
         return Answers(answers=await recommender.recommend(queries.queries))
 
-    @api.get("/v1/items/{id}", dependencies=asked, responses=_refusals(401, 404, 413, 422, 429))
+    @api.get("/v1/items/{id}", dependencies=asked, responses=refusals(401, 404, 413, 422, 429))
     async def find_item(id: Annotated[int, Path(ge=-(2**63), lt=2**63)]) -> Item:
         """An item of the catalogue."""
         return recommender.find_item(id)
 
-    @api.get("/v1/clients/{id}", dependencies=asked, responses=_refusals(401, 403, 404, 413, 429))
+    @api.get("/v1/clients/{id}", dependencies=asked, responses=refusals(401, 403, 404, 413, 429))
     async def find_client(id: str, request: Request) -> ClientState:
         """A client of the run."""
-        _check(request, recommender, [id], "id")
+        check(request, recommender.has_client, [id], "id")
         return await recommender.find_client(id)
 
-    @api.get("/v1/runs", dependencies=asked, responses=_refusals(401, 413, 429))
+    @api.get("/v1/runs", dependencies=asked, responses=refusals(401, 413, 429))
     async def list_runs() -> RunStates:
         """What is served."""
         return RunStates(runs=[recommender.describe()])
 
-    @api.get("/healthz", responses=_refusals(413))
+    @api.get("/healthz", responses=refusals(413))
     async def live() -> State:
         """Whether the service lives."""
         return State(status="ok")
 
-    @api.get("/readyz", responses=_refusals(413, 503))
+    @api.get("/readyz", responses=refusals(413, 503))
     async def ready() -> State:
         """Whether the trunk answers too."""
         await recommender.check()
@@ -112,16 +101,16 @@ def make_api(
         "/metrics",
         dependencies=asked,
         response_class=PlainTextResponse,
-        responses=_refusals(401, 403, 413, 429),
+        responses=refusals(401, 403, 413, 429),
     )
     async def metrics(request: Request) -> PlainTextResponse:
         """What this replica counted, for Prometheus; an operator's token is asked for."""
-        caller: Caller = request.scope[CALLER]
-        if caller.client is not None:
-            raise Refusal(403, "not_allowed", "metrics are the operator's")
+        refuse_clients(request, "metrics are the operator's")
         text = counters.render(recommender.gauges(), labels, recommender.totals())
         return PlainTextResponse(text, media_type=_PROMETHEUS)
 
+    add_browsing(api, recommender, read_run(args.run), counters, args, labels, asked)
+    add_page(api)
     _explain(api)
     api.add_middleware(
         Gate,
@@ -135,19 +124,6 @@ def make_api(
 
 _BRANCHES = ("ByUser", "ByHistory", "int", "str", "constrained-int", "constrained-str")
 _PROMETHEUS = "text/plain; version=0.0.4"
-
-
-def _check(request: Request, recommender: Recommender, clients: Sequence[str], field: str) -> None:
-    """That the caller may ask for all of these clients, and that they are there.
-
-    Who is nobody's client yet is answered to the operator, from the ladder's lower rungs.
-    """
-    caller: Caller = request.scope[CALLER]
-    for place, client in enumerate(clients):
-        if not caller.may_ask_for(client):
-            raise Refusal(403, "not_allowed", "the token is another client's", field.format(place))
-        if caller.client is not None and not recommender.has_client(client):
-            raise Refusal(404, "unknown_client", "the run has no such client", field.format(place))
 
 
 def _explain(api: FastAPI) -> None:

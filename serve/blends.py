@@ -1,7 +1,8 @@
 """Means of several learners' adapters, read as if each were one more client of the round.
 
 A blend's name says whose mean it is, so both sides of the cut make the same one, each of its own
-part. It must not know why somebody is blended.
+part. Where clients have cuts of their own, a blend has the largest: its client side then has every
+block that any of them holds. It must not know why somebody is blended.
 
 Shapes: P parameters of one client.
 """
@@ -11,6 +12,8 @@ from collections.abc import Collection, Sequence
 import torch
 
 from fellray.platform.errors import FellrayError
+from fellray.platform.middle import Middle
+from fellray.platform.own import ALIKE, Own
 from fellray.platform.rounds import Rounds
 from fellray.platform.storage import Storage
 
@@ -18,6 +21,7 @@ _MARK = "+"
 """No client's name begins with it."""
 EVERYBODY = _MARK
 """The blend of all who trained up to a round, or the start where nobody did."""
+CLIENT, TRUNK = "client.values", "trunk.values"
 _AT_ONCE = 64
 """Learners whose pages are read together."""
 
@@ -30,9 +34,18 @@ def name_blend(learners: Sequence[str]) -> str:
 class Blends(Rounds):
     """The committed rounds of a run, with blends among the clients."""
 
-    def __init__(self, storage: Storage, learners: Collection[str]):
-        """Args: storage: the run's folder. learners: ids of everyone who trains."""
+    def __init__(
+        self,
+        storage: Storage,
+        learners: Collection[str],
+        own: Own = ALIKE,
+        middle: Middle | None = None,
+    ):
+        """Args: storage: the run's folder. learners: ids of everyone who trains. own: whose models
+        are cut elsewhere. middle: the blocks between; who asks for clients' parts gives it."""
         super().__init__(storage)
+        self._own = own
+        self._middle = middle
         self._everyone = sorted(learners)
         self._learners = frozenset(learners)
 
@@ -76,7 +89,11 @@ class Blends(Rounds):
             raise FellrayError(f"{name!r}: is no mean of clients of this run")
         sums: dict[str, torch.Tensor] = {}
         for at in range(0, len(members), _AT_ONCE):
-            loaded = super().load(round, members[at : at + _AT_ONCE], names)
+            few = members[at : at + _AT_ONCE]
+            loaded = super().load(round, few, names)
+            if self._middle and self._own.cuts and CLIENT in names:
+                held_SP = super().load(round, few, [TRUNK])[TRUNK]
+                self._middle.fill_(loaded[CLIENT], held_SP, self._own.cuts_of(few))
             for key, rows in loaded.items():
                 part = rows.double().sum(0, keepdim=True)
                 sums[key] = sums[key] + part if key in sums else part

@@ -4,7 +4,8 @@ Bottom, top, adapters and item vectors of a run's clients. Whoever waits is answ
 with its own client's adapters at its own round. One thread at a time may call it. It must not know
 how a request arrives, nor where the trunk is.
 
-Shapes: N questions of one crossing, L real tokens, I items, d width.
+Shapes: N questions of one crossing, L real tokens, I items, T of them there in training, J later,
+d width.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,8 +43,12 @@ class Question:
     """Or a blend."""
     ids_L: Tensor
     """Token ids between the special tokens."""
-    prior_I: Tensor | None
-    """Added to the scores."""
+    prior_T: Tensor | None
+    """Added to the scores of the items that were there in training; later ones were never met."""
+    items: Items
+    """The catalogue as the asker found it."""
+    width: int
+    """Of that, how many items may be recommended: the first ones."""
     choice: Choice
 
 
@@ -89,7 +94,7 @@ class Ends:
             kept,
         )
         self._rounds = rounds
-        self._vectors_Id = items.vectors_Id.to(device)
+        self._vectors_Td = items.vectors_Td.to(device)
         self._device = device
         self._config = config
         self._kept = kept
@@ -120,10 +125,17 @@ class Ends:
         """Rankings of a crossing's questions, given hidden states at the upper cut [L, d]."""
         y_Ld = from_dlpack(output).to(self._device)
         u_Nd = self._tower().finish(crossing.rows, y_Ld, crossing.used)
-        scores_NI = compare(u_Nd, self._vectors_Id, self._config.model.temperature)
+        temperature = self._config.model.temperature
+        scores_NI = compare(u_Nd, self._vectors_Td, temperature)
+        # a product of its own, so that the others' scores stay the same, bit for bit
+        later_Jd = max((q.items for q in crossing.questions), key=len).later_Jd
+        if len(later_Jd):
+            later_NJ = compare(u_Nd, later_Jd.to(self._device), temperature)
+            scores_NI = torch.cat([scores_NI, later_NJ], 1)
         for scores_I, question in zip(scores_NI, crossing.questions, strict=True):
-            if question.prior_I is not None:
-                scores_I += question.prior_I.to(self._device)
+            if question.prior_T is not None:
+                scores_I[: len(question.prior_T)] += question.prior_T.to(self._device)
+            scores_I[question.width :] = -torch.inf
         return rank(scores_NI, [question.choice for question in crossing.questions])
 
     def _deal(self, questions: Sequence[Question], places: Sequence[int]) -> Iterator[list[int]]:

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from fellray.serve.counters import Counters
+from fellray.serve.page import PATHS
 from fellray.serve.refusal import Refusal
 from fellray.serve.tokens import Bucket, Caller, Tokens
 
@@ -20,7 +21,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN = frozenset({"/healthz", "/readyz", "/openapi.json"})
+OPEN = frozenset({"/healthz", "/readyz", "/openapi.json", *PATHS})
 """Paths that ask for no token: they tell nothing of clients or users."""
 OTHER = "other"
 """The route of a path that is none: paths are the asker's words, and not logged."""

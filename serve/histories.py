@@ -3,15 +3,12 @@
 It must not know requests, rounds or models. Shapes: I items.
 """
 
-from typing import Literal
-
 import numpy as np
 import torch
 
 from fellray.platform.shard import Shard
+from fellray.serve.schema import AsOf
 
-AsOf = Literal["now", "valid", "test"]
-"""Everything a user met, or what came before the validation or test item, as evaluation has it."""
 _SPLIT = {"valid": 1, "test": 2, "now": 3}
 
 
@@ -25,9 +22,14 @@ class Histories:
         self.prior_I = torch.from_numpy(self.counts_I).float().log1p()
 
     @property
-    def num_users(self) -> int:
-        """Users of the client."""
-        return len(self._shard.users)
+    def users(self) -> np.ndarray:
+        """Ids of the client's users, int64, ascending."""
+        return self._shard.users
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """int64: how many interactions each of them has."""
+        return np.diff(self._shard.offsets)
 
     def find(self, user_id: int, as_of: AsOf) -> tuple[np.ndarray, np.ndarray] | None:
         """What a user met, oldest first, and what of it is not recommended; None: no such user.

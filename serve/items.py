@@ -1,21 +1,28 @@
 """The items of a run: ids, titles, categories, vectors, and how a history of them is read.
 
-It must not know clients or rounds. Shapes: I items, d width, H entries of a history, L tokens.
+Items that came after the training stand behind those that were there before, so an index once given
+stays. It must not know clients or rounds.
+
+Shapes: T items that were there in training, J later ones, I = T + J, d width, L tokens.
 """
 
+import copy
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fellray.platform.config import ModelConfig
 from fellray.platform.encoder import Tokens, tokenize
 from fellray.platform.reader import assemble
 from fellray.platform.shards import Dataset
+from fellray.serve.additions import Batch
 from fellray.serve.refusal import Refusal
+from fellray.serve.schema import Item
 
 
 @dataclass(frozen=True)
@@ -29,31 +36,62 @@ class Reading:
 
 
 class Items:
-    """The catalogue of a run, with its tokenizer."""
+    """The catalogue of a run, with its tokenizer. It does not change: `extend` makes another."""
 
     def __init__(self, data: Dataset, tokenizer: Any, model: ModelConfig):
+        self.trained = len(data.titles)
+        """T"""
         self.ids = data.item_ids
-        """int64 [I], ascending"""
+        """int64 [I]"""
         self.titles = data.titles
         self.categories = [frozenset(filter(None, line.split("|"))) for line in data.categories]
         """Of each item; empty where it has none."""
         self.popularity = data.popularity
         """int64 [I]: how often each was met in all clients' training splits."""
-        self.vectors_Id = data.vectors
+        self.vectors_Td = data.vectors
+        self.later_Jd = data.vectors[:0]
+        """Vectors of later items: products with those of the others stay as they were."""
         self.tokens = tokenize(tokenizer, data.titles, model.max_tokens)
         self._tokenizer = tokenizer
         self._one_at_a_time = threading.Lock()
         self._model = model
+        self._order = np.arange(self.trained)
+        """Indices in the order of ids."""
         self._of_title: dict[str, list[int]] = {}
-        for item, title in enumerate(data.titles):
-            self._of_title.setdefault(_fold(title), []).append(item)
         self._of_category: dict[str, list[int]] = {}
-        for item, names in enumerate(self.categories):
-            for name in names:
-                self._of_category.setdefault(name, []).append(item)
+        self._enter(0)
 
     def __len__(self) -> int:
         return len(self.titles)
+
+    def extend(self, batch: Batch) -> "Items":
+        """With these items behind the others; those whose id is there already are left out."""
+        _, first = np.unique(batch.ids, return_index=True)
+        new = np.sort(first[~np.isin(batch.ids[first], self.ids)])
+        titles = [batch.titles[at] for at in new]
+        more = copy.copy(self)
+        more.ids = np.concatenate([self.ids, batch.ids[new]])
+        more.titles = self.titles + titles
+        more.categories = self.categories + [frozenset(batch.categories[at]) for at in new]
+        more.popularity = np.concatenate([self.popularity, np.zeros(len(new), np.int64)])
+        more.later_Jd = torch.cat([self.later_Jd, batch.vectors[torch.from_numpy(new)]])
+        known, own = self.tokens, self.tokenize(titles)
+        offsets = np.concatenate([known.offsets, known.offsets[-1] + own.offsets[1:]])
+        ids = np.concatenate([known.ids, own.ids])
+        more.tokens = Tokens(ids, offsets, known.prefix, known.suffix, known.pad)
+        more._order = np.argsort(more.ids, kind="stable")
+        more._of_title = {title: list(items) for title, items in self._of_title.items()}
+        more._of_category = {name: list(items) for name, items in self._of_category.items()}
+        more._enter(len(self))
+        return more
+
+    def _enter(self, first: int) -> None:
+        for item in range(first, len(self)):
+            self._of_title.setdefault(_fold(self.titles[item]), []).append(item)
+            for name in self.categories[item]:
+                self._of_category.setdefault(name, []).append(item)
+        self._folded = [f" {_fold(title)}" for title in self.titles]
+        """For `search`: each word has a space in front."""
 
     def find(
         self, item_ids: Sequence[int], field: str, places: Sequence[int] | None = None
@@ -68,12 +106,28 @@ class Items:
             Refusal: one is not there.
         """
         wanted = np.asarray(item_ids, np.int64)
-        at = np.searchsorted(self.ids, wanted).clip(max=len(self.ids) - 1)
+        place_of = np.searchsorted(self.ids, wanted, sorter=self._order)
+        at: np.ndarray = self._order[place_of.clip(max=len(self.ids) - 1)]
         if (unknown := np.flatnonzero(self.ids[at] != wanted)).size:
             first = int(unknown[0])
             place = f"{field}.{places[first] if places else first}"
             raise Refusal(404, "unknown_item", f"no item has the id {wanted[first]}", place)
         return at
+
+    def index(self, item_id: int) -> int | None:
+        """The index of an item; None: there is none with this id."""
+        place = np.searchsorted(self.ids, item_id, sorter=self._order).clip(max=len(self.ids) - 1)
+        at = int(self._order[place])
+        return at if self.ids[at] == item_id else None
+
+    def describe(self, at: int) -> Item:
+        """What is known of the item at this index."""
+        return Item(
+            item_id=int(self.ids[at]),
+            title=self.titles[at],
+            categories=sorted(self.categories[at]),
+            popularity=int(self.popularity[at]),
+        )
 
     def in_categories(self, names: Sequence[str], field: str) -> np.ndarray:
         """Indices, ascending, of items in any of these categories.
@@ -90,6 +144,17 @@ class Items:
                 )
                 raise Refusal(404, "unknown_category", has, f"{field}.{place}")
         return np.unique(np.concatenate([self._of_category[name] for name in names]))
+
+    def search(self, words: str, most: int) -> list[int]:
+        """Indices of items whose title, or a word of it, begins so; whole titles first.
+
+        Among equals what was met more often comes first.
+        """
+        asked = f" {_fold(words)}"
+        found = [item for item, title in enumerate(self._folded) if asked in title]
+        first = {item: not self._folded[item].startswith(asked) for item in found}
+        found.sort(key=lambda item: (first[item], -self.popularity[item], self.ids[item]))
+        return found[:most]
 
     def knows(self, title: str) -> bool:
         """Whether an item has the title, up to case and surrounding space."""
@@ -125,7 +190,8 @@ class Items:
                 met.update(self._of_title.get(_fold(entry), ()))
         newest = range(max(0, len(history) - self._model.max_history), len(history))
         texts = [entry.strip() for at in newest if isinstance(entry := history[at], str)]
-        own = iter(self._tokenize(texts))
+        tokens = self.tokenize(texts) if texts else None
+        own = iter(np.split(tokens.ids, tokens.offsets[1:-1]) if tokens else ())
         pieces = [self._piece(item_at[at]) if at in item_at else next(own) for at in newest]
         return Reading(self._join(pieces), np.array(sorted(met), np.int64))
 
@@ -137,12 +203,10 @@ class Items:
     def _piece(self, item: int) -> np.ndarray:
         return self.tokens.ids[self.tokens.offsets[item] : self.tokens.offsets[item + 1]]
 
-    def _tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
-        if not texts:
-            return []
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Token ids of any titles."""
         with self._one_at_a_time:  # tokenizers refuse two threads
-            tokens = tokenize(self._tokenizer, texts, self._model.max_tokens)
-        return np.split(tokens.ids, tokens.offsets[1:-1])
+            return tokenize(self._tokenizer, texts, self._model.max_tokens)
 
     def _join(self, pieces: Sequence[np.ndarray]) -> Tensor:
         offsets = np.cumsum([0, *map(len, pieces)], dtype=np.int64)

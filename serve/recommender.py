@@ -10,17 +10,22 @@ import logging
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 
 from fellray.platform.allocator import keep_freed_memory
 from fellray.platform.encoder import load_backbone, load_tokenizer
 from fellray.platform.errors import FellrayError
 from fellray.platform.messages import StaleLease
+from fellray.platform.middle import Middle
 from fellray.platform.run import read_run
 from fellray.platform.shards import Dataset
+from fellray.platform.split import plan_cut
 from fellray.serve.args import Args
 from fellray.serve.blends import Blends
+from fellray.serve.catalogue import Catalogue
 from fellray.serve.ends import Ends, Question
 from fellray.serve.ferry import Far, Ferry
+from fellray.serve.histories import Histories
 from fellray.serve.items import Items
 from fellray.serve.ladder import Known, Layer, choose_layer
 from fellray.serve.lookup import Asked, Lookup
@@ -66,18 +71,28 @@ class Recommender:
                 f"encoder that {run.storage} was trained with ({made_with[:12]}); restore that "
                 "encoder"
             )
-        self.items = Items(data, load_tokenizer(config.model.name), config.model)
-        self._lookup = Lookup(config, data, self.items, args.shards)
+        items = Items(data, load_tokenizer(config.model.name), config.model)
+        self.catalogue = Catalogue(
+            run.storage, items, config.model, made_with, args.threads, args.poll_s
+        )
+        self._lookup = Lookup(config, data, self.catalogue, args.shards)
         self._watch = Watch(args, self._lookup.seats, data.sha256)
 
         def make() -> Ends:
             torch.set_num_threads(args.threads)
             keep_freed_memory()
-            rounds = Blends(run.storage, self._lookup.seats)
-            return Ends(config, backbone, self.items, rounds, run.own(), args.adapters, args.rows)
+            own, cut = run.own(), plan_cut(backbone, config.model)
+            middle = Middle(cut.outer, config.model.lora.r)
+            rounds = Blends(run.storage, self._lookup.seats, own, middle)
+            return Ends(config, backbone, items, rounds, own, args.adapters, args.rows)
 
         self._ferry = Ferry(make, trunk, args.rows)
         self._lookup.start(self.served)
+
+    @property
+    def items(self) -> Items:
+        """The catalogue as it is now."""
+        return self.catalogue.items
 
     @property
     def seats(self) -> Mapping[str, Sequence[str]]:
@@ -95,12 +110,14 @@ class Recommender:
         return self._watch.served
 
     def watch(self) -> None:
-        """Take over new rounds from now on, as they are committed or promoted."""
+        """Take over new rounds and items from now on, as they are committed or added."""
         self._watch.start()
+        self.catalogue.start()
 
     def close(self) -> None:
         """Finish what is queued and end the threads."""
         self._watch.close()
+        self.catalogue.close()
         self._ferry.close()
 
     async def recommend(self, queries: Sequence[ByUser | ByHistory]) -> list[Answer]:
@@ -133,12 +150,7 @@ class Recommender:
             (at,) = self.items.find([item_id], "id")
         except Refusal as refusal:
             raise Refusal(404, refusal.code, refusal.message, "id") from None
-        return Item(
-            item_id=item_id,
-            title=self.items.titles[at],
-            categories=sorted(self.items.categories[at]),
-            popularity=int(self.items.popularity[at]),
-        )
+        return self.items.describe(at)
 
     async def find_client(self, client: str) -> ClientState:
         """Raises:
@@ -147,14 +159,14 @@ class Recommender:
         served, learner = self.served, self._lookup.learner.get(client)
         if learner is None:
             raise Refusal(404, "unknown_client", "the run has no such client", "id")
-        own = await self._lookup.read(client)
+        own = await self.read_client(client)
         known = Known(learner, served.trained, True)
         layer = choose_layer(known, ())
         if layer == "mean":
             layer = choose_layer(known, await self._lookup.find_nearest(own.counts_I, served))
         return ClientState(
             client=client,
-            users=own.num_users,
+            users=len(own.users),
             round=served.round,
             layer=layer,
             validation_ndcg_at_10=served.validation.get(client),
@@ -172,6 +184,14 @@ class Recommender:
             clients=len(self._lookup.learner),
             items=len(self.items),
         )
+
+    def num_users(self, client: str) -> int:
+        """How many users a client of the run has."""
+        return self._lookup.num_users(client)
+
+    async def read_client(self, client: str) -> Histories:
+        """See `Lookup.read`."""
+        return await self._lookup.read(client)
 
     def has_client(self, client: str) -> bool:
         """Whether it is a client of the run."""
@@ -214,10 +234,15 @@ class Recommender:
 
     async def _rank(self, asked: Asked, round: int) -> Ranking:
         if asked.layer == "popularity" or asked.reading is None:
-            return rank(asked.prior_I[None], [asked.choice])[0]
-        prior_I = asked.prior_I if self._config.model.prior else None
+            counts_I = F.pad(asked.prior_T, (0, len(asked.items) - len(asked.prior_T)))
+            counts_I[asked.width :] = -torch.inf
+            return rank(counts_I[None], [asked.choice])[0]
+        prior_T = asked.prior_T if self._config.model.prior else None
         ids_L = asked.reading.ids_L
-        return await self._ferry.rank(Question(round, asked.learner, ids_L, prior_I, asked.choice))
+        question = Question(
+            round, asked.learner, ids_L, prior_T, asked.items, asked.width, asked.choice
+        )
+        return await self._ferry.rank(question)
 
     def _tell(
         self, query: ByUser | ByHistory, layer: Layer, round: int, ranking: Ranking

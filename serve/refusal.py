@@ -5,6 +5,24 @@ It must not know who asked, nor how the request arrived.
 
 from typing import Any
 
+from fellray.serve.schema import Refused
+
+_WORDS = {
+    401: "The token is missing or wrong.",
+    403: "The token is another client's.",
+    404: "Something that was named is not there.",
+    409: "It is there already and says something else, or there is no room.",
+    413: "The body is too large.",
+    422: "The request is not what the schema says.",
+    429: "Too many requests with this token.",
+    503: "The service cannot answer now.",
+}
+
+
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For the OpenAPI document: that a route may answer so."""
+    return {status: {"model": Refused, "description": _WORDS[status]} for status in statuses}
+
 
 class Refusal(Exception):
     """An answer of status 4xx, or 503 where the fault is ours and passes."""

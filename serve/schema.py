@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from fellray.serve.histories import AsOf
 from fellray.serve.ladder import Layer
 
+AsOf = Literal["now", "valid", "test"]
+"""Everything a user met, or what came before the validation or test item, as evaluation has it."""
 MOST_HISTORY = 1000
 MOST_ITEMS = 10_000
 MOST_QUERIES = 64

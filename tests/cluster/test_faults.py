@@ -41,7 +41,7 @@ def settings(per_actor: int, moments: str = "reset", engine: str = "torch") -> d
     """Rounds long enough to be hit in the middle; the shared adapter must roll back too."""
     return {
         "train": {
-            **{"rounds": ROUNDS, "local_samples": 120, "batch_size": 4},
+            **{"rounds": ROUNDS, "local_samples": 48, "batch_size": 4},
             "moments": moments,
         },
         "server": {"shared_adapter": True, "engine": engine},
@@ -164,7 +164,7 @@ def test_a_client_and_the_server_are_killed_in_the_middle(
     assert_free(config)
 
 
-def test_the_driver_is_killed_and_interrupted(
+def test_the_driver_is_killed(
     tiny_config: Configure,
     undisturbed: dict[str, Any],
     local_ray: None,
@@ -172,31 +172,47 @@ def test_the_driver_is_killed_and_interrupted(
     on_disk: Callable[[RunConfig], str],
 ) -> None:
     config = tiny_config(**settings(per_actor=5))
-    path = on_disk(config)
-
-    killed = launch("-m", "fellray.jobs.cli", "train", path)
+    driver = launch("-m", "fellray.jobs.cli", "train", on_disk(config))
     wait_until(lambda: folder_of(config).exists("config.json"), 100, "the run is open")
-    with pytest.raises(FellrayError, match=f"locked by process {killed.process.pid} "):
+    with pytest.raises(FellrayError, match=f"locked by process {driver.process.pid} "):
         train(config)
-    await_round(config, 1, killed)
+    await_round(config, 1, driver)
     time.sleep(0.15)
-    kill(killed, config)
+    kill(driver, config)
     done = Rounds(folder_of(config)).latest()
     assert done is not None
     assert done < ROUNDS, "it was killed in the middle"
 
-    interrupted = launch("-m", "fellray.jobs.cli", "train", path)
-    await_round(config, done + 1, interrupted)
+    train(config)
+    assert_same(config, undisturbed)
+
+
+@pytest.mark.long
+def test_the_driver_is_interrupted(
+    tiny_config: Configure,
+    undisturbed: dict[str, Any],
+    local_ray: None,
+    launch: Launch,
+    on_disk: Callable[[RunConfig], str],
+) -> None:
+    config = tiny_config(**settings(per_actor=5))
+    driver = launch("-m", "fellray.jobs.cli", "train", on_disk(config))
+    await_round(config, 1, driver)
     time.sleep(0.15)
     # Ctrl-C goes to everybody on the terminal
-    os.killpg(interrupted.process.pid, signal.SIGINT)
-    status, out, err = interrupted.finish(60)
+    os.killpg(driver.process.pid, signal.SIGINT)
+    status, out, err = driver.finish(60)
     assert status not in (0, 2), (out, err)
-    assert f"going on after round {done}" in " ".join(out.split())
-    assert interrupted.left(30) == []
+    assert driver.left(30) == []
     assert_free(config)
+    done = Rounds(folder_of(config)).latest()
+    assert done is not None
+    assert done < ROUNDS, "it was interrupted in the middle"
 
-    train(config)
+    after = launch("-m", "fellray.jobs.cli", "train", on_disk(config))
+    status, out, err = after.finish()
+    assert status == 0, (out, err)
+    assert f"going on after round {done}" in " ".join(out.split())
     assert_same(config, undisturbed)
 
 

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 from driver import Driver
 
+from fellray.platform.config import dump
 from fellray.platform.journal import Journal
+from fellray.platform.rounds import Rounds
+from fellray.platform.run import HASHED, read_run
 from fellray.platform.storage import Storage
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
@@ -55,3 +58,21 @@ def test_three_nodes_come_and_go(launch: Callable[..., Driver], folder: Path) ->
     assert point["same_hashes"]
     assert "0 nodes lost" not in (folder / "scale.html").read_text()
     assert point["cost_per_round"] > 0
+
+
+def test_a_fixed_cluster_gives_the_same_hashes(
+    launch: Callable[..., Driver], folder: Path, tmp_path: Path
+) -> None:
+    """The run of the test above again, on nodes that were there before it and stay."""
+    (point,) = json.loads((folder / "scale.json").read_text())["points"]
+    moved = read_run(str(folder / "runs" / point["run"]))
+    there = moved.config.cluster.model_copy(update={"address": "local"})
+    path = tmp_path / "fixed.yaml"
+    path.write_text(dump(moved.config.model_copy(update={"name": "fixed", "cluster": there})))
+    status, out, err = launch("-m", "fellray.jobs.cli", "train", str(path)).finish(600)
+    assert status == 0, out + err
+
+    summary = json.loads((folder / "runs" / "fixed" / "summary.json").read_text())
+    learners = sorted(summary["final_hashes"])
+    assert len(learners) == 12
+    assert Rounds(moved.storage).hashes(ROUNDS, HASHED, learners) == summary["final_hashes"]

@@ -389,6 +389,44 @@ def test_what_is_behind_a_rank_stays_zero_through_training() -> None:
         assert b[0, :, :2].all()
 
 
+@pytest.mark.parametrize("cached", [10, 30, 2**17])
+def test_a_step_is_of_ones_own_rank(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit torch's AdamW on the row, and what is behind the rank is not touched."""
+    monkeypatch.setattr("fellray.platform.adapters.CACHED", cached)
+    train = TrainConfig(learning_rate=0.03, weight_decay=0.1, clip=2.0)
+    one, ranks = Bank(SITES, LoraSpec(r=4), train, 5), [4, 1, 3, 1, 2]
+    one.set_ranks(torch.arange(5), ranks)
+    one.reset(torch.arange(5), {"values": numbers(5, 2 * WIDTH, seed=9)})
+    theirs = [torch.nn.Parameter(row.clone()) for row in one.values_SP]
+    optimizers = [
+        torch.optim.AdamW([p], lr=0.03, weight_decay=0.1, foreach=False, fused=False)
+        for p in theirs
+    ]
+    mine = torch.ones(5, 2 * WIDTH)
+    cut_(views(mine, SITES, 4), torch.arange(5), torch.tensor(ranks))
+    for step, present in enumerate([[0, 1, 2, 3, 4], [3, 1, 4], [2], [4, 0, 1, 3]]):
+        gradient = numbers(5, 2 * WIDTH, seed=step) * mine
+        one.gradient.total_SP[present] = gradient[present]
+        one.step(torch.tensor(present))
+        for slot in present:
+            norm = gradient[slot].norm()
+            theirs[slot].grad = gradient[slot] * (2.0 / (norm + 1e-6)).clamp(max=1.0)
+            optimizers[slot].step()
+    for slot in range(5):
+        assert torch.equal(one.values_SP[slot], theirs[slot].detach()), slot
+        assert torch.equal(one.moment2_SP[slot], optimizers[slot].state[theirs[slot]]["exp_avg_sq"])
+    assert not one.gradient.total_SP.any()
+
+    behind = mine == 0
+    for tensor in (one.values_SP, one.moment1_SP, one.gradient.total_SP):
+        tensor[behind] = 7.0
+    held = one.values_SP.clone()
+    one.step(torch.arange(5))
+    for tensor in (one.values_SP, one.moment1_SP, one.gradient.total_SP):
+        assert (tensor[behind] == 7.0).all()
+    assert (one.values_SP != held)[~behind].all()
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_smaller_rank_has_its_own_scale(rslora: bool) -> None:
     spec = LoraSpec(r=4, lora_alpha=6.0, use_rslora=rslora)

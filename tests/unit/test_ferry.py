@@ -47,7 +47,9 @@ class Sides:
 
 
 def ask(k: int, learner: str = "c0") -> Question:
-    return Question(0, learner, torch.zeros(3, dtype=torch.int64), None, Choice(k))
+    return Question(
+        0, learner, torch.zeros(3, dtype=torch.int64), None, cast(Any, None), 0, Choice(k)
+    )
 
 
 def test_who_waits_together_crosses_together() -> None:

@@ -76,3 +76,31 @@ def test_at_most_a_tenth_is_padding(rows: int) -> None:
     sizes = torch.randint(16, 97, (64, rows), generator=draw)
     lanes = lay(sizes.tolist())
     assert 1 - int(sizes.sum()) / lanes.num_tokens <= 0.1
+
+
+def test_who_enters_earlier_lies_first() -> None:
+    """At every block those that are in are a batch like any other, of the first tokens."""
+    lengths = torch.tensor([3, 40, 20, 17, 8, 20])
+    owner, entry = torch.tensor([0, 1, 2, 3, 4, 4]), torch.tensor([2, 1, 2, 0, 1])
+    ranks = torch.tensor([8, 4, 8, 8, 4])
+    lanes = Lanes(lengths, owner, 16, ranks, None, entry)
+    assert entry[lanes.order_K].tolist() == [0, 1, 1, 2, 2]
+    flat = lanes.spread(tokens(lanes, int(lengths.sum())))
+    assert lanes.entered(2) is lanes
+    for block in (0, 1):
+        first = lanes.entered(block)
+        assert {stack.entry for stack in first.stacks} == set(range(block + 1))
+        part = flat[: first.num_tokens]
+        assert torch.equal(first.unpad(first.pad(part)), part)
+        own = (entry <= block).nonzero().squeeze(1)
+        rows = torch.isin(owner, own)
+        alone = Lanes(lengths[rows], owner[rows].unique(return_inverse=True)[1], 16, ranks[own])
+        assert alone.num_tokens == first.num_tokens
+        assert first.spans()[-1][1] == first.num_tokens
+        masks = [heap.mask_nT for heap in first.heaps]
+        assert sum(int(mask.sum()) for mask in masks) == int(lengths[rows].sum())
+        for heap in first.heaps:
+            found = heap.cut(first.pad(part))
+            assert found[heap.mask_nT].all()
+            assert not found[~heap.mask_nT].any()
+    assert not lanes.entered(-1).num_tokens

@@ -76,6 +76,7 @@ class Asked:
         async def send(message: dict[str, Any]) -> None:
             sent.append(message)
 
+        path, _, query = path.partition("?")
         scope = {
             "type": "http",
             "asgi": {"version": "3.0"},
@@ -84,7 +85,7 @@ class Asked:
             "path": path,
             "raw_path": quote(path).encode(),
             "root_path": "",
-            "query_string": b"",
+            "query_string": query.encode(),
             "headers": headers,
             "scheme": "http",
             "server": ("127.0.0.1", 80),
@@ -515,8 +516,14 @@ def test_the_document_says_what_is_served(asked: Asked) -> None:
     } == {
         "/v1/recommend": ["post"],
         "/v1/recommend/batch": ["post"],
+        "/v1/items": ["get", "post"],
         "/v1/items/{id}": ["get"],
+        "/v1/clients": ["get"],
         "/v1/clients/{id}": ["get"],
+        "/v1/clients/{id}/users": ["get"],
+        "/v1/clients/{id}/users/{user_id}": ["get"],
+        "/v1/quality": ["get"],
+        "/v1/live": ["get"],
         "/v1/runs": ["get"],
         "/healthz": ["get"],
         "/readyz": ["get"],
