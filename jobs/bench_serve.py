@@ -19,10 +19,11 @@ from fellray.jobs.adapter_load import measure_adapters
 from fellray.jobs.arrivals import draw_owners, weigh_zipf
 from fellray.jobs.forward_loop import ForwardLoop
 from fellray.jobs.generator import Answered, Generator, Load, Question
+from fellray.jobs.load_figures import HELD, judge
 from fellray.jobs.load_settings import CORES, Settings
 from fellray.jobs.service import Service, start_run, start_stock
 from fellray.jobs.tally import find_quantile
-from fellray.jobs.timings import BUSY, load_average, ratios, spread
+from fellray.jobs.timings import BUSY, load_average, spread
 from fellray.jobs.wire import Target
 from fellray.platform.run import read_run
 from fellray.platform.shards import Dataset
@@ -30,8 +31,6 @@ from fellray.serve.args import Args
 
 SHARES = (0.3, 0.5, 0.7, 0.85)
 """Of saturation: the rates of the open loops."""
-HELD = 0.7
-"""The one of them whose p99 has a goal."""
 NOOP = Question("GET", "/healthz")
 Say = Callable[[str, float], None]
 """What is done now, and how many seconds that will take."""
@@ -147,38 +146,6 @@ def bench_at(run: str, target: Target, settings: Settings, say: Say) -> dict[str
         "busy": max(before, after) > BUSY,
         "figures": [],
     }
-
-
-def judge(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The ratios that have a goal, and whether they meet it."""
-    arms, figures = results["arms"], []
-
-    def add(name: str, over: Sequence[float], under: Sequence[float], goal: tuple[str, float]):  # type: ignore[no-untyped-def]
-        ratio = ratios(over, under)
-        sign, bound = goal
-        met = ratio.median >= bound if sign == ">=" else ratio.median <= bound
-        figures.append({"name": name, "ratio": asdict(ratio), "goal": list(goal), "met": met})
-
-    service, bare = arms["service"], arms["bare loop"]
-    add("service / bare loop", service["throughput"], bare["throughput"], (">=", 0.6))
-    without = [
-        rate / (1 - share)
-        for rate, share in zip(service["throughput"], service["generator_share"], strict=True)
-    ]
-    add("the same without the generator's CPU", without, bare["throughput"], (">=", 0.85))
-    unbatched = arms["unbatched"]["throughput"]
-    add("service / unbatched", service["throughput"], unbatched, (">=", 1.4))
-    stock = arms["stock no-op"]["throughput"]
-    add("no-op / stock no-op", arms["no-op"]["throughput"], stock, (">=", 6.0))
-    held = [row for row in results["open_loops"] if row["share"] == HELD]
-    if held:
-        one = results["one_forward_ms"]["median"]
-        add("p99 at 70 % / one forward", [held[0]["latency_ms"]["p99"]], [one], ("<=", 10.0))
-    few, many = results["adapters"][:1], results["adapters"][1:]
-    for row in many:
-        name = f"{row['clients']} adapters / {few[0]['clients']}"
-        add(name, row["throughput"], few[0]["throughput"], (">=", 0.5))
-    return figures
 
 
 def _ask_for(client: str, user: int) -> Question:

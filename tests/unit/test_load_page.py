@@ -3,7 +3,8 @@
 from dataclasses import asdict
 from typing import Any
 
-from fellray.jobs.bench_serve import Turns, judge
+from fellray.jobs.bench_serve import Turns
+from fellray.jobs.load_figures import judge
 from fellray.jobs.load_page import write_load_page
 from fellray.jobs.load_settings import Settings
 
