@@ -215,6 +215,7 @@ def test_a_round_is_taken_over_while_it_answers(service: Service) -> None:
     assert answer()[1] != start[1]
 
 
+@pytest.mark.long
 def test_it_is_put_under_load(service: Service, tmp_path: Path) -> None:
     """`fellray bench serve` against a service that runs: files, and every request accounted for."""
     address = f"http://127.0.0.1:{service.port}"
