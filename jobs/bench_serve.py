@@ -22,6 +22,7 @@ from fellray.jobs.generator import Answered, Generator, Load, Question
 from fellray.jobs.load_figures import HELD, judge
 from fellray.jobs.load_settings import CORES, Settings
 from fellray.jobs.service import Service, start_run, start_stock
+from fellray.jobs.stock import ROOMY
 from fellray.jobs.tally import find_quantile
 from fellray.jobs.timings import BUSY, load_average, spread
 from fellray.jobs.wire import Target
@@ -81,6 +82,7 @@ def bench_run(run: str, settings: Settings, say: Say) -> dict[str, Any]:
                 "unbatched": (alone, questions),
                 "no-op": (ours, [NOOP]),
                 "stock no-op": (stock, [Question("GET", "/")]),
+                "roomy stock no-op": (stock, [Question("GET", ROOMY)]),
             }
             loop, one_ms = _make_loop(run, settings, users)
             arms = _take_turns(services, loop, one_ms, generator, settings, say)

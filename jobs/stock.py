@@ -1,5 +1,8 @@
 """Stock: Ray Serve with nothing set and an application that does nothing, to be measured against.
 
+With many connections the five requests that Serve gives a replica at a time are few, and it spends
+its time on asking for room: the same application stands a second time, with room for 100.
+
 python -m fellray.jobs.stock PORT
 """
 
@@ -10,6 +13,9 @@ from contextlib import suppress
 from typing import Any
 
 from fellray.actors.session import ask_for_token, ray
+
+
+ROOMY = "/roomy"
 
 
 class Idle:
@@ -35,7 +41,9 @@ def main() -> None:
 
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
-        serve.run(serve.deployment(Idle).bind(), route_prefix="/")
+        serve.run(serve.deployment(Idle).bind(), name="stock", route_prefix="/")
+        roomy = serve.deployment(Idle, max_ongoing_requests=100)
+        serve.run(roomy.bind(), name="roomy", route_prefix=ROOMY)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with suppress(KeyboardInterrupt):
             print(f"nothing is served at http://127.0.0.1:{port}", flush=True)

@@ -261,14 +261,14 @@ def test_the_whole_bench(service: Service, tmp_path: Path) -> None:
     results = json.loads((tmp_path / "bench-serve.json").read_text())
     assert set(results["arms"]) == {
         *("service", "bare loop", "unbatched"),
-        *("no-op", "stock no-op"),
+        *("no-op", "stock no-op", "roomy stock no-op"),
     }
     assert all(arm["throughput"][0] > 0 for arm in results["arms"].values())
     assert not any(arm["errors"] for arm in results["arms"].values())
     few, many = results["adapters"]
     assert few["errors"] == many["errors"] == {}
     assert many["hit_rate"][0] < 1
-    assert len(results["figures"]) == 6
+    assert len(results["figures"]) == 7
     assert bench.left() == []
 
 

@@ -38,6 +38,7 @@ def make_results(**more: Any) -> dict[str, Any]:
             "unbatched": turns(50.0, 40.0, 25.0),
             "no-op": turns(500.0),
             "stock no-op": turns(100.0),
+            "roomy stock no-op": turns(50.0),
         },
         "open_loops": [row, {**row, "rate": 45.0, "share": 0.85}],
         "adapters": [
@@ -59,6 +60,7 @@ def test_ratios_are_taken_turn_by_turn() -> None:
     assert abs(without["ratio"]["median"] - 0.5 / 0.75) < 1e-9
     assert figures["service / unbatched"]["ratio"]["median"] == 1.2
     assert not figures["no-op / stock no-op"]["met"]
+    assert figures["no-op / roomy stock no-op"]["met"]
     assert figures["p99 at 70 % / one forward"]["ratio"]["median"] == 9.0
     assert figures["p99 at 70 % / one forward"]["met"]
     assert figures["4096 adapters / 64"] == {
