@@ -14,7 +14,6 @@ from typing import Any
 
 from fellray.actors.session import ask_for_token, ray
 
-
 ROOMY = "/roomy"
 
 
