@@ -39,9 +39,11 @@ Launch = Callable[..., Driver]
 
 def settings(per_actor: int, moments: str = "reset", engine: str = "torch") -> dict[str, Any]:
     """Rounds long enough to be hit in the middle; the shared adapter must roll back too."""
+    # long tests hit up to 0.8 s after a round began
+    samples = 120 if moments == "keep" else 48
     return {
         "train": {
-            **{"rounds": ROUNDS, "local_samples": 48, "batch_size": 4},
+            **{"rounds": ROUNDS, "local_samples": samples, "batch_size": 4},
             "moments": moments,
         },
         "server": {"shared_adapter": True, "engine": engine},
