@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from fellray.actors.session import ask_for_token, ray
 from fellray.platform.errors import FellrayError
+from fellray.serve import porter
 from fellray.serve.args import Args
 from fellray.serve.tokens import new_token, read_tokens, token_storage
 
@@ -91,6 +92,7 @@ def serving(args: Args, door: Door) -> Iterator[None]:
     if address == "local":
         ask_for_token()
         os.environ.setdefault("RAY_enable_metrics_collection", "0")
+        os.environ.setdefault(porter.SWITCH, porter.PLACE)
         most = [args.most_recommenders or args.recommenders, args.most_trunks or args.trunks]
         ray.init(
             address=address,

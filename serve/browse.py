@@ -38,11 +38,12 @@ from fellray.serve.permission import caller_of, check, refuse_clients
 from fellray.serve.quality import read_quality
 from fellray.serve.recommender import Recommender
 from fellray.serve.refusal import Refusal, refusals
+from fellray.serve.schema import Whole, Written
 
 RANKING = "/v1/recommend"
 """Routes that begin so answer with rankings: those are what live figures are about."""
 _log = logging.getLogger("fellray.serve")
-_UserId = Annotated[int, Path(ge=-(2**63), lt=2**63)]
+_UserId = Annotated[Whole, Written, Path()]
 
 
 def add_browsing(
@@ -121,7 +122,7 @@ def add_browsing(
     @api.post(
         "/v1/items",
         dependencies=asked,
-        responses=refusals(401, 403, 409, 413, 422, 429, 503),
+        responses=refusals(401, 403, 409, 413, 415, 422, 429, 503),
     )
     async def add_items(new: NewItems, request: Request) -> Added:
         """Add items that are new since the training; recommendable at once. An operator's."""
@@ -176,6 +177,8 @@ async def _read(recommender: Recommender, client: str, request: Request) -> Hist
 
 def _whole(text: str) -> int:
     try:
+        if not text.isascii() or "_" in text:
+            raise ValueError
         number = int(text)
     except ValueError:
         raise Refusal(422, "invalid", "users come after a whole number", "after") from None

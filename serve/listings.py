@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fellray.serve.schema import Closed, Id, Item, Name, Title
+from fellray.serve.schema import Closed, Id, Item, Name, Title, Written
 
 MOST_LISTED = 1000
 MOST_ADDED = 64
 
-Limit = Annotated[int, Field(ge=1, le=MOST_LISTED)]
+Limit = Annotated[int, Written, Field(ge=1, le=MOST_LISTED)]
 
 
 class Wanted(Closed):
@@ -30,7 +30,7 @@ class WantedItems(Closed):
 
     title: Annotated[str, Field(min_length=1, max_length=200, pattern=r"\S")]
     """How the title, or a word of it, begins."""
-    limit: Annotated[int, Field(ge=1, le=100)] = 20
+    limit: Annotated[int, Written, Field(ge=1, le=100)] = 20
 
 
 class WantedPast(Closed):

@@ -4,9 +4,10 @@ Ids are whole numbers and texts are texts: nothing is converted, no key is ignor
 how an answer comes about.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from fellray.serve.ladder import Layer
 
@@ -17,11 +18,25 @@ MOST_ITEMS = 10_000
 MOST_QUERIES = 64
 MOST_K = 1000
 MOST_EVENTS = 500
+_NUMBER = re.compile(r"-?[0-9]{1,19}")
 
-Id = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
+MOST_WHOLE = 2**63 - 1
+"""Inclusive bounds: readers of the document that know 64 bits only cannot write 2 ** 63."""
+Whole = Annotated[int, Field(ge=-MOST_WHOLE - 1, le=MOST_WHOLE)]
+Id = Annotated[Whole, Field(strict=True)]
 Name = Annotated[str, Field(strict=True, min_length=1, max_length=200)]
 Title = Annotated[str, Field(strict=True, min_length=1, max_length=1000, pattern=r"\S")]
 ItemIds = Annotated[list[Id], Field(min_length=1, max_length=MOST_ITEMS)]
+
+
+def _read_number(text: Any) -> Any:
+    """In a path or query; Python's own reading knows further spellings, as 1_0 for 10."""
+    if isinstance(text, str) and not _NUMBER.fullmatch(text):
+        raise ValueError("write a whole number in digits")
+    return text
+
+
+Written = BeforeValidator(_read_number)
 
 
 class Closed(BaseModel):
@@ -93,7 +108,7 @@ class NewEvent(Closed):
     client: Name
     user_id: Id
     item_id: Id
-    timestamp: Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+    timestamp: Annotated[int, Field(strict=True, ge=0, le=MOST_WHOLE)]
     """Seconds since 1970."""
 
 
