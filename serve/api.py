@@ -5,7 +5,8 @@ ranking comes about, nor Ray.
 """
 
 from collections.abc import Callable
-from typing import Annotated
+from functools import cache
+from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Path, Request
 from fastapi.exceptions import RequestValidationError
@@ -25,6 +26,7 @@ from fellray.serve.permission import check, refuse_clients
 from fellray.serve.recommender import Recommender
 from fellray.serve.refusal import Refusal, refusals, refusals_of_text
 from fellray.serve.schema import (
+    MOST_WHOLE,
     Answer,
     Answers,
     ClientState,
@@ -124,6 +126,7 @@ def make_api(
     add_browsing(api, recommender, read_run(args.run), counters, args, labels, asked)
     add_page(api)
     _explain(api)
+    api.openapi = _describe(api.openapi)  # type: ignore[method-assign] - as FastAPI's manual has it
     api.add_middleware(
         Gate,
         tokens=tokens,
@@ -132,6 +135,28 @@ def make_api(
         body_bytes=args.body_kib * 1024,
     )
     return api
+
+
+def _describe(make: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """FastAPI writes bounds as floats, of which none is 2 ** 63 - 1."""
+
+    def mend(tree: Any) -> Any:
+        if isinstance(tree, list):
+            return [mend(one) for one in tree]
+        if not isinstance(tree, dict):
+            return tree
+        whole = {key: mend(one) for key, one in tree.items()}
+        for key in ("minimum", "maximum"):
+            if isinstance(bound := whole.get(key), float):
+                whole[key] = min(int(bound), MOST_WHOLE)
+        return whole
+
+    @cache
+    def describe() -> dict[str, Any]:
+        document: dict[str, Any] = mend(make())
+        return document
+
+    return describe
 
 
 _BRANCHES = ("ByUser", "ByHistory", "int", "str", "constrained-int", "constrained-str")
@@ -156,8 +181,9 @@ def _explain(api: FastAPI) -> None:
         if first["type"] == "json_invalid":
             return respond(Refusal(422, "no_json", "the body is not JSON"))
         # pydantic names the branches of a union as well
-        place = [str(part) for part in first["loc"][1:] if part not in _BRANCHES]
-        return respond(Refusal(422, "invalid", first["msg"], ".".join(place) or None))
+        parts = map(str, first["loc"][1:])
+        place = [part for part in parts if not (part in _BRANCHES or part.startswith("function-"))]
+        return respond(Refusal(422, "invalid", first["msg"].removeprefix("Value error, "), ".".join(place) or None))
 
     @api.exception_handler(HTTPException)
     async def tell(request: Request, error: HTTPException) -> JSONResponse:

@@ -1,7 +1,7 @@
 """What is asked over HTTP or through a handle, and what is answered: closed types.
 
-Ids are whole numbers and texts are texts: nothing is converted, no key is ignored. It must not know
-how an answer comes about.
+Ids are whole numbers (in JSON, 3.0 is 3) and texts are texts: nothing else is converted, no key is
+ignored. It must not know how an answer comes about.
 """
 
 import re
@@ -18,25 +18,34 @@ MOST_ITEMS = 10_000
 MOST_QUERIES = 64
 MOST_K = 1000
 MOST_EVENTS = 500
-_NUMBER = re.compile(r"-?[0-9]{1,19}")
+_NUMBER = re.compile(r"-?[0-9]{1,19}(\.0+)?")
 
 MOST_WHOLE = 2**63 - 1
 """Inclusive bounds: readers of the document that know 64 bits only cannot write 2 ** 63."""
-Whole = Annotated[int, Field(ge=-MOST_WHOLE - 1, le=MOST_WHOLE)]
-Id = Annotated[Whole, Field(strict=True)]
-Name = Annotated[str, Field(strict=True, min_length=1, max_length=200)]
-Title = Annotated[str, Field(strict=True, min_length=1, max_length=1000, pattern=r"\S")]
-ItemIds = Annotated[list[Id], Field(min_length=1, max_length=MOST_ITEMS)]
+_MOST_EXACT = 2**53
 
 
-def _read_number(text: Any) -> Any:
-    """In a path or query; Python's own reading knows further spellings, as 1_0 for 10."""
+def _read_written(text: Any) -> Any:
+    """Of a path or query; Python's own reading knows further spellings, as 1_0 for 10."""
     if isinstance(text, str) and not _NUMBER.fullmatch(text):
         raise ValueError("write a whole number in digits")
     return text
 
 
-Written = BeforeValidator(_read_number)
+def _read_whole(value: Any) -> Any:
+    """Of JSON, to which 3.0 is whole too; of a large one it cannot be known which it was."""
+    if isinstance(value, float) and value.is_integer() and abs(value) <= _MOST_EXACT:
+        return int(value)
+    return value
+
+
+Written = BeforeValidator(_read_written)
+_Exact = BeforeValidator(_read_whole)
+Whole = Annotated[int, Field(ge=-MOST_WHOLE - 1, le=MOST_WHOLE)]
+Id = Annotated[Whole, Field(strict=True), _Exact]
+Name = Annotated[str, Field(strict=True, min_length=1, max_length=200)]
+Title = Annotated[str, Field(strict=True, min_length=1, max_length=1000, pattern=r"\S")]
+ItemIds = Annotated[list[Id], Field(min_length=1, max_length=MOST_ITEMS)]
 
 
 class Closed(BaseModel):
@@ -61,7 +70,7 @@ class Filters(Closed):
 class _Query(Closed):
     client: Name
     """Whose user it is: the client's own adapters and counts answer."""
-    k: Annotated[int, Field(strict=True, ge=1, le=MOST_K)] = 10
+    k: Annotated[int, Field(strict=True, ge=1, le=MOST_K), _Exact] = 10
     """How many items; fewer come where fewer are left."""
     filters: Filters = Filters()
     candidates: ItemIds | None = None
@@ -108,7 +117,7 @@ class NewEvent(Closed):
     client: Name
     user_id: Id
     item_id: Id
-    timestamp: Annotated[int, Field(strict=True, ge=0, le=MOST_WHOLE)]
+    timestamp: Annotated[int, Field(strict=True, ge=0, le=MOST_WHOLE), _Exact]
     """Seconds since 1970."""
 
 
