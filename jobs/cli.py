@@ -26,6 +26,9 @@ app = typer.Typer(
 console = Console(highlight=False)
 SHOWN_CLIENTS = 20
 
+measures = typer.Typer(help="Measure what runs.", no_args_is_help=True)
+app.add_typer(measures, name="bench")
+
 ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="A YAML file; `fellray init` writes a first one.")
 ]
@@ -242,6 +245,65 @@ def serve(
 
     args = read_args(run, overrides or [])
     deploy(args, Door(host, port, tls_key, tls_certificate), tell)
+
+
+@measures.command("serve")
+def bench_serve(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or URI.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings of the service: threads=2 trunks=2"),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.2, help="Of every load in a turn.")] = 4.0,
+    turns: Annotated[int, typer.Option(min=1, help="Times every arm is measured.")] = 5,
+    connections: Annotated[int, typer.Option(min=1, max=1024, help="In a closed loop.")] = 64,
+    users: Annotated[int, typer.Option(min=1, help="Who asks, in turn over all clients.")] = 1000,
+    zipf: Annotated[
+        float, typer.Option(min=0, help="How unequally often users ask; 0: all alike.")
+    ] = 0.0,
+    adapters: Annotated[
+        str, typer.Option(help="Numbers of clients for 32 places; empty: left out.")
+    ] = "64,512,4096",
+    rate: Annotated[
+        float | None, typer.Option(min=0.1, help="One open loop of so many requests a second.")
+    ] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(help="http://HOST:PORT of a service that runs; its token in FELLRAY_TOKEN."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of arrivals and of who asks.")] = 0,
+    out: Annotated[
+        Path, typer.Option(help="A folder for bench-serve.json and bench-serve.html.")
+    ] = Path("runs"),
+) -> None:
+    """Put a served run under load over HTTP, and say what it stands up to.
+
+    [bold]Closed loop[/]: so many connections, each with a request on its way; that is saturation.
+    [bold]Open loop[/]: requests come when they come, a Poisson process at 30, 50, 70 and 85 % of
+    that, and a request's time counts from when it was due.
+
+    Without [bold]--at[/] the run is served for it, and arms take turns on the same two cores: the
+    service; the bare forward loop over the same users in one process; the service with rows=1, so
+    that nobody shares a batch; its /healthz; and Ray Serve as it comes with a route that does
+    nothing. Then 64, 512 and 4,096 clients by Zipf's law with room for 32 adapters. About 6 minutes
+    with MiniLM; `--turns 1 --seconds 1 --adapters ""` for a first look.
+    """
+    from fellray.jobs.bench_job import bench_serve as measure
+
+    measure(
+        run,
+        out,
+        at,
+        seconds=seconds,
+        turns=turns,
+        connections=connections,
+        users=users,
+        zipf=zipf,
+        adapters=adapters,
+        rate=rate,
+        seed=seed,
+        settings=tuple(overrides or ()),
+    )
 
 
 @app.command()

@@ -6,15 +6,24 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from fellray.actors.session import ask_for_token, ray
+from fellray.jobs.front import (
+    OURS,
+    SWITCH,
+    describe_front,
+    find_haproxy,
+    refuse_taken,
+    wait_until_open,
+)
 from fellray.platform.errors import FellrayError
 from fellray.serve import porter
 from fellray.serve.args import Args
@@ -89,6 +98,48 @@ def serving(args: Args, door: Door) -> Iterator[None]:
     """
     options = door.options()
     address = os.environ.get("RAY_ADDRESS", "local")
+    with ExitStack() as opened:
+        fronted = False
+        if address == "local":
+            refuse_taken(door.host, door.port)
+            fronted = _set_front(door, opened)
+        _start_ray(args, address)
+        opened.callback(ray.shutdown)
+        # Serve reads its environment when it is imported, as Ray does
+        from ray import serve
+
+        from fellray.serve.app import build
+
+        serve.start(http_options=options, proxy_location="HeadOnly")
+        try:
+            try:
+                serve.run(build(args), name=NAME, route_prefix="/")
+            except RuntimeError as error:
+                raise FellrayError(f"the application did not start: {error}") from None
+            if fronted:
+                wait_until_open(door.host, door.port)
+            yield
+        finally:
+            serve.delete(NAME)
+            if address == "local":
+                serve.shutdown()
+
+
+def _set_front(door: Door, opened: ExitStack) -> bool:
+    """HAProxy before a Ray of our own, where there is one and nobody said otherwise.
+
+    It speaks no TLS to anybody, so HTTPS stays with Serve's own proxy.
+    """
+    said = SWITCH in os.environ and OURS not in os.environ
+    binary = None if said or door.tls_key else find_haproxy()
+    if binary is None:
+        return False
+    folder = opened.enter_context(TemporaryDirectory(prefix="fellray-"))
+    os.environ |= describe_front(Path(folder), binary)
+    return True
+
+
+def _start_ray(args: Args, address: str) -> None:
     if address == "local":
         ask_for_token()
         os.environ.setdefault("RAY_enable_metrics_collection", "0")
@@ -103,25 +154,6 @@ def serving(args: Args, door: Door) -> Iterator[None]:
         )
     else:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    # Serve reads its environment when it is imported, as Ray does
-    from ray import serve
-
-    from fellray.serve.app import build
-
-    try:
-        serve.start(http_options=options, proxy_location="HeadOnly")
-        try:
-            serve.run(build(args), name=NAME, route_prefix="/")
-        except RuntimeError as error:
-            raise FellrayError(f"the application did not start: {error}") from None
-        try:
-            yield
-        finally:
-            serve.delete(NAME)
-            if address == "local":
-                serve.shutdown()
-    finally:
-        ray.shutdown()
 
 
 def deploy(args: Args, door: Door, tell: Callable[[str], None]) -> None:

@@ -146,6 +146,8 @@ class GradientSum:
 class Bank:
     """The adapters of S clients for one part of the model, and one AdamW state for each.
 
+    Where nobody trains a bank holds the values alone, a quarter of that.
+
     What is behind a slot's own rank is zero and stays so: with A's row and B's column zero, either
     gradient has the other as a factor, so values and moments take steps of exactly zero. So is what
     a client of its cut has on the other side: no row of it passes there.
@@ -155,11 +157,12 @@ class Bank:
         self,
         sites: Sequence[Site],
         spec: LoraSpec,
-        train: TrainConfig,
+        train: TrainConfig | None,
         num_slots: int,
         device: torch.device | None = None,
     ):
-        """Args: spec: `r` is the largest rank, and every slot's until `set_ranks`."""
+        """Args: spec: `r` is the largest rank, and every slot's until `set_ranks`. train: None:
+        nobody trains."""
         self._train = train
         self._sites = sites
         self.spec = spec
@@ -167,13 +170,15 @@ class Bank:
         self._mixed = False
         self.cuts_S = torch.full_like(self.ranks_S, -1)
         """Where cuts differ: each slot's; -1: a row that is nobody's and whole."""
-        self.gradient = GradientSum(sites, spec.r, num_slots, device)
-        self.values_SP = torch.zeros_like(self.gradient.total_SP)
-        self.moment1_SP = torch.zeros_like(self.values_SP)
-        self.moment2_SP = torch.zeros_like(self.values_SP)
-        self.steps_S = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        size = sum(site.num_parameters(spec.r) for site in sites)
+        trained = num_slots if train else 0
+        self.gradient = GradientSum(sites, spec.r, trained, device)
+        self.values_SP = torch.zeros(num_slots, size, device=device)
+        self.moment1_SP = torch.zeros(trained, size, device=device)
+        self.moment2_SP = torch.zeros(trained, size, device=device)
+        self.steps_S = torch.zeros(trained, dtype=torch.int64, device=device)
         self._values = views(self.values_SP, sites, spec.r)
-        self._scratch = torch.empty(6, CACHED, device=device)
+        self._scratch = torch.empty(6 if train else 0, CACHED, device=device)
         """A step's memory, made once: fresh pages cost more than the arithmetic on them."""
 
     def set_ranks(self, slots_s: Tensor, ranks: Sequence[int]) -> None:
@@ -203,6 +208,7 @@ class Bank:
         Bit-equal to `torch.optim.AdamW(foreach=False)` on each slot alone.
         """
         c = self._train
+        assert c is not None, "nobody trains"
         self.steps_S[slots_s] += 1
         steps = self.steps_S[slots_s].tolist()
         size_s = self.values_SP.new_tensor([c.learning_rate / (1 - c.beta1**t) for t in steps])
@@ -253,6 +259,7 @@ class Bank:
     ) -> None:
         """A step of one part of a few slots."""
         c, at = self._train, _place(slots_s)
+        assert c is not None
         in_place = isinstance(at, slice) and part[0][:1].is_contiguous()
         shape = (len(slots_s), *part[0].shape[1:])
         taken = [self._scratch[i, : math.prod(shape)].view(shape) for i in range(6)]
@@ -286,7 +293,8 @@ class Bank:
         """Put slots to the rows of a `state`, in their order, values cut to each slot's rank and
         side; what it does not hold starts anew."""
         place = _place(slots_s)
-        self.gradient.total_SP[place] = 0.0
+        if self._train:
+            self.gradient.total_SP[place] = 0.0
         for name, tensor in self._tensors().items():
             tensor[place] = state[name].to(tensor.device) if name in state else tensor.new_zeros(())
         if self._mixed:
@@ -302,6 +310,8 @@ class Bank:
                     part[slots[away]] = 0.0
 
     def _tensors(self) -> dict[str, Tensor]:
+        if not self._train:
+            return {"values": self.values_SP}
         return {
             "values": self.values_SP,
             "moment1": self.moment1_SP,

@@ -48,8 +48,18 @@ class Series:
     band: dict[int, tuple[float, float]] = field(default_factory=dict)
 
 
-def draw_lines(title: str, caption: str, series: Sequence[Series], best: int | None = None) -> Html:
-    """Values over rounds, the best round marked; nothing where no series has a point."""
+def draw_lines(
+    title: str,
+    caption: str,
+    series: Sequence[Series],
+    best: int | None = None,
+    across: str = "round",
+) -> Html:
+    """Values over rounds, the best round marked; nothing where no series has a point.
+
+    Args:
+        across: what stands in the place of rounds.
+    """
     series = [one for one in series if one.points]
     if not series:
         return Html()
@@ -58,7 +68,7 @@ def draw_lines(title: str, caption: str, series: Sequence[Series], best: int | N
     heights = [value for one in series for value in one.points.values()]
     heights += [value for one in series for pair in one.band.values() for value in pair]
     y = fit_axis(heights, HEIGHT - BOTTOM, TOP)
-    parts, legend, told = [draw_frame(x, y, "round", "")], [], []
+    parts, legend, told = [draw_frame(x, y, across, "")], [], []
     if best is not None and rounds[0] <= best <= rounds[-1]:
         at = x.at(best)
         shift, anchor = (-4, "end") if at > WIDTH / 2 else (4, "")
@@ -83,7 +93,7 @@ def draw_lines(title: str, caption: str, series: Sequence[Series], best: int | N
             parts += [
                 tag(
                     "circle",
-                    tag("title", f"round {number}: {format_number(value)}"),
+                    tag("title", f"{across} {number}: {format_number(value)}"),
                     cx=x.at(number),
                     cy=y.at(value),
                     r=3,
@@ -93,8 +103,8 @@ def draw_lines(title: str, caption: str, series: Sequence[Series], best: int | N
             ]
         first, last, values = min(one.points), max(one.points), one.points.values()
         told.append(
-            f"{one.name} from {format_number(one.points[first])} in round {first} to "
-            f"{format_number(one.points[last])} in round {last}, "
+            f"{one.name} from {format_number(one.points[first])} in {across} {first} to "
+            f"{format_number(one.points[last])} in {across} {last}, "
             f"lowest {format_number(min(values))}, highest {format_number(max(values))}"
         )
     return draw_figure(title, caption, "; ".join(told), HEIGHT, parts, legend)

@@ -66,9 +66,10 @@ class TrunkHost:
         index: int = 0,
         own: Own = ALIKE,
         kept: int | None = None,
+        trains: bool = True,
     ):
         """Args: learners: ids of everyone who may ask. index: names this host's files. kept: see
-        `Slots`."""
+        `Slots`. trains: False: only forward passes are asked for."""
         self._holder = f"trunk-{index:05d}"
         self._seeded_P = start(sites, config.model.lora, config.seed)
         self._config = config
@@ -80,7 +81,7 @@ class TrunkHost:
         self._sites = sites
         lora = config.model.lora
         self._slots = Slots(
-            lambda slots: Bank(sites, lora, config.train, slots, device),
+            lambda slots: Bank(sites, lora, config.train if trains else None, slots, device),
             "trunk",
             config.train.moments == "keep",
             rounds,

@@ -56,6 +56,8 @@ class Slots:
         """Longest unused first."""
         self._state: dict[str, State] = {}
         """Missing: the row is being trained, or was left half trained."""
+        self.loaded = 0
+        """Clients that `hold` had to read so far."""
         self._trained: dict[str, dict[str, Tensor]] = {}
         """What became of those who left their slots, by kind; on the CPU."""
 
@@ -78,6 +80,7 @@ class Slots:
             loaded = self._rounds.load(round, stale, self._names)
             self.bank.reset(self.find(stale), self._plain(loaded))
             self._state |= {c: wanted[c] for c in stale}
+            self.loaded += len(stale)
         return self.find(clients)
 
     def find(self, clients: Sequence[str]) -> Tensor:

@@ -120,8 +120,8 @@ def make_api(
     async def metrics(request: Request) -> PlainTextResponse:
         """What this replica counted, for Prometheus; an operator's token is asked for."""
         refuse_clients(request, "metrics are the operator's")
-        gauges = recommender.gauges()
-        return PlainTextResponse(counters.render(gauges, labels), media_type=_PROMETHEUS)
+        text = counters.render(recommender.gauges(), labels, recommender.totals())
+        return PlainTextResponse(text, media_type=_PROMETHEUS)
 
     add_browsing(api, recommender, read_run(args.run), counters, args, labels, asked)
     add_page(api)

@@ -92,7 +92,11 @@ def build(args: Args) -> serve.Application:
     verify(run, Watch(args, learners, data.sha256).served.round, learners)
     _refuse_without_tokens(args, run)
     plain = args.model_dump()
-    options = {"max_ongoing_requests": args.waiting, "health_check_period_s": 2}
+    options: dict[str, Any] = {
+        "max_ongoing_requests": args.waiting,
+        "health_check_period_s": 2,
+        "logging_config": {"enable_access_log": False},  # the gate writes one
+    }
     trunk = serve.deployment(
         Trunk,
         name="Trunk",

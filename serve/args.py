@@ -44,7 +44,7 @@ class Args(BaseModel):
     shards: int = Field(default=256, ge=1)
     """Clients whose histories and counts a recommender holds."""
     rows: int = Field(default=128, ge=1)
-    """Most histories in one message to the trunk."""
+    """Most histories in one batch, on either side of the cut; 1: nobody shares one."""
     waiting: int = Field(default=512, ge=1)
     """Requests that a replica has in hand at once; Serve holds the others back."""
     body_kib: int = Field(default=256, ge=1)

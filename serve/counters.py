@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 """Upper ends of the latency histogram's bins, seconds."""
@@ -65,11 +66,17 @@ class Counters:
         at = [took[-(-len(took) * share // 100) - 1] for share in (50, 99)]
         return Recent(window_s, len(took), *at)
 
-    def render(self, gauges: Mapping[str, float], labels: Mapping[str, str]) -> str:
+    def render(
+        self,
+        gauges: Mapping[str, float],
+        labels: Mapping[str, str],
+        totals: Mapping[str, float] = MappingProxyType({}),
+    ) -> str:
         """The exposition format, version 0.0.4.
 
         Args:
             gauges: further values by name.
+            totals: further counts by name.
             labels: on every line; neither quotes nor backslashes in them.
         """
         own = "".join(f',{name}="{value}"' for name, value in labels.items())
@@ -89,4 +96,7 @@ class Counters:
         lines.append(f"fellray_serve_request_seconds_count{plain} {total}")
         for name, value in sorted(gauges.items()):
             lines += [f"# TYPE fellray_serve_{name} gauge", f"fellray_serve_{name}{plain} {value}"]
+        for name, value in sorted(totals.items()):
+            name = f"fellray_serve_{name}_total"
+            lines += [f"# TYPE {name} counter", f"{name}{plain} {value}"]
         return "\n".join(lines) + "\n"

@@ -86,7 +86,7 @@ class Ends:
         lora = config.model.lora
         self._ends = (parts.bottom.to(device), parts.top.to(device), items.tokens.pad)
         self._slots = Slots(
-            lambda slots: Bank(sites, lora, config.train, slots, device),
+            lambda slots: Bank(sites, lora, None, slots, device),
             "client",
             False,
             rounds,
@@ -99,6 +99,13 @@ class Ends:
         self._config = config
         self._kept = kept
         self._rows = rows
+        self.asked = 0
+        """Questions that have risen so far."""
+
+    @property
+    def loaded(self) -> int:
+        """Adapters that had to be read for them."""
+        return self._slots.loaded
 
     @torch.no_grad()
     def rise(self, questions: Sequence[Question]) -> list[tuple[Crossing, int] | Exception]:
@@ -114,9 +121,22 @@ class Ends:
         return [found[at] for at in range(len(questions))]
 
     @torch.no_grad()
-    def finish(self, sent: Sequence[tuple[Crossing, np.ndarray]]) -> list[list[Ranking]]:
-        """Rankings of each crossing's questions, given hidden states at the upper cut [L, d]."""
-        return [self._finish(crossing, output) for crossing, output in sent]
+    def finish(self, crossing: Crossing, output: np.ndarray) -> list[Ranking]:
+        """Rankings of a crossing's questions, given hidden states at the upper cut [L, d]."""
+        y_Ld = from_dlpack(output).to(self._device)
+        u_Nd = self._tower().finish(crossing.rows, y_Ld, crossing.used)
+        temperature = self._config.model.temperature
+        scores_NI = compare(u_Nd, self._vectors_Td, temperature)
+        # a product of its own, so that the others' scores stay the same, bit for bit
+        later_Jd = max((q.items for q in crossing.questions), key=len).later_Jd
+        if len(later_Jd):
+            later_NJ = compare(u_Nd, later_Jd.to(self._device), temperature)
+            scores_NI = torch.cat([scores_NI, later_NJ], 1)
+        for scores_I, question in zip(scores_NI, crossing.questions, strict=True):
+            if question.prior_T is not None:
+                scores_I[: len(question.prior_T)] += question.prior_T.to(self._device)
+            scores_I[question.width :] = -torch.inf
+        return rank(scores_NI, [question.choice for question in crossing.questions])
 
     def _deal(self, questions: Sequence[Question], places: Sequence[int]) -> Iterator[list[int]]:
         """As many at a time as there are rows, and as there is room for adapters."""
@@ -150,6 +170,7 @@ class Ends:
         ids_L = torch.cat([question.ids_L for question in questions])
         rows = Rows(lengths_N, self._config.model.pad_multiple, self._device)
         slots = self._slots.hold(questions[0].round, learners)
+        self.asked += len(questions)
         slot_N = slots[own_N].to(self._device)
         h_Ld, used = self._tower().rise(rows, ids_L.to(self._device), slot_N, False)
         activation = Activation(
@@ -163,22 +184,6 @@ class Ends:
             h_Ld=h_Ld.cpu().numpy(),
         )
         return Crossing(activation, questions, rows, used)
-
-    def _finish(self, crossing: Crossing, output: np.ndarray) -> list[Ranking]:
-        y_Ld = from_dlpack(output).to(self._device)
-        u_Nd = self._tower().finish(crossing.rows, y_Ld, crossing.used)
-        temperature = self._config.model.temperature
-        scores_NI = compare(u_Nd, self._vectors_Td, temperature)
-        # a product of its own, so that the others' scores stay the same, bit for bit
-        later_Jd = max((q.items for q in crossing.questions), key=len).later_Jd
-        if len(later_Jd):
-            later_NJ = compare(u_Nd, later_Jd.to(self._device), temperature)
-            scores_NI = torch.cat([scores_NI, later_NJ], 1)
-        for scores_I, question in zip(scores_NI, crossing.questions, strict=True):
-            if question.prior_T is not None:
-                scores_I[: len(question.prior_T)] += question.prior_T.to(self._device)
-            scores_I[question.width :] = -torch.inf
-        return rank(scores_NI, [question.choice for question in crossing.questions])
 
     def _tower(self) -> Tower:
         return Tower(*self._ends, self._slots.bank)

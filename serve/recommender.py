@@ -2,41 +2,36 @@
 
 It holds bottom, top, item vectors, histories, counts and a bounded number of adapters; the trunk is
 somewhere else and is asked. Whoever waits crosses together. A query is pinned to the round that is
-served when it arrives. This file must not know Ray or HTTP.
+served when it arrives. This file must not know Ray or HTTP, nor how questions are batched.
 """
 
 import asyncio
 import logging
-import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
-from weakref import WeakKeyDictionary
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from fellray.platform.allocator import keep_freed_memory
-from fellray.platform.batcher import Batcher
 from fellray.platform.encoder import load_backbone, load_tokenizer
 from fellray.platform.errors import FellrayError
-from fellray.platform.messages import Activation, StaleLease
+from fellray.platform.messages import StaleLease
 from fellray.platform.middle import Middle
 from fellray.platform.origin import event_folder
 from fellray.platform.run import read_run
 from fellray.platform.shards import Dataset
 from fellray.platform.split import plan_cut
 from fellray.serve.args import Args
-from fellray.serve.blends import EVERYBODY, Blends, name_blend
+from fellray.serve.blends import Blends
 from fellray.serve.catalogue import Catalogue
-from fellray.serve.ends import Crossing, Ends, Question
+from fellray.serve.ends import Ends, Question
 from fellray.serve.events import Events
-from fellray.serve.histories import NOTHING, Histories
-from fellray.serve.items import Items, Reading
-from fellray.serve.ladder import Counts, Known, Layer, choose_layer, find_nearest, stack_counts
-from fellray.serve.ranking import Choice, Ranking, rank
+from fellray.serve.ferry import Far, Ferry
+from fellray.serve.histories import Histories
+from fellray.serve.items import Items
+from fellray.serve.ladder import Known, Layer, choose_layer
+from fellray.serve.lookup import Asked, Lookup
+from fellray.serve.ranking import Ranking, rank
 from fellray.serve.refusal import Refusal
 from fellray.serve.schema import (
     Answer,
@@ -47,7 +42,6 @@ from fellray.serve.schema import (
     Place,
     RunState,
 )
-from fellray.serve.selection import choose
 from fellray.serve.served import Served, Watch
 from fellray.serve.trunk import plain_config
 
@@ -56,31 +50,6 @@ TRIES = 3
 CHECK_S = 5.0
 """Seconds that the trunk has to say that it is there."""
 _log = logging.getLogger("fellray.serve")
-
-
-class Far(Protocol):
-    """The far side of the cut: `serve.trunk.Trunk`, here or behind a handle."""
-
-    async def forward(self, activation: Activation) -> np.ndarray:
-        """Hidden states at the upper cut [L, d]."""
-        ...
-
-    async def ready(self) -> bool:
-        """True, once it can be asked."""
-        ...
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A query that was looked up."""
-
-    layer: Layer
-    learner: str
-    reading: Reading | None
-    prior_T: torch.Tensor
-    items: Items
-    width: int
-    choice: Choice
 
 
 class Recommender:
@@ -95,11 +64,7 @@ class Recommender:
         self._trunk = trunk
         run = read_run(args.run)
         self._config = config = plain_config(run.config)
-        self._data = data = Dataset(config.data.path)
-        self.seats = config.method.seat(data.clients)
-        """Learner -> the clients whose shards it reads."""
-        self._learner = {c: learner for learner, own in self.seats.items() for c in own}
-        self._watch = Watch(args, self.seats, data.sha256)
+        data = Dataset(config.data.path)
         backbone = load_backbone(config.model.name)
         made_with = data.manifest["encoder"]["sha256"]
         if made_with != backbone.sha256:
@@ -112,29 +77,20 @@ class Recommender:
         self.catalogue = Catalogue(
             run.storage, items, config.model, made_with, args.threads, args.poll_s
         )
-        anybodys = data.popularity / len(data.clients)
-        self._anybodys_T = torch.from_numpy(anybodys).float().log1p()
-        self._histories: OrderedDict[str, Histories] = OrderedDict()
-        """Longest unused first."""
         folder = event_folder(run.storage, args.events)
-        self.events = Events(folder, data, self.read_client, args.shards)
-        """What users met since the data were prepared."""
-        self._counting = threading.Lock()
-        self._counts: Counts | None = None
-        self._crossings: WeakKeyDictionary[Crossing, asyncio.Task[list[Ranking]]] = (
-            WeakKeyDictionary()
-        )
-        self._batcher = Batcher(config.server.max_tokens)
+        self._lookup = Lookup(config, data, self.catalogue, folder, args.shards)
+        self._watch = Watch(args, self._lookup.seats, data.sha256)
 
         def make() -> Ends:
             torch.set_num_threads(args.threads)
             keep_freed_memory()
             own, cut = run.own(), plan_cut(backbone, config.model)
             middle = Middle(cut.outer, config.model.lora.r)
-            rounds = Blends(run.storage, self.seats, own, middle)
+            rounds = Blends(run.storage, self._lookup.seats, own, middle)
             return Ends(config, backbone, items, rounds, own, args.adapters, args.rows)
 
-        self._ends = self._batcher.call(make).result()
+        self._ferry = Ferry(make, trunk, args.rows)
+        self._lookup.start(self.served)
 
     @property
     def items(self) -> Items:
@@ -142,9 +98,19 @@ class Recommender:
         return self.catalogue.items
 
     @property
+    def events(self) -> Events:
+        """What users met since the data were prepared."""
+        return self._lookup.events
+
+    @property
+    def seats(self) -> Mapping[str, Sequence[str]]:
+        """Learner -> the clients whose shards it reads."""
+        return self._lookup.seats
+
+    @property
     def clients(self) -> tuple[str, ...]:
         """Of the run, sorted."""
-        return tuple(sorted(self._learner))
+        return tuple(sorted(self._lookup.learner))
 
     @property
     def served(self) -> Served:
@@ -161,7 +127,7 @@ class Recommender:
         self._watch.close()
         self.events.close()
         self.catalogue.close()
-        self._batcher.close()
+        self._ferry.close()
 
     async def recommend(self, queries: Sequence[ByUser | ByHistory]) -> list[Answer]:
         """Answers in the order of the queries, all from one round.
@@ -199,14 +165,14 @@ class Recommender:
         """Raises:
         Refusal: there is none.
         """
-        served, learner = self.served, self._learner.get(client)
+        served, learner = self.served, self._lookup.learner.get(client)
         if learner is None:
             raise Refusal(404, "unknown_client", "the run has no such client", "id")
         own = await self.read_client(client)
         known = Known(learner, served.trained, True)
         layer = choose_layer(known, ())
         if layer == "mean":
-            layer = choose_layer(known, await self._find_nearest(own.counts_I, served))
+            layer = choose_layer(known, await self._lookup.find_nearest(own.counts_I, served))
         return ClientState(
             client=client,
             users=len(own.users),
@@ -224,17 +190,21 @@ class Recommender:
             round=served.round,
             promoted=served.promoted,
             committed=list(served.committed),
-            clients=len(self._learner),
+            clients=len(self._lookup.learner),
             items=len(self.items),
         )
 
     def num_users(self, client: str) -> int:
         """How many users a client of the run has."""
-        return int(self._data.manifest["clients"][client]["users"])
+        return self._lookup.num_users(client)
+
+    async def read_client(self, client: str) -> Histories:
+        """See `Lookup.read`."""
+        return await self._lookup.read(client)
 
     def has_client(self, client: str) -> bool:
         """Whether it is a client of the run."""
-        return client in self._learner
+        return client in self._lookup.learner
 
     async def check(self) -> None:
         """Raises:
@@ -249,18 +219,20 @@ class Recommender:
 
     def gauges(self) -> dict[str, float]:
         """What a scrape shows besides requests."""
-        sizes = self._batcher.sizes
         return {
             "round": self.served.round,
-            "clients_held": len(self._histories),
-            "batch_size_mean": sum(sizes) / len(sizes) if sizes else 0.0,
+            "clients_held": self._lookup.held,
         }
+
+    def totals(self) -> dict[str, int]:
+        """What a scrape shows besides: see `Ferry.totals`."""
+        return self._ferry.totals()
 
     async def _answer(self, queries: Sequence[ByUser | ByHistory], served: Served) -> list[Answer]:
         asked = []
         for place, query in enumerate(queries):
             try:
-                asked.append(await self._look_up(query, served))
+                asked.append(await self._lookup.look_up(query, served))
             except Refusal as refusal:
                 raise refusal if len(queries) == 1 else refusal.below(f"queries.{place}") from None
         rankings = await asyncio.gather(*(self._rank(one, served.round) for one in asked))
@@ -269,37 +241,7 @@ class Recommender:
             for query, one, ranking in zip(queries, asked, rankings, strict=True)
         ]
 
-    async def _look_up(self, query: ByUser | ByHistory, served: Served) -> _Asked:
-        learner = self._learner.get(query.client)
-        own = await self.read_client(query.client) if learner else None
-        items = self.items
-        width = len(items)
-        if isinstance(query, ByUser):
-            now = own is not None and query.as_of == "now"
-            later = await self.events.later(query.client, query.user_id) if now else NOTHING
-            found = own.find(query.user_id, query.as_of, later) if own else None
-            if found is None:
-                raise Refusal(404, "unknown_user", "the client has no such user", "user_id")
-            history, seen = found
-            reading = items.read_items(history) if len(history) else None
-            width = width if query.as_of == "now" else items.trained
-        else:
-            reading = items.read(query.history) if query.history else None
-            seen = reading.met if reading else np.empty(0, np.int64)
-        known = Known(learner, served.trained, reading is not None)
-        layer = choose_layer(known, ())
-        adapters = learner or EVERYBODY
-        if layer == "mean":
-            counts_I = own.counts_I if own else np.bincount(seen, minlength=len(items))
-            nearest = await self._find_nearest(counts_I, served)
-            layer = choose_layer(known, nearest)
-            adapters = name_blend(nearest) if nearest else EVERYBODY
-        prior_T = own.prior_I if own and own.counts_I.any() else self._anybodys_T
-        choice = choose(items, query.k, query.filters, query.candidates, seen)
-        return _Asked(layer, adapters, reading, prior_T, items, width, choice)
-
-    async def _rank(self, asked: _Asked, round: int) -> Ranking:
-        """One ranking; its crossing is shared with whoever waited at the same moment."""
+    async def _rank(self, asked: Asked, round: int) -> Ranking:
         if asked.layer == "popularity" or asked.reading is None:
             counts_I = F.pad(asked.prior_T, (0, len(asked.items) - len(asked.prior_T)))
             counts_I[asked.width :] = -torch.inf
@@ -309,21 +251,7 @@ class Recommender:
         question = Question(
             round, asked.learner, ids_L, prior_T, asked.items, asked.width, asked.choice
         )
-        risen = self._batcher.submit(self._ends.rise, question, len(ids_L))
-        crossing, place = await asyncio.wrap_future(risen)
-        if crossing not in self._crossings:
-            self._crossings[crossing] = asyncio.create_task(self._cross(crossing))
-        # whoever gives up must not end the others' crossing
-        rankings = await asyncio.shield(self._crossings[crossing])
-        ranking: Ranking = rankings[place]
-        return ranking
-
-    async def _cross(self, crossing: Crossing) -> list[Ranking]:
-        output = await self._trunk.forward(crossing.activation)
-        size = len(output)
-        finished = self._batcher.submit(self._ends.finish, (crossing, output), size)
-        rankings: list[Ranking] = await asyncio.wrap_future(finished)
-        return rankings
+        return await self._ferry.rank(question)
 
     def _tell(
         self, query: ByUser | ByHistory, layer: Layer, round: int, ranking: Ranking
@@ -340,32 +268,3 @@ class Recommender:
                 for rank, (item, score) in enumerate(places, start=1)
             ],
         )
-
-    async def _find_nearest(self, counts_I: np.ndarray, served: Served) -> tuple[str, ...]:
-        counts = await asyncio.to_thread(self._count)
-        return find_nearest(counts, counts_I, served.trained)
-
-    def _count(self) -> Counts:
-        """Every learner's counts, read once, when a client without adapters first asks."""
-        with self._counting:
-            if self._counts is None:
-                self._counts = stack_counts(self._count_learners())
-        return self._counts
-
-    def _count_learners(self) -> Iterator[tuple[str, np.ndarray]]:
-        for learner, clients in sorted(self.seats.items()):
-            shards = (self._data.shard(client) for client in clients)
-            total = np.zeros(self.items.trained, np.int64)
-            for shard in shards:
-                total += shard.counts(self.items.trained)
-            yield learner, total
-
-    async def read_client(self, client: str) -> Histories:
-        """Of a client of the run; from disk where it was not asked for lately."""
-        if client not in self._histories:
-            shard = await asyncio.to_thread(self._data.shard, client)
-            self._histories[client] = Histories(shard, self.items.trained)
-            if len(self._histories) > self._args.shards:
-                self._histories.popitem(last=False)
-        self._histories.move_to_end(client)
-        return self._histories[client]

@@ -34,11 +34,11 @@ class Trunk:
             FellrayError: no run is there, or its encoder cannot be loaded.
         """
         run = read_run(args.run)
-        self._kept = args.adapters
+        self._kept, self._rows = args.adapters, args.rows
         self._batcher = Batcher(run.config.server.max_tokens)
         # on the thread that will run it: thread counts belong to a thread
         self._rounds = Blends(run.storage, learners)
-        self._host = self._batcher.call(_make_host, run, args, self._rounds).result()
+        self._host = self._batcher.call(make_host, run, args, self._rounds).result()
 
     async def forward(self, activation: Activation) -> np.ndarray:
         """Hidden states at the upper cut [L, d]; merged with whatever else waits.
@@ -63,18 +63,21 @@ class Trunk:
         self._batcher.close()
 
     def _forward(self, activations: Sequence[Activation]) -> list[np.ndarray | Exception]:
-        """Round by round, as many at a time as there is room for adapters."""
+        """Round by round, as many at a time as there are rows, and room for adapters."""
         order = sorted(range(len(activations)), key=lambda at: activations[at].round)
         answers: dict[int, np.ndarray | Exception] = {}
         few: list[int] = []
         clients: set[str] = set()
+        rows = 0
         for at in order:
-            asked = activations[at].clients
-            if few and len(clients.union(asked)) > self._kept:
+            asked, more = activations[at].clients, len(activations[at].lengths_N)
+            full = rows + more > self._rows or len(clients.union(asked)) > self._kept
+            if few and full:
                 answers |= self._pass(activations, few)
-                few, clients = [], set()
+                few, clients, rows = [], set(), 0
             few.append(at)
             clients.update(asked)
+            rows += more
         answers |= self._pass(activations, few)
         return [answers[at] for at in range(len(activations))]
 
@@ -94,7 +97,12 @@ class Trunk:
         return alone
 
 
-def _make_host(run: Run, args: Args, rounds: Blends) -> TrunkHost:
+def make_host(run: Run, args: Args, rounds: Blends) -> TrunkHost:
+    """The host of a run's trunk, with the threads of the application, for whoever calls it.
+
+    Raises:
+        FellrayError: the encoder cannot be loaded.
+    """
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     config = plain_config(run.config)
@@ -104,7 +112,15 @@ def _make_host(run: Run, args: Args, rounds: Blends) -> TrunkHost:
     trunk, sites = build_trunk(part, config, device)
     engine = TorchEngine(trunk, config)
     return TrunkHost(
-        config, rounds, sites, engine, rounds, device, own=run.own(), kept=args.adapters
+        config,
+        rounds,
+        sites,
+        engine,
+        rounds,
+        device,
+        own=run.own(),
+        kept=args.adapters,
+        trains=False,
     )
 
 

@@ -14,7 +14,7 @@ import grpc
 import psutil
 import pytest
 from browser import browse, find_browser
-from driver import Driver, title, wait_until
+from driver import Driver, plain_environment, title, wait_until
 from shown import CONTRAST, Shown, hidden, text
 from test_job import free_ports
 
@@ -213,6 +213,63 @@ def test_a_round_is_taken_over_while_it_answers(service: Service) -> None:
     roll_back(storage)
     wait_until(lambda: answer()[0] == LAST, 5, "the last round is served again")
     assert answer()[1] != start[1]
+
+
+@pytest.mark.long
+def test_it_is_put_under_load(service: Service, tmp_path: Path) -> None:
+    """`fellray bench serve` against a service that runs: files, and every request accounted for."""
+    address = f"http://127.0.0.1:{service.port}"
+    loads = ("--seconds=0.3", "--connections=2", "--users=20", "--zipf=1.1")
+    bench = Driver.python(
+        *("-m", "fellray.jobs.cli", "bench", "serve", service.folder, "--at", address),
+        *(*loads, "--out", str(tmp_path)),
+        log=tmp_path / "bench",
+        env=plain_environment() | {"FELLRAY_TOKEN": service.operator},
+    )
+    try:
+        status, out, err = bench.finish(120)
+    finally:
+        bench.end()
+    assert status == 0, out + err
+    results = json.loads((tmp_path / "bench-serve.json").read_text())
+    assert [row["share"] for row in results["open_loops"]] == [0.3, 0.5, 0.7, 0.85]
+    for row in results["open_loops"]:
+        assert row["sent"] == row["answered"] + sum(row["errors"].values())
+        assert set(row["errors"]) <= {"status 429"}
+    assert results["arms"]["service"]["throughput"][0] > 0
+    assert results["clients"] == 5
+    assert "Latency over rate" in (tmp_path / "bench-serve.html").read_text()
+    status, text = service.ask("GET", "/metrics")
+    asked = re.search(r"fellray_serve_adapters_asked_total{.*} (\d+)", text)
+    assert asked is not None
+    assert int(asked[1]) > 0
+
+
+@pytest.mark.long
+def test_the_whole_bench(service: Service, tmp_path: Path) -> None:
+    """Every arm, and more adapters than there is room for."""
+    bench = Driver.python(
+        *("-m", "fellray.jobs.cli", "bench", "serve", service.folder, "--adapters=40,80"),
+        *("--seconds=1", "--turns=1", "--users=40", "--out", str(tmp_path), "round=latest"),
+        log=tmp_path / "bench",
+    )
+    try:
+        status, out, err = bench.finish(600)
+    finally:
+        bench.end()
+    assert status == 0, out + err
+    results = json.loads((tmp_path / "bench-serve.json").read_text())
+    assert set(results["arms"]) == {
+        *("service", "bare loop", "unbatched"),
+        *("no-op", "stock no-op", "roomy stock no-op"),
+    }
+    assert all(arm["throughput"][0] > 0 for arm in results["arms"].values())
+    assert not any(arm["errors"] for arm in results["arms"].values())
+    few, many = results["adapters"]
+    assert few["errors"] == many["errors"] == {}
+    assert many["hit_rate"][0] < 1
+    assert len(results["figures"]) == 7
+    assert bench.left() == []
 
 
 def test_every_socket_is_this_machines_or_asks_for_a_credential(service: Service) -> None:

@@ -41,6 +41,18 @@ def bank(slots: int, **train: Any) -> Bank:
     return made
 
 
+def test_a_bank_that_nobody_trains_holds_values_alone() -> None:
+    bank = Bank(SITES, SPEC, None, 3)
+    values_SP = torch.arange(2.0 * bank.values_SP.shape[1]).view(2, -1)
+    bank.reset(torch.tensor([0, 2]), {"values": values_SP})
+    assert torch.equal(bank.values_SP[[0, 2]], values_SP)
+    assert bank.state(torch.tensor([2]), True).keys() == {"values"}
+    others = (bank.moment1_SP, bank.moment2_SP, bank.steps_S, bank.gradient.total_SP)
+    assert sum(tensor.numel() for tensor in others) == 0
+    with pytest.raises(AssertionError, match="nobody trains"):
+        bank.step(torch.tensor([0]))
+
+
 def test_views_are_the_flat_row_cut_up() -> None:
     flat = torch.arange(2.0 * WIDTH).reshape(2, WIDTH)
     (a0, b0), (a1, b1) = views(flat, SITES, 2)

@@ -130,7 +130,9 @@ def test_alone_or_among_clients_of_other_cuts(
         assert alone.losses[client] == together.losses[client]
 
 
-@pytest.mark.parametrize("targets", [("query", "value"), ("key", "output.dense")])
+@pytest.mark.parametrize(
+    "targets", [("query", "value"), pytest.param(("key", "output.dense"), marks=pytest.mark.long)]
+)
 def test_an_own_cut_is_the_runs_cut_of_that_number(
     targets: tuple[str, ...], tiny_config: Make, cuts: str
 ) -> None:
@@ -184,7 +186,7 @@ def test_one_cut_for_all_is_the_runs(tiny_config: Make, play: Play, tmp_path: Pa
         assert one.ledger[t] == other.ledger[t]
 
 
-@pytest.mark.parametrize("method", ["fellrec", "fedavg"])
+@pytest.mark.parametrize("method", ["fellrec", pytest.param("fedavg", marks=pytest.mark.long)])
 def test_any_grouping_gives_the_same_run(
     method: str, tiny_config: Make, play: Play, cuts: str
 ) -> None:
@@ -256,7 +258,7 @@ def test_an_average_for_all_is_read_by_everyone_in_part(
     assert torch.equal(fresh.theta_CP, plant.fit(2, CLIENTS).theta_CP)
 
 
-@pytest.mark.parametrize("share", ["all", "none"])
+@pytest.mark.parametrize("share", ["all", pytest.param("none", marks=pytest.mark.long)])
 def test_a_run_that_was_interrupted_goes_on(
     share: str, tiny_config: Make, play: Play, cuts: str
 ) -> None:

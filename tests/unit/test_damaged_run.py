@@ -129,8 +129,11 @@ def test_which_process_reads_first_changes_no_bit(tiny_config: Make) -> None:
 
 @pytest.mark.parametrize(
     ("file", "harm"),
-    [("start-client", cut), ("start-trunk", lambda path: flip(path, -3)), ("manifest", cut)],
-    ids=["client", "trunk", "manifest"],
+    [
+        pytest.param("start-client", cut, id="client", marks=pytest.mark.long),
+        pytest.param("start-trunk", lambda path: flip(path, -3), id="trunk"),
+        pytest.param("manifest", cut, id="manifest", marks=pytest.mark.long),
+    ],
 )
 def test_the_start_is_made_again(
     file: str, harm: Callable[[Path], None], tiny_config: Make, undisturbed: RunConfig

@@ -101,7 +101,9 @@ def test_any_grouping_gives_the_same_run(server: dict[str, Any], plain: Play) ->
 # --- several servers ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("count", "kept"), [(2, 512), (3, 0), (5, 512)])
+@pytest.mark.parametrize(
+    ("count", "kept"), [(2, 512), (3, 0), pytest.param(5, 512, marks=pytest.mark.long)]
+)
 def test_any_number_of_servers_gives_the_same_run(count: int, kept: int, plain: Play) -> None:
     """Where what a forward leaves is kept, and where it is computed twice."""
     settings = {"clients": EACH, "train": {"moments": "keep"}}
@@ -449,9 +451,9 @@ def restart_client(plant: Plant) -> None:
 
 LOSSES = [
     (restart_server, "install", "all"),
-    (restart_server, "install", "none"),
+    pytest.param(restart_server, "install", "none", marks=pytest.mark.long),
     (restart_server, "validate", "all"),
-    (restart_client, "install", "all"),
+    pytest.param(restart_client, "install", "all", marks=pytest.mark.long),
     (restart_client, "validate", "none"),
 ]
 

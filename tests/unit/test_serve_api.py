@@ -453,7 +453,8 @@ def test_what_is_gone_is_answered_from_what_is_there(
     """A round that its run deletes while it is served: the query begins again with the next."""
     from fellray.platform.errors import FellrayError
 
-    recommender, rise = asked.recommender, asked.recommender._ends.rise
+    ends = asked.recommender._ferry._ends
+    rise = ends.rise
     failed = []
 
     def fail_once(questions: Any) -> Any:
@@ -462,9 +463,9 @@ def test_what_is_gone_is_answered_from_what_is_there(
         failed.append(1)
         return [FellrayError("a page is gone")] * len(questions)
 
-    monkeypatch.setattr(recommender._ends, "rise", fail_once)
+    monkeypatch.setattr(ends, "rise", fail_once)
     assert asked.recommend(client="c0", history=["word01"])["round"] == LAST
-    monkeypatch.setattr(recommender._ends, "rise", lambda q: [FellrayError("gone")] * len(q))
+    monkeypatch.setattr(ends, "rise", lambda q: [FellrayError("gone")] * len(q))
     assert asked.refused(client="c0", history=["word01"]) == (503, "unavailable", None)
 
 

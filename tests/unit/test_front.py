@@ -1,0 +1,91 @@
+"""The front: what of Ray's HAProxy stays on this machine, and ports that are taken."""
+
+import http.server
+import socket
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from fellray.jobs.front import (
+    OURS,
+    describe_front,
+    find_ports,
+    refuse_taken,
+    wait_until_open,
+)
+from fellray.platform.errors import FellrayError
+
+TEMPLATE = """global
+    log 127.0.0.1:514 local0 info
+    log global
+frontend prometheus
+    bind :9101
+frontend http_frontend
+    bind 127.0.0.1:8000
+frontend open
+    bind 0.0.0.0:8001
+listen stats
+  bind *:8404
+"""
+
+
+def test_what_ray_opens_to_everybody_stays_here(tmp_path: Path) -> None:
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(TEMPLATE)
+    env = describe_front(tmp_path, "/bin/echo")
+    said = subprocess.run(
+        [env["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.split() == ["-db", "-f", str(config)]
+    assert config.read_text().splitlines() == [
+        "global",
+        "    log global",
+        "frontend prometheus",
+        "    bind 127.0.0.1:9101",
+        "frontend http_frontend",
+        "    bind 127.0.0.1:8000",
+        "frontend open",
+        "    bind 0.0.0.0:8001",
+        "listen stats",
+        "  bind 127.0.0.1:8404",
+    ]
+    assert env[OURS] == "/bin/echo"
+    inside = [value for name, value in env.items() if name.endswith(("_PATH", "_LOC", "_FILE"))]
+    assert inside
+    assert all(value.startswith(str(tmp_path)) for value in inside)
+
+
+def test_a_port_that_is_taken_is_refused() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(FellrayError, match=f"127.0.0.1:{port} cannot be listened on"):
+            refuse_taken("127.0.0.1", port)
+    refuse_taken("127.0.0.1", port)
+    assert len(set(find_ports(3))) == 3
+
+
+def test_it_waits_until_somebody_answers() -> None:
+    class Late(http.server.BaseHTTPRequestHandler):
+        asked = 0
+
+        def do_GET(self) -> None:
+            Late.asked += 1
+            self.send_response(200 if Late.asked == 3 else 503)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Late) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        wait_until_open("127.0.0.1", server.server_port)
+        server.shutdown()
+    assert Late.asked == 3
