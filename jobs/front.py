@@ -90,7 +90,10 @@ def _write_lost() -> bytes:
     refusal = Refusal(503, "unavailable", "whoever was to answer is gone; ask again")
     body = json.dumps(refusal.body())
     lines = ["HTTP/1.1 503 Service Unavailable", "Content-Type: application/json"]
-    lines += [f"Content-Length: {len(body)}", *(f"{n}: {v}" for n, v in headers_of(refusal).items())]
+    lines += [
+        f"Content-Length: {len(body)}",
+        *(f"{n}: {v}" for n, v in headers_of(refusal).items()),
+    ]
     return "\r\n".join([*lines, "", body]).encode()
 
 

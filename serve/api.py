@@ -183,7 +183,11 @@ def _explain(api: FastAPI) -> None:
         # pydantic names the branches of a union as well
         parts = map(str, first["loc"][1:])
         place = [part for part in parts if not (part in _BRANCHES or part.startswith("function-"))]
-        return respond(Refusal(422, "invalid", first["msg"].removeprefix("Value error, "), ".".join(place) or None))
+        return respond(
+            Refusal(
+                422, "invalid", first["msg"].removeprefix("Value error, "), ".".join(place) or None
+            )
+        )
 
     @api.exception_handler(HTTPException)
     async def tell(request: Request, error: HTTPException) -> JSONResponse:

@@ -1,8 +1,9 @@
 """The porter, in front of Serve's own proxy: a request whose replica died is asked once more.
 
-Everything that the API takes may be sent twice, so a lost answer costs time and no error; what stays
-lost is refused as anything else is. Headers by which a stranger would steer Serve go no further, and
-neither a body nor an answer is waited for without end. It must not know what is asked, nor by whom.
+Everything that the API takes may be sent twice, so a lost answer costs time and no error; what
+stays lost is refused as anything else is. Headers by which a stranger would steer Serve go no
+further, and neither a body nor an answer is waited for without end. It must not know what is asked,
+nor by whom.
 """
 
 import asyncio

@@ -563,7 +563,7 @@ def test_the_document_says_what_is_served(asked: Asked) -> None:
     metrics = document["paths"]["/metrics"]["get"]["responses"]
     assert {status: list(one["content"]) for status, one in metrics.items()} == {
         "200": ["text/plain"],
-        **dict.fromkeys(("401", "403", "413", "429"), ["application/json"]),
+        **{status: ["application/json"] for status in ("401", "403", "413", "429")},
     }
     # a reader that knows 64 bits can write both ends
     assert schemas["NewItem"]["properties"]["item_id"]["maximum"] == 2**63 - 1
