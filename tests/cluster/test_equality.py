@@ -1,6 +1,6 @@
 """Over HTTP it is the evaluation: rankings, scores and NDCG@10 of a run's own summary.
 
-Of a run that is there already: FELLRAY_RUN=runs/demo pytest -m long -s tests/cluster/test_equality.py
+Of a run that is there already: `FELLRAY_RUN=runs/demo pytest -m long -s` with this file.
 """
 
 import os
@@ -37,7 +37,7 @@ TOGETHER = 64
 
 
 def make_run(
-    config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch, users: int = 240
+    make: Callable[..., RunConfig], folder: Path, monkeypatch: pytest.MonkeyPatch, users: int = 240
 ) -> str:
     """Prepared and trained in this process, on data of its own; the run's folder."""
     draw = np.random.default_rng(8)
@@ -48,10 +48,9 @@ def make_run(
         lines += [f"{user},{item},{titles[item]},{at + 1}" for at, item in enumerate(items)]
     source = folder / "source.csv"
     source.write_text("\n".join(lines) + "\n")
-    data = config.data.model_copy(
-        update={"path": str(folder / "prepared"), "source": str(source), "k_core": 1}
-    )
-    config = config.model_copy(update={"data": data, "storage": str(folder / "runs")})
+    parts = {"kind": "kmeans", "num_clients": 5, "dim": 4, "epochs": 2}
+    data = {"path": str(folder / "prepared"), "source": str(source), "k_core": 1}
+    config = make(storage=str(folder / "runs"), data={**data, "partition": parts})
     prepare(config)
     monkeypatch.setattr(Plant, "on_ray", Plant.inline)
     monkeypatch.setattr(training, "connect", lambda *_: nullcontext())
@@ -94,7 +93,7 @@ def folder(
 ) -> str:
     """The environment's, or a tiny one."""
     named = os.environ.get("FELLRAY_RUN")
-    return os.path.abspath(named) if named else make_run(tiny_config(), tmp_path, monkeypatch)
+    return os.path.abspath(named) if named else make_run(tiny_config, tmp_path, monkeypatch)
 
 
 def test_rankings_and_quality_are_those_of_the_summary(folder: str, tmp_path: Path) -> None:
@@ -148,7 +147,7 @@ def ask(client: Client, users: Sequence[tuple[str, int]], k: int) -> list[Answer
 def check_ranking(
     answer: Answer, scores_I: np.ndarray, seen: np.ndarray, item_ids: np.ndarray
 ) -> float:
-    """The largest difference between two scores. Ties stand by item id, which items are sorted by."""
+    """The largest difference of two scores. Ties stand by item id, as items do."""
     left = np.setdiff1d(np.arange(len(scores_I)), seen)
     order = left[np.argsort(-scores_I[left], kind="stable")][: len(answer.items)]
     assert [place.item_id for place in answer.items] == item_ids[order].tolist()
