@@ -7,6 +7,7 @@ import random
 import re
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import grpc
 import psutil
 import pytest
 from browser import browse, find_browser
+from contract import run_schemathesis
 from driver import Driver, plain_environment, title, wait_until
 from shown import CONTRAST, Shown, hidden, text
 from strangers import Attempt, Stranger, attempts, leaks, try_all, twins
@@ -296,6 +298,40 @@ def test_another_clients_token_opens_nothing(
     )
     assert len(successes) > 5
     allowed.close()
+
+
+@pytest.mark.parametrize(
+    ("seed", "cases", "options"),
+    [
+        (1, 6, ("--phases=fuzzing",)),
+        *(
+            pytest.param(seed, 350, (), marks=[pytest.mark.long, pytest.mark.timeout(3000)])
+            for seed in (11, 12, 13)
+        ),
+    ],
+)
+def test_it_keeps_to_its_document(
+    service: Service, tmp_path: Path, seed: int, cases: int, options: tuple[str, ...]
+) -> None:
+    """schemathesis with all checks; the long ones are 20,000 requests, and memory stays flat."""
+    before = pss_mib(service)
+    count, found = run_schemathesis(
+        service.port, service.operator, tmp_path, seed, cases, "--rate-limit=150/s", *options
+    )
+    after = pss_mib(service)
+    print(f"seed {seed}: {count} cases; PSS {before:.0f} MiB before, {after:.0f} MiB after")
+    assert found == ""
+    assert count >= 6 * cases
+    assert after < 1.1 * before + 20
+
+
+def pss_mib(service: Service) -> float:
+    """Of all processes of the service."""
+    total = 0
+    for process in [*service.driver.look(), psutil.Process(service.driver.process.pid)]:
+        with suppress(psutil.NoSuchProcess):
+            total += process.memory_full_info().pss
+    return total / 2**20
 
 
 @pytest.mark.long
