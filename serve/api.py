@@ -126,7 +126,7 @@ def make_api(
     add_browsing(api, recommender, read_run(args.run), counters, args, labels, asked)
     add_page(api)
     _explain(api)
-    api.openapi = _describe(api.openapi)  # type: ignore[method-assign] - as FastAPI's manual has it
+    api.openapi = _describe(api.openapi)  # type: ignore[method-assign]  # FastAPI's own way
     api.add_middleware(
         Gate,
         tokens=tokens,

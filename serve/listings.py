@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fellray.serve.schema import Closed, Id, Item, Name, Title, Whole, Written
+from fellray.serve.schema import VISIBLE, Closed, Id, Item, Name, Title, Whole, Written
 
 MOST_LISTED = 1000
 MOST_ADDED = 64
@@ -38,7 +38,7 @@ class WantedUsers(Closed):
 class WantedItems(Closed):
     """Which items."""
 
-    title: Annotated[str, Field(min_length=1, max_length=200, pattern=r"\S")]
+    title: Annotated[str, Field(min_length=1, max_length=200, pattern=VISIBLE)]
     """How the title, or a word of it, begins."""
     limit: Annotated[int, Field(ge=1, le=100), Written] = 20
 

@@ -44,7 +44,9 @@ _Exact = BeforeValidator(_read_whole)
 Whole = Annotated[int, Field(ge=-MOST_WHOLE - 1, le=MOST_WHOLE)]
 Id = Annotated[Whole, Field(strict=True), _Exact]
 Name = Annotated[str, Field(strict=True, min_length=1, max_length=200)]
-Title = Annotated[str, Field(strict=True, min_length=1, max_length=1000, pattern=r"\S")]
+VISIBLE = r"[^\s\x85\x1c-\x1f\ufeff]"
+"""A character that no reader of patterns takes for white space: they differ in what \\s is."""
+Title = Annotated[str, Field(strict=True, min_length=1, max_length=1000, pattern=VISIBLE)]
 ItemIds = Annotated[list[Id], Field(min_length=1, max_length=MOST_ITEMS)]
 
 

@@ -96,6 +96,7 @@ def folder(
     return os.path.abspath(named) if named else make_run(tiny_config, tmp_path, monkeypatch)
 
 
+@pytest.mark.filterwarnings("default::DeprecationWarning")  # torch's own, with some encoders
 def test_rankings_and_quality_are_those_of_the_summary(folder: str, tmp_path: Path) -> None:
     run = read_run(folder)
     summary: dict[str, Any] = run.read_json("summary.json")

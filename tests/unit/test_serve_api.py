@@ -368,6 +368,7 @@ def test_bodies_that_are_none(asked: Asked) -> None:
         ({"client": 3}, "client"),
         ({"history": "word01"}, "history"),
         ({"history": ["  "]}, "history.0"),
+        ({"history": ["\x85 \ufeff\x1c\u3000"]}, "history.0"),
         ({"history": [1, None]}, "history.1"),
         ({"history": [1] * 1001}, "history"),
         ({"history": [2**63]}, "history.0"),
