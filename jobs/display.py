@@ -11,6 +11,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -19,6 +20,22 @@ from rich.progress import (
 from fellray.platform.config import RunConfig
 
 console = Console(highlight=False)
+
+
+def make_bar(*counts: ProgressColumn) -> Progress:
+    """A bar with the time that has gone and is left; it vanishes at its end, and shows on terminals
+    only. Args: counts: what stands behind the bar."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *counts,
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 class Display:
@@ -30,18 +47,7 @@ class Display:
         self._config = config
         self._to_go = to_go
         self._folder = folder
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("rounds"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self._progress = make_bar(MofNCompleteColumn(), TextColumn("rounds"))
         self._best = 0.0
 
     def __enter__(self) -> "Display":

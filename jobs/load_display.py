@@ -5,28 +5,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich import box
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fellray.jobs.bench_serve import Say
-from fellray.jobs.display import console
+from fellray.jobs.display import console, make_bar
 from fellray.jobs.timings import spread
 
 
 @contextmanager
 def show_progress(seconds: float) -> Iterator[Say]:
     """A bar with the time left. Args: seconds: all that will be said adds up to about this."""
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with progress:
+    with make_bar() as progress:
         task = progress.add_task("", total=seconds)
         before = 0.0
 

@@ -147,6 +147,14 @@ def kill(driver: Driver, config: RunConfig) -> None:
     assert_free(config)
 
 
+def assert_in_the_middle(config: RunConfig) -> int:
+    """The last round of a run that did not come to its end."""
+    done = Rounds(folder_of(config)).latest()
+    assert done is not None
+    assert done < ROUNDS
+    return done
+
+
 def test_a_client_and_the_server_are_killed_in_the_middle(
     tiny_config: Configure, undisturbed: dict[str, Any], local_ray: None
 ) -> None:
@@ -179,9 +187,7 @@ def test_the_driver_is_killed(
     await_round(config, 1, driver)
     time.sleep(0.15)
     kill(driver, config)
-    done = Rounds(folder_of(config)).latest()
-    assert done is not None
-    assert done < ROUNDS, "it was killed in the middle"
+    assert_in_the_middle(config)
 
     train(config)
     assert_same(config, undisturbed)
@@ -205,9 +211,7 @@ def test_the_driver_is_interrupted(
     assert status not in (0, 2), (out, err)
     assert driver.left(30) == []
     assert_free(config)
-    done = Rounds(folder_of(config)).latest()
-    assert done is not None
-    assert done < ROUNDS, "it was interrupted in the middle"
+    done = assert_in_the_middle(config)
 
     after = launch("-m", "fellray.jobs.cli", "train", on_disk(config))
     status, out, err = after.finish()
