@@ -10,7 +10,7 @@ import pytest
 from driver import Driver, plain_environment, title, wait_until
 from loops import Loop
 from test_job import free_ports
-from test_serving import Service, train_here, up
+from test_serving import Service, check_sockets, train_here, up
 
 from fellray.platform.config import RunConfig
 from fellray.platform.promotion import promote, roll_back
@@ -65,6 +65,11 @@ def expected_of(service: Service, queries: list[dict[str, Any]]) -> list[Any]:
     assert status == 200, answer
     found: list[Any] = answer["answers"]
     return found
+
+
+def test_every_socket_of_two_replicas_each(service: Service) -> None:
+    assert len(find_replicas(service, "Recommender")) == len(find_replicas(service, "Trunk")) == 2
+    check_sockets(service)
 
 
 @pytest.mark.parametrize("deployment", ["Recommender", "Trunk"])
