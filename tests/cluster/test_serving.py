@@ -300,40 +300,6 @@ def test_another_clients_token_opens_nothing(
     allowed.close()
 
 
-@pytest.mark.parametrize(
-    ("seed", "cases", "options"),
-    [
-        (1, 3, ("--phases=fuzzing",)),
-        *(
-            pytest.param(seed, 350, (), marks=[pytest.mark.long, pytest.mark.timeout(3000)])
-            for seed in (11, 12, 13)
-        ),
-    ],
-)
-def test_it_keeps_to_its_document(
-    service: Service, tmp_path: Path, seed: int, cases: int, options: tuple[str, ...]
-) -> None:
-    """schemathesis with all checks; the long ones are 20,000 requests, and memory stays flat."""
-    before = pss_mib(service)
-    count, found = run_schemathesis(
-        service.port, service.operator, tmp_path, seed, cases, "--rate-limit=150/s", *options
-    )
-    after = pss_mib(service)
-    print(f"seed {seed}: {count} cases; PSS {before:.0f} MiB before, {after:.0f} MiB after")
-    assert found == ""
-    assert count >= 6 * cases
-    assert after < 1.1 * before + 20
-
-
-def pss_mib(service: Service) -> float:
-    """Of all processes of the service."""
-    total = 0
-    for process in [*service.driver.look(), psutil.Process(service.driver.process.pid)]:
-        with suppress(psutil.NoSuchProcess):
-            total += process.memory_full_info().pss
-    return total / 2**20
-
-
 @pytest.mark.long
 def test_the_whole_bench(service: Service, tmp_path: Path) -> None:
     """Every arm, and more adapters than there is room for."""
@@ -634,6 +600,43 @@ def test_everything_is_in_reach_of_a_keyboard(shown: Shown) -> None:
         and not node.get("name", {}).get("value")
     ]
     assert nameless == []
+
+
+@pytest.mark.parametrize(
+    ("seed", "cases", "options"),
+    [
+        (1, 3, ("--phases=fuzzing",)),
+        *(
+            pytest.param(seed, 350, (), marks=[pytest.mark.long, pytest.mark.timeout(3000)])
+            for seed in (11, 12, 13)
+        ),
+    ],
+)
+def test_it_keeps_to_its_document(
+    service: Service, tmp_path: Path, seed: int, cases: int, options: tuple[str, ...]
+) -> None:
+    """schemathesis with all checks; the long ones are 20,000 requests, and memory stays flat.
+
+    It adds items, so it comes after the page's tests.
+    """
+    before = pss_mib(service)
+    count, found = run_schemathesis(
+        service.port, service.operator, tmp_path, seed, cases, "--rate-limit=150/s", *options
+    )
+    after = pss_mib(service)
+    print(f"seed {seed}: {count} cases; PSS {before:.0f} MiB before, {after:.0f} MiB after")
+    assert found == ""
+    assert count >= 6 * cases
+    assert after < 1.1 * before + 20
+
+
+def pss_mib(service: Service) -> float:
+    """Of all processes of the service."""
+    total = 0
+    for process in [*service.driver.look(), psutil.Process(service.driver.process.pid)]:
+        with suppress(psutil.NoSuchProcess):
+            total += process.memory_full_info().pss
+    return total / 2**20
 
 
 def test_it_ends_with_ctrl_c_and_leaves_nothing(service: Service) -> None:
