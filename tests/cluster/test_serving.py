@@ -293,8 +293,9 @@ def test_another_clients_token_opens_nothing(
     stranger.close()
     # the attempts are good ones: whoever may ask is answered
     allowed = Stranger(service.port, service.operator)
+    reads = (one for one in wanted if not one.target.startswith(("/v1/events", "/v1/items")))
     statuses, successes = try_all(
-        allowed, wanted, 200, lambda said: leaks(said, own, data.clients, user)
+        allowed, reads, 200, lambda said: leaks(said, own, data.clients, user)
     )
     assert len(successes) > 5
     allowed.close()
