@@ -25,6 +25,7 @@ from fellray.jobs.front import (
     wait_until_open,
 )
 from fellray.platform.errors import FellrayError
+from fellray.serve import porter
 from fellray.serve.args import Args
 from fellray.serve.tokens import new_token, read_tokens, token_storage
 
@@ -142,6 +143,7 @@ def _start_ray(args: Args, address: str) -> None:
     if address == "local":
         ask_for_token()
         os.environ.setdefault("RAY_enable_metrics_collection", "0")
+        os.environ.setdefault(porter.SWITCH, porter.PLACE)
         most = [args.most_recommenders or args.recommenders, args.most_trunks or args.trunks]
         ray.init(
             address=address,

@@ -8,12 +8,15 @@ what is served.
 
 import http.client
 import importlib
+import json
 import os
 import socket
 import time
 from pathlib import Path
 
 from fellray.platform.errors import FellrayError
+from fellray.serve.gate import headers_of
+from fellray.serve.refusal import Refusal
 
 SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
 """Set, to 0 or 1, it is the user's word, and nothing is set beside it."""
@@ -22,11 +25,14 @@ OURS = "FELLRAY_HAPROXY"
 DRAIN_S = 2
 """How long a replica that goes still answers whom HAProxy sends: it is told within a tenth."""
 OPEN_S = 60.0
+_LOST = "503.http"
 _WRAPPER = """#!/bin/sh
-# what Ray's template opens to every address; and its log of paths, which name clients
+# what Ray's template opens to every address; its log of paths, which name clients; its bare 500
+own=$(dirname "$0")
 for word; do
     case "$word" in
-    *.cfg) sed -i -E -e 's/^( *bind )[*]?:/\\1127.0.0.1:/' -e '/^ *log .* local0 /d' "$word" ;;
+    *.cfg) sed -i -E -e 's/^( *bind )[*]?:/\\1127.0.0.1:/' -e '/^ *log .* local0 /d' \\
+        -e "s|^( *errorfile 50[234] ).*|\\1$own/503.http|" "$word" ;;
     esac
 done
 exec "$FELLRAY_HAPROXY" "$@"
@@ -50,6 +56,7 @@ def describe_front(folder: Path, binary: str) -> dict[str, str]:
     wrapper = folder / "haproxy"
     wrapper.write_text(_WRAPPER)
     wrapper.chmod(0o700)
+    (folder / _LOST).write_bytes(_write_lost())
     metrics, statistics, fallback, fallback_grpc = find_ports(4)
     return {
         SWITCH: "1",
@@ -62,6 +69,9 @@ def describe_front(folder: Path, binary: str) -> dict[str, str]:
         OURS: binary,
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        # whatever the API takes may be sent twice: a killed replica's requests go to another
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_RETRIES": "3",
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
@@ -73,6 +83,18 @@ def describe_front(folder: Path, binary: str) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
     }
+
+
+def _write_lost() -> bytes:
+    """What whoever asks is told when no replica answers, as HAProxy reads it: a whole response."""
+    refusal = Refusal(503, "unavailable", "whoever was to answer is gone; ask again")
+    body = json.dumps(refusal.body())
+    lines = ["HTTP/1.1 503 Service Unavailable", "Content-Type: application/json"]
+    lines += [
+        f"Content-Length: {len(body)}",
+        *(f"{n}: {v}" for n, v in headers_of(refusal).items()),
+    ]
+    return "\r\n".join([*lines, "", body]).encode()
 
 
 def find_ports(count: int) -> list[int]:

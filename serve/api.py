@@ -5,13 +5,15 @@ ranking comes about, nor Ray.
 """
 
 from collections.abc import Callable
-from typing import Annotated
+from functools import cache
+from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Path, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 import fellray
 from fellray.platform.run import read_run
@@ -22,8 +24,9 @@ from fellray.serve.gate import Gate, headers_of
 from fellray.serve.page import add_page
 from fellray.serve.permission import check, refuse_clients
 from fellray.serve.recommender import Recommender
-from fellray.serve.refusal import Refusal, refusals
+from fellray.serve.refusal import Refusal, refusals, refusals_of_text
 from fellray.serve.schema import (
+    MOST_WHOLE,
     Answer,
     Answers,
     ClientState,
@@ -34,6 +37,8 @@ from fellray.serve.schema import (
     Receipt,
     RunStates,
     State,
+    Whole,
+    Written,
 )
 from fellray.serve.tokens import Bucket, Tokens
 
@@ -56,7 +61,7 @@ def make_api(
     )
     counters = Counters()
     asked = [Depends(HTTPBearer(auto_error=False, description="A token of one client, or all."))]
-    guarded = refusals(401, 403, 404, 413, 422, 429, 503)
+    guarded = refusals(401, 403, 404, 413, 415, 422, 429, 503)
 
     @api.post("/v1/recommend", dependencies=asked, responses=guarded)
     async def recommend(query: Query, request: Request) -> Answer:
@@ -80,7 +85,7 @@ def make_api(
         return await recommender.events.add(body.events)
 
     @api.get("/v1/items/{id}", dependencies=asked, responses=refusals(401, 404, 413, 422, 429))
-    async def find_item(id: Annotated[int, Path(ge=-(2**63), lt=2**63)]) -> Item:
+    async def find_item(id: Annotated[Whole, Written, Path()]) -> Item:
         """An item of the catalogue."""
         return recommender.find_item(id)
 
@@ -110,7 +115,7 @@ def make_api(
         "/metrics",
         dependencies=asked,
         response_class=PlainTextResponse,
-        responses=refusals(401, 403, 413, 429),
+        responses=refusals_of_text(401, 403, 413, 429),
     )
     async def metrics(request: Request) -> PlainTextResponse:
         """What this replica counted, for Prometheus; an operator's token is asked for."""
@@ -121,6 +126,7 @@ def make_api(
     add_browsing(api, recommender, read_run(args.run), counters, args, labels, asked)
     add_page(api)
     _explain(api)
+    api.openapi = _describe(api.openapi)  # type: ignore[method-assign]  # FastAPI's own way
     api.add_middleware(
         Gate,
         tokens=tokens,
@@ -129,6 +135,28 @@ def make_api(
         body_bytes=args.body_kib * 1024,
     )
     return api
+
+
+def _describe(make: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """FastAPI writes bounds as floats, of which none is 2 ** 63 - 1."""
+
+    def mend(tree: Any) -> Any:
+        if isinstance(tree, list):
+            return [mend(one) for one in tree]
+        if not isinstance(tree, dict):
+            return tree
+        whole = {key: mend(one) for key, one in tree.items()}
+        for key in ("minimum", "maximum"):
+            if isinstance(bound := whole.get(key), float):
+                whole[key] = min(int(bound), MOST_WHOLE)
+        return whole
+
+    @cache
+    def describe() -> dict[str, Any]:
+        document: dict[str, Any] = mend(make())
+        return document
+
+    return describe
 
 
 _BRANCHES = ("ByUser", "ByHistory", "int", "str", "constrained-int", "constrained-str")
@@ -147,17 +175,44 @@ def _explain(api: FastAPI) -> None:
 
     @api.exception_handler(RequestValidationError)
     async def tell_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        if refusal := _tell_kind(request):
+            return respond(refusal)
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return respond(Refusal(422, "no_json", "the body is not JSON"))
         # pydantic names the branches of a union as well
-        place = [str(part) for part in first["loc"][1:] if part not in _BRANCHES]
-        return respond(Refusal(422, "invalid", first["msg"], ".".join(place) or None))
+        parts = map(str, first["loc"][1:])
+        place = [part for part in parts if not (part in _BRANCHES or part.startswith("function-"))]
+        return respond(
+            Refusal(
+                422, "invalid", first["msg"].removeprefix("Value error, "), ".".join(place) or None
+            )
+        )
 
     @api.exception_handler(HTTPException)
     async def tell(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 400 and (other := _tell_kind(request)):
+            return respond(other)
         codes = {400: "no_json", 404: "no_such_route", 405: "wrong_method"}
         status = 422 if error.status_code == 400 else error.status_code
         words = "the body is not JSON" if status == 422 else str(error.detail)
         refusal = Refusal(status, codes.get(error.status_code, "refused"), words)
-        return JSONResponse(refusal.body(), status, headers=error.headers)
+        headers = dict(error.headers or {})
+        if status == 405:  # of all routes with this path, not of the first alone
+            headers["Allow"] = ", ".join(sorted(_methods(api, request)))
+        return JSONResponse(refusal.body(), status, headers=headers)
+
+
+def _methods(api: FastAPI, request: Request) -> set[str]:
+    fitting = (r for r in api.routes if r.matches(request.scope)[0] is not Match.NONE)
+    return {method for route in fitting for method in getattr(route, "methods", ())}
+
+
+def _tell_kind(request: Request) -> Refusal | None:
+    """Why a body that makes no sense is not read; None: it is said to be plain JSON."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    packed = request.headers.get("content-encoding", "identity").strip().lower()
+    if request.method != "POST" or (kind == "application/json" and packed == "identity"):
+        return None
+    why = "a body is JSON as it is; send Content-Type: application/json and no Content-Encoding"
+    return Refusal(415, "no_json", why)

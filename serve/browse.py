@@ -33,16 +33,18 @@ from fellray.serve.listings import (
     Wanted,
     WantedItems,
     WantedPast,
+    WantedUsers,
 )
 from fellray.serve.permission import caller_of, check, refuse_clients
 from fellray.serve.quality import read_quality
 from fellray.serve.recommender import Recommender
 from fellray.serve.refusal import Refusal, refusals
+from fellray.serve.schema import Whole, Written
 
 RANKING = "/v1/recommend"
 """Routes that begin so answer with rankings: those are what live figures are about."""
 _log = logging.getLogger("fellray.serve")
-_UserId = Annotated[int, Path(ge=-(2**63), lt=2**63)]
+_UserId = Annotated[Whole, Written, Path()]
 
 
 def add_browsing(
@@ -76,7 +78,9 @@ def add_browsing(
         )
 
     @api.get("/v1/clients/{id}/users", **listed)
-    async def list_users(id: str, wanted: Annotated[Wanted, Query()], request: Request) -> Users:
+    async def list_users(
+        id: str, wanted: Annotated[WantedUsers, Query()], request: Request
+    ) -> Users:
         """A client's users."""
         own = await _read(recommender, id, request)
         kept = np.arange(len(own.users))
@@ -84,7 +88,7 @@ def add_browsing(
             kept = kept[np.char.startswith(own.users.astype(str), wanted.prefix)]
         total = len(kept)
         if wanted.after is not None:
-            kept = kept[own.users[kept] > _whole(wanted.after)]
+            kept = kept[own.users[kept] > wanted.after]
         few = kept[: wanted.limit]
         pairs = zip(own.users[few].tolist(), own.sizes[few].tolist(), strict=True)
         return Users(
@@ -121,7 +125,7 @@ def add_browsing(
     @api.post(
         "/v1/items",
         dependencies=asked,
-        responses=refusals(401, 403, 409, 413, 422, 429, 503),
+        responses=refusals(401, 403, 409, 413, 415, 422, 429, 503),
     )
     async def add_items(new: NewItems, request: Request) -> Added:
         """Add items that are new since the training; recommendable at once. An operator's."""
@@ -172,11 +176,3 @@ async def _read(recommender: Recommender, client: str, request: Request) -> Hist
     if not recommender.has_client(client):
         raise Refusal(404, "unknown_client", "the run has no such client", "id")
     return await recommender.read_client(client)
-
-
-def _whole(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        raise Refusal(422, "invalid", "users come after a whole number", "after") from None
-    return max(-(2**63), min(number, 2**63 - 1))

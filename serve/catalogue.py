@@ -151,12 +151,13 @@ class Catalogue:
         items = self.items
         fresh: dict[int, int] = {}
         for place, one in enumerate(new):
-            if one.item_id in fresh:
-                raise Refusal(422, "invalid", "the id stands there twice", f"items.{place}.item_id")
             at = items.index(one.item_id)
             if at is None:
-                fresh[one.item_id] = place
-            elif items.titles[at] != one.title or items.categories[at] != set(one.categories):
+                other = new[fresh.setdefault(one.item_id, place)]
+                held = other.title, set(other.categories)
+            else:
+                held = items.titles[at], set(items.categories[at])
+            if held != (one.title, set(one.categories)):
                 message = f"item {one.item_id} is there with another title or other categories"
                 raise Refusal(409, "item_exists", message, f"items.{place}.item_id")
         if len(items) - items.trained + len(fresh) > MOST_LATER:

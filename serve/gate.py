@@ -142,7 +142,14 @@ async def answer(refusal: Refusal, send: Send) -> None:
 
 def headers_of(refusal: Refusal) -> Mapping[str, str]:
     """What a status asks for beside the body."""
-    own = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
+    own = {
+        401: {"WWW-Authenticate": "Bearer"},
+        408: {"Connection": "close"},  # the rest of a body would be read as another request
+        413: {"Connection": "close"},
+        415: {"Accept": "application/json"},
+        429: {"Retry-After": "1"},
+        503: {"Retry-After": "1"},
+    }
     return own.get(refusal.status, {})
 
 

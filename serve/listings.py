@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fellray.serve.schema import Closed, Id, Item, Name, Title
+from fellray.serve.schema import VISIBLE, Closed, Id, Item, Name, Title, Whole, Written
 
 MOST_LISTED = 1000
 MOST_ADDED = 64
 
-Limit = Annotated[int, Field(ge=1, le=MOST_LISTED)]
+Limit = Annotated[int, Field(ge=1, le=MOST_LISTED), Written]
 
 
 class Wanted(Closed):
@@ -25,12 +25,22 @@ class Wanted(Closed):
     limit: Limit = 100
 
 
+class WantedUsers(Closed):
+    """Which part of a list of users."""
+
+    prefix: Annotated[str, Field(max_length=200)] = ""
+    """Only those whose ids begin so."""
+    after: Annotated[Whole, Written] | None = None
+    """Only those with larger ids than this."""
+    limit: Limit = 100
+
+
 class WantedItems(Closed):
     """Which items."""
 
-    title: Annotated[str, Field(min_length=1, max_length=200, pattern=r"\S")]
+    title: Annotated[str, Field(min_length=1, max_length=200, pattern=VISIBLE)]
     """How the title, or a word of it, begins."""
-    limit: Annotated[int, Field(ge=1, le=100)] = 20
+    limit: Annotated[int, Field(ge=1, le=100), Written] = 20
 
 
 class WantedPast(Closed):

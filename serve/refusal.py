@@ -11,8 +11,10 @@ _WORDS = {
     401: "The token is missing or wrong.",
     403: "The token is another client's.",
     404: "Something that was named is not there.",
+    408: "The body did not come.",
     409: "It is there already and says something else, or there is no room.",
     413: "The body is too large.",
+    415: "The body is said to be something other than JSON.",
     422: "The request is not what the schema says.",
     429: "Too many requests with this token.",
     503: "The service cannot answer now.",
@@ -22,6 +24,12 @@ _WORDS = {
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """For the OpenAPI document: that a route may answer so."""
     return {status: {"model": Refused, "description": _WORDS[status]} for status in statuses}
+
+
+def refusals_of_text(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The same for a route that answers with a text; what it refuses is told in JSON too."""
+    kind = {"application/json": {"schema": {"$ref": f"#/components/schemas/{Refused.__name__}"}}}
+    return {status: {"description": _WORDS[status], "content": kind} for status in statuses}
 
 
 class Refusal(Exception):

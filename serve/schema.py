@@ -1,12 +1,13 @@
 """What is asked over HTTP or through a handle, and what is answered: closed types.
 
-Ids are whole numbers and texts are texts: nothing is converted, no key is ignored. It must not know
-how an answer comes about.
+Ids are whole numbers (in JSON, 3.0 is 3) and texts are texts: nothing else is converted, no key is
+ignored. It must not know how an answer comes about.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from fellray.serve.ladder import Layer
 
@@ -17,10 +18,35 @@ MOST_ITEMS = 10_000
 MOST_QUERIES = 64
 MOST_K = 1000
 MOST_EVENTS = 500
+_NUMBER = re.compile(r"-?[0-9]{1,19}(\.0+)?")
 
-Id = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
+MOST_WHOLE = 2**63 - 1
+"""Inclusive bounds: readers of the document that know 64 bits only cannot write 2 ** 63."""
+_MOST_EXACT = 2**53
+
+
+def _read_written(text: Any) -> Any:
+    """Of a path or query; Python's own reading knows further spellings, as 1_0 for 10."""
+    if isinstance(text, str) and not _NUMBER.fullmatch(text):
+        raise ValueError("write a whole number in digits")
+    return text
+
+
+def _read_whole(value: Any) -> Any:
+    """Of JSON, to which 3.0 is whole too; of a large one it cannot be known which it was."""
+    if isinstance(value, float) and value.is_integer() and abs(value) <= _MOST_EXACT:
+        return int(value)
+    return value
+
+
+Written = BeforeValidator(_read_written)
+_Exact = BeforeValidator(_read_whole)
+Whole = Annotated[int, Field(ge=-MOST_WHOLE - 1, le=MOST_WHOLE)]
+Id = Annotated[Whole, Field(strict=True), _Exact]
 Name = Annotated[str, Field(strict=True, min_length=1, max_length=200)]
-Title = Annotated[str, Field(strict=True, min_length=1, max_length=1000, pattern=r"\S")]
+VISIBLE = r"[^\s\x85\x1c-\x1f\ufeff]"
+"""A character that no reader of patterns takes for white space: they differ in what \\s is."""
+Title = Annotated[str, Field(strict=True, min_length=1, max_length=1000, pattern=VISIBLE)]
 ItemIds = Annotated[list[Id], Field(min_length=1, max_length=MOST_ITEMS)]
 
 
@@ -46,7 +72,7 @@ class Filters(Closed):
 class _Query(Closed):
     client: Name
     """Whose user it is: the client's own adapters and counts answer."""
-    k: Annotated[int, Field(strict=True, ge=1, le=MOST_K)] = 10
+    k: Annotated[int, Field(strict=True, ge=1, le=MOST_K), _Exact] = 10
     """How many items; fewer come where fewer are left."""
     filters: Filters = Filters()
     candidates: ItemIds | None = None
@@ -93,7 +119,7 @@ class NewEvent(Closed):
     client: Name
     user_id: Id
     item_id: Id
-    timestamp: Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+    timestamp: Annotated[int, Field(strict=True, ge=0, le=MOST_WHOLE), _Exact]
     """Seconds since 1970."""
 
 

@@ -3,9 +3,11 @@
 import asyncio
 import http.client
 import json
+import random
 import re
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ import grpc
 import psutil
 import pytest
 from browser import browse, find_browser
+from contract import run_schemathesis
 from driver import Driver, plain_environment, title, wait_until
 from shown import CONTRAST, Shown, hidden, text
+from strangers import Attempt, Stranger, attempts, leaks, try_all, twins
 from test_job import free_ports
 
 from fellray.actors.plant import Plant
@@ -142,6 +146,18 @@ def test_what_can_be_read(service: Service, tiny_data: Path) -> None:
     assert 'route="/v1/items/{id}",status="200"' in text
 
 
+STEERING = (
+    ("X-Request-ID", "\u00ff\u00fe"),
+    ("serve_multiplexed_model_id", "\u00ff"),
+    ("serve-multiplexed-model-id", "other"),
+    ("X-Session-Id", "\u00ff"),
+    ("X-Request-Timeout-Seconds", "0.000001"),
+    ("X-Request-Timeout-Seconds", "\u00ff"),
+    ("X-Request-Disconnect-Disabled", "\u00ff"),
+)
+"""Headers that Ray Serve reads, with which a stranger could cause a 500 or a 408."""
+
+
 def test_refusals(service: Service) -> None:
     def refused(method: str, path: str, body: Any = None, token: str | None = "") -> Any:
         status, answer = service.ask(method, path, body, token)
@@ -165,6 +181,14 @@ def test_refusals(service: Service) -> None:
     assert refused("GET", "/nothing") == (404, "no_such_route", None)
     assert refused("DELETE", path)[0] == 405
     assert refused("POST", path, b'{"client": ' + b" " * 70_000)[0] == 413
+    operator = Stranger(service.port, service.operator)
+    for name, value in STEERING:
+        said = operator.send(Attempt("GET", "/v1/runs", headers=((name, value),)))
+        assert said.status == 200, (name, said)
+    upgrade = (("Connection", "Upgrade"), ("Upgrade", "websocket"))
+    upgrade += (("Sec-WebSocket-Version", "13"), ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="))
+    assert operator.send(Attempt("GET", "/v1/runs", headers=upgrade)).status == 403
+    operator.close()
     invalid = [
         (b"{", "no_json", None),
         (b"\xff\xfe", "no_json", None),
@@ -245,6 +269,38 @@ def test_it_is_put_under_load(service: Service, tmp_path: Path) -> None:
     assert int(asked[1]) > 0
 
 
+@pytest.mark.parametrize("count", [200, pytest.param(5_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("own", "other"), [("c0", "c1"), ("c3", "c0")])
+def test_another_clients_token_opens_nothing(
+    service: Service, tiny_data: Path, own: str, other: str, count: int
+) -> None:
+    """Whether what is asked for is there cannot be told either."""
+    data = Dataset(tiny_data)
+    user = int(data.shard(other).users[0])
+    item = int(data.item_ids[data.shard(other).items[0]])
+    assert user not in data.shard(own).users
+    stranger = Stranger(service.port, new_token(Storage(service.folder), own))
+    wait_until(lambda: service.ask("GET", "/v1/runs", token=stranger.token)[0] == 200, 5, "known")
+    wanted = attempts(own, other, user, item, random.Random(count))
+    statuses, successes = try_all(
+        stranger, wanted, count, lambda said: leaks(said, own, data.clients, user)
+    )
+    print(f"{count} attempts of {own} on {other}: {len(successes)} successes, {dict(statuses)}")
+    assert successes == []
+    assert max(statuses) < 500
+    for there, not_there in twins(other, user, item):
+        assert stranger.send(there) == stranger.send(not_there), (there, not_there)
+    stranger.close()
+    # the attempts are good ones: whoever may ask is answered
+    allowed = Stranger(service.port, service.operator)
+    reads = (one for one in wanted if not one.target.startswith(("/v1/events", "/v1/items")))
+    statuses, successes = try_all(
+        allowed, reads, 200, lambda said: leaks(said, own, data.clients, user)
+    )
+    assert len(successes) > 5
+    allowed.close()
+
+
 @pytest.mark.long
 def test_the_whole_bench(service: Service, tmp_path: Path) -> None:
     """Every arm, and more adapters than there is room for."""
@@ -273,6 +329,10 @@ def test_the_whole_bench(service: Service, tmp_path: Path) -> None:
 
 
 def test_every_socket_is_this_machines_or_asks_for_a_credential(service: Service) -> None:
+    check_sockets(service)
+
+
+def check_sockets(service: Service) -> None:
     """Ray 2.60 listens on all addresses, whatever it is told; each call must want its token."""
     heard = {
         (connection.laddr.ip, connection.laddr.port)
@@ -541,6 +601,43 @@ def test_everything_is_in_reach_of_a_keyboard(shown: Shown) -> None:
         and not node.get("name", {}).get("value")
     ]
     assert nameless == []
+
+
+@pytest.mark.parametrize(
+    ("seed", "cases", "options"),
+    [
+        (1, 3, ("--phases=fuzzing",)),
+        *(
+            pytest.param(seed, 350, (), marks=[pytest.mark.long, pytest.mark.timeout(3000)])
+            for seed in (11, 12, 13)
+        ),
+    ],
+)
+def test_it_keeps_to_its_document(
+    service: Service, tmp_path: Path, seed: int, cases: int, options: tuple[str, ...]
+) -> None:
+    """schemathesis with all checks; the long ones are 20,000 requests, and memory stays flat.
+
+    It adds items, so it comes after the page's tests.
+    """
+    before = pss_mib(service)
+    count, found = run_schemathesis(
+        service.port, service.operator, tmp_path, seed, cases, "--rate-limit=150/s", *options
+    )
+    after = pss_mib(service)
+    print(f"seed {seed}: {count} cases; PSS {before:.0f} MiB before, {after:.0f} MiB after")
+    assert found == ""
+    assert count >= 6 * cases
+    assert after < 1.1 * before + 20
+
+
+def pss_mib(service: Service) -> float:
+    """Of all processes of the service."""
+    total = 0
+    for process in [*service.driver.look(), psutil.Process(service.driver.process.pid)]:
+        with suppress(psutil.NoSuchProcess):
+            total += process.memory_full_info().pss
+    return total / 2**20
 
 
 def test_it_ends_with_ctrl_c_and_leaves_nothing(service: Service) -> None:

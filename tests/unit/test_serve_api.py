@@ -1,6 +1,7 @@
 """The API over ASGI, without Ray: the evaluation's own rankings, filters, cold start, refusals."""
 
 import asyncio
+import gzip
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -54,10 +55,11 @@ class Asked:
         token: str | None = "operator",
         parts: int = 1,
         declared: bool = True,
+        headers: Sequence[tuple[bytes, bytes]] = ((b"content-type", b"application/json"),),
     ) -> tuple[int, Any]:
         """Status and body. Args: parts: pieces in which the body comes."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode() if body else b""
-        headers = [(b"content-type", b"application/json")]
+        headers = list(headers)
         if declared:
             headers.append((b"content-length", b"%d" % len(data)))
         if token is not None:
@@ -359,15 +361,19 @@ def test_bodies_that_are_none(asked: Asked) -> None:
         ({"k": 0}, "k"),
         ({"k": 1001}, "k"),
         ({"k": True}, "k"),
-        ({"k": 2.0}, "k"),
+        ({"k": 2.5}, "k"),
+        ({"k": "2"}, "k"),
         ({"K": 2}, "K"),
         ({"client": ""}, "client"),
         ({"client": 3}, "client"),
         ({"history": "word01"}, "history"),
         ({"history": ["  "]}, "history.0"),
+        ({"history": ["\x85 \ufeff\x1c\u3000"]}, "history.0"),
         ({"history": [1, None]}, "history.1"),
         ({"history": [1] * 1001}, "history"),
         ({"history": [2**63]}, "history.0"),
+        ({"history": [0.5]}, "history.0"),
+        ({"history": [2.0**54]}, "history.0"),
         ({"history": ["\ud800"]}, "history.0"),
         ({"user_id": 1}, "history"),
         ({"filters": {"sen": True}}, "filters.sen"),
@@ -382,8 +388,27 @@ def test_bodies_that_are_none(asked: Asked) -> None:
     for body in (b"{", b"", b"\xff", b"[" * 60_000, b'"' * 3):
         status, code, _ = refusal(asked("POST", "/v1/recommend", body))
         assert (status, code in ("no_json", "invalid")) == (422, True), body[:9]
+    assert asked.recommend(**good, k=2.0) == asked.recommend(**good, k=2)  # the same number in JSON
     odd = ["\x00", "\u202e\u0301", "𝕿" * 500, "a\tb\n", "word01;;;"]
     assert len(asked.recommend(client="c0", history=odd)["items"]) == 10
+
+
+def test_a_body_that_is_no_json_by_its_own_words(asked: Asked) -> None:
+    good = b'{"client": "c0", "history": ["word01"]}'
+    for kind, packed, status in [
+        ("application/json", "identity", 200),
+        ("Application/JSON; charset=utf-8", "identity", 200),
+        ("text/plain", "identity", 415),
+        ("application/xml", "identity", 415),
+        ("application/x-www-form-urlencoded", "identity", 415),
+        ("", "identity", 415),
+        ("application/json", "gzip", 415),
+    ]:
+        headers = [(b"content-type", kind.encode()), (b"content-encoding", packed.encode())]
+        body = good if packed == "identity" else gzip.compress(good)
+        assert asked("POST", "/v1/recommend", body, headers=headers)[0] == status, (kind, packed)
+    assert asked.heads[-1]["accept"] == "application/json"
+    assert asked("POST", "/v1/recommend", b"\x1f\x8b")[0] == 422
 
 
 def test_bodies_that_are_too_large_are_not_read(asked: Asked) -> None:
@@ -534,3 +559,12 @@ def test_the_document_says_what_is_served(asked: Asked) -> None:
     assert schemas["ByUser"]["additionalProperties"] is False
     assert refusal(asked("PUT", "/v1/recommend")) == (405, "wrong_method", None)
     assert asked.heads[-1]["allow"] == "POST"
+    assert refusal(asked("DELETE", "/v1/items")) == (405, "wrong_method", None)
+    assert asked.heads[-1]["allow"] == "GET, POST"
+    metrics = document["paths"]["/metrics"]["get"]["responses"]
+    assert {status: list(one["content"]) for status, one in metrics.items()} == {
+        "200": ["text/plain"],
+        **{status: ["application/json"] for status in ("401", "403", "413", "429")},
+    }
+    # a reader that knows 64 bits can write both ends
+    assert schemas["NewItem"]["properties"]["item_id"]["maximum"] == 2**63 - 1

@@ -104,9 +104,14 @@ def test_what_is_asked_for_is_strict(asked: Asked) -> None:
         ("/v1/items?title=a&limit=101", "limit"),
         (f"/v1/clients/c0/users/{2**63}", "user_id"),
         ("/v1/clients/c0/users/x", "user_id"),
+        ("/v1/clients/c0/users/1.5", "user_id"),
+        ("/v1/items/1_0", "id"),
+        ("/v1/items/%D9%A1", "id"),
+        ("/v1/clients/c0/users?after=%D9%A1", "after"),
+        (f"/v1/clients/c0/users?after={10**40}", "after"),
     ]:
         assert refusal(asked("GET", path)) == (422, "invalid", place), path
-    assert got(asked, f"/v1/clients/c0/users?after={10**40}")["users"] == []
+    assert got(asked, f"/v1/clients/c0/users?after={2**63 - 1}")["users"] == []
 
 
 def test_items_by_how_their_titles_begin(asked: Asked) -> None:

@@ -135,9 +135,12 @@ def test_another_replica_and_the_next_start_have_the_same(clean: Storage) -> Non
         assert torch.equal(items.later_Jd, other.items.later_Jd)
         assert items.ids[50:].tolist() == [900, 901]
         assert items.index(901) == 51
-    # twice the same: once
+    # twice the same, in one request too: once
+    twins = [NewItem(item_id=902, title="word05"), NewItem(item_id=902, title="word05")]
+    assert other.add(twins).result() == 1
+    one.look()
     assert one.add([NewItem(item_id=901, title="word04")]).result() == 0
-    assert list_batches(clean) == ["000001.safetensors", "000002.safetensors"]
+    assert list_batches(clean) == [f"00000{number}.safetensors" for number in (1, 2, 3)]
     for made in (one, other, later):
         made.close()
 
@@ -161,7 +164,7 @@ def test_who_may_not_and_what_does_not_fit(asked: Asked, clean: Storage) -> None
     for wrong, code, place in [
         ({**known, "title": "another"}, "item_exists", "items.1.item_id"),
         ({**known, "categories": ["x"]}, "item_exists", "items.1.item_id"),
-        (NEW, "invalid", "items.1.item_id"),
+        ({**NEW, "title": "another"}, "item_exists", "items.1.item_id"),
         ({"item_id": 1}, "invalid", "items.1.title"),
         ({"item_id": "1", "title": "x"}, "invalid", "items.1.item_id"),
         ({"item_id": 2**63, "title": "x"}, "invalid", "items.1.item_id"),
