@@ -30,7 +30,7 @@ pytestmark = pytest.mark.timeout(600)
 CLUSTER = pytest.mark.cluster
 COMMANDS = (
     *("init", "doctor", "prepare", "plan", "train", "evaluate", "compare", "runs", "recommend"),
-    *("scale", "serve", "token", "promote", "rollback"),
+    *("scale", "serve", "token", "promote", "rollback", "continue", "bench"),
 )
 ROWS = [(user, item, 10 * user + at) for user in range(12) for at, item in enumerate("abcdef")]
 """Twelve users, each of whom met the same six items."""
@@ -163,7 +163,8 @@ def test_help(command: str, fellray: Fellray) -> None:
 
 
 def test_every_command_has_its_help_tested(fellray: Fellray) -> None:
-    assert {c.callback.__name__ for c in cli.app.registered_commands if c.callback} == set(COMMANDS)
+    named = {c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback}
+    assert named | {"bench"} == set(COMMANDS)
     answer = fellray("--help")
     assert [command for command in COMMANDS if command not in answer.out] == []
 
