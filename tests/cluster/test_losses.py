@@ -96,7 +96,7 @@ def test_a_killed_replica_costs_no_answer(
         f"{usual_s * 1000:.0f} ms before, back within {back_s:.1f} s, slowest {slowest:.2f} s"
     )
     assert wrong == []
-    # HAProxy may hang up on whom it was answering; Serve's proxy asks again, and so do recommenders
+    # HAProxy may hang up on whom the dead one had in hand; Serve's proxy and recommenders ask again
     assert len(failed) <= (on_their_way if deployment == "Recommender" else 0)
     assert {one.status for one in failed} <= {503, "RemoteDisconnected", "ConnectionResetError"}
     assert back_s < AFTER_S - 2
