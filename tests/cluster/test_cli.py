@@ -391,6 +391,7 @@ def damage(file: Path) -> None:
 
 
 @CLUSTER
+@pytest.mark.long
 def test_a_damaged_shard(
     fellray: Fellray, written: Path, tiny_data: Path, tmp_path: Path, local_ray: None
 ) -> None:

@@ -114,6 +114,7 @@ def test_a_stranger_is_refused(cluster: Cluster, tmp_path: Path) -> None:
     assert cluster.get(cluster.token) == 200
 
 
+@pytest.mark.long
 def test_a_job_trains_where_it_was_told_to(
     cluster: Cluster, tiny_config: Configure, tmp_path: Path
 ) -> None:

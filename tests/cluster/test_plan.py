@@ -85,6 +85,7 @@ def test_the_command_says_how_much_and_why(
     assert [words for words in wanted if words not in shown] == []
 
 
+@pytest.mark.long
 def test_a_plan_without_room_is_refused(
     tiny_config: Configure,
     local_ray: None,

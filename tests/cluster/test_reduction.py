@@ -27,6 +27,7 @@ def on_disk(path: Path, values: Tensor) -> StackFile:
     return stack
 
 
+@pytest.mark.long
 def test_any_number_of_shards_gives_the_same_bits(local_ray: None, tmp_path: Path) -> None:
     theta, start = numbers(0), numbers(1)
     draw = torch.Generator().manual_seed(2)

@@ -139,6 +139,7 @@ def test_any_order_of_arrival(
     assert record(tiny_config(**settings("torch", per_actor=1)), Plant.inline) == reference
 
 
+@pytest.mark.long
 def test_the_ledger_is_what_the_transport_counted(
     reference: Record, tiny_config: Configure, local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

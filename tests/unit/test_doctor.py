@@ -19,6 +19,7 @@ def test_deepspeed_starts_without_a_compiler(tmp_path: Path) -> None:
     assert (finding.status, finding.way_out) == ("ok", ""), finding
 
 
+@pytest.mark.long
 def test_a_deepspeed_that_does_not_start(tmp_path: Path) -> None:
     (tmp_path / "deepspeed.py").write_text("raise ImportError('libaio is too old [here]')")
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"

@@ -221,6 +221,7 @@ class Quiet:
         pass
 
 
+@pytest.mark.long
 def test_sent_twice_and_a_replica_killed_each_event_is_trained_on_once(
     replicas: list[Service], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
