@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from driver import Driver, wait_until
-from test_events import Quiet
 from test_job import free_ports
+from test_served_events import Quiet
 from test_serving import up
 
 from fellray.actors.plant import Plant
