@@ -14,6 +14,7 @@ import socket
 import time
 from pathlib import Path
 
+from fellray.jobs.ports import find_ports
 from fellray.platform.errors import FellrayError
 from fellray.serve.gate import headers_of
 from fellray.serve.refusal import Refusal
@@ -95,18 +96,6 @@ def _write_lost() -> bytes:
         *(f"{n}: {v}" for n, v in headers_of(refusal).items()),
     ]
     return "\r\n".join([*lines, "", body]).encode()
-
-
-def find_ports(count: int) -> list[int]:
-    """Ports of this machine that are free now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def refuse_taken(host: str, port: int) -> None:

@@ -15,11 +15,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fellray.actors.session import ask_for_token, ray
+from fellray.jobs.ports import find_ports
 from fellray.jobs.process_tree import list_tree
 from fellray.platform.errors import FellrayError
 
@@ -93,7 +94,7 @@ def pretend_nodes(most: int, cpus: int, head_cpus: int) -> Iterator[PretendClust
     ask_for_token()
     # sockets lie in it, and the path of a socket has at most 107 characters
     folder = Path(tempfile.mkdtemp(prefix="fellray-"))
-    port, client_port, agent_port = _free_ports(3)
+    port, client_port, agent_port = find_ports(3)
     scaling = folder / "autoscaler.json"
     scaling.write_text(json.dumps(_scaling(most, cpus, f"127.0.0.1:{port}")), "utf-8")
     log = folder / "head.log"
@@ -182,14 +183,6 @@ def _await(head: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
         time.sleep(0.2)
     said = log.read_text("utf-8", errors="replace").strip().splitlines()[-5:]
     raise FellrayError("a Ray of pretended nodes did not start: " + " | ".join(said))
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def _begun(process: int) -> str:

@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fellray.jobs.front import SWITCH, find_ports
+from fellray.jobs.front import SWITCH
+from fellray.jobs.ports import find_ports
 from fellray.jobs.process_tree import list_tree, read_cpu
 from fellray.jobs.wire import Target
 from fellray.platform.errors import FellrayError

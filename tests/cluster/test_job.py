@@ -3,13 +3,11 @@
 import json
 import secrets
 import shutil
-import socket
 import sys
 import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from driver import ROOT, Driver, plain_environment, wait_until
 
 from fellray.actors.plant import Plant
 from fellray.actors.world import survey
+from fellray.jobs.ports import find_ports
 from fellray.jobs.train import one_round
 from fellray.platform import config as configs
 from fellray.platform.config import RunConfig
@@ -27,15 +26,6 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 RAY = ("-m", "ray.scripts.scripts")
 
 Configure = Callable[..., RunConfig]
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody uses now."""
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 @dataclass(frozen=True)
@@ -82,7 +72,7 @@ def cluster() -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="fellray-"))
     names = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port")
     names += ("node-manager-port", "object-manager-port", "metrics-export-port")
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    ports = dict(zip(names, find_ports(len(names)), strict=True))
     made = Cluster(f"http://127.0.0.1:{ports['dashboard-port']}", secrets.token_hex(32), folder)
     head = Driver.python(
         *(*RAY, "start", "--head", "--block", "--num-cpus=4", "--num-gpus=2"),

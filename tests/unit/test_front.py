@@ -11,10 +11,10 @@ import pytest
 from fellray.jobs.front import (
     OURS,
     describe_front,
-    find_ports,
     refuse_taken,
     wait_until_open,
 )
+from fellray.jobs.ports import find_ports
 from fellray.platform.errors import FellrayError
 
 TEMPLATE = """global
