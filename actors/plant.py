@@ -69,10 +69,10 @@ class Plant:
         self.learners = _choose(self._learners, config.evaluation.clients)
         """Those who are evaluated, sorted."""
         self._pending: tuple[int, tuple[Staged, ...]] = (-1, ())
-        sites, lora = plan_cut(world.backbone, config.model).sites, config.model.lora
+        cut, lora = plan_cut(world.backbone, config.model), config.model.lora
         self._own = world.own
-        ends = sites["bottom"] + sites["top"] if config.train.share == "all" else []
-        trunk = sites["trunk"] if config.train.share != "none" else []
+        ends = cut.outer if config.train.share == "all" else []
+        trunk = cut.sites["trunk"] if config.train.share != "none" else []
         self._middle = Middle(ends, lora.r)
         self._sent_sites = ends + (trunk if self._middle.empty else self._middle.without(trunk))
         self._client_columns, self._columns = (

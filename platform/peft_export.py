@@ -40,8 +40,8 @@ def export(run: Run, round: int, learners: Sequence[str]) -> list[str]:
     """
     model = run.config.model
     r = model.lora.r
-    sites = plan_cut(load_backbone(model.name), model).sites
-    ends, trunk = sites["bottom"] + sites["top"], sites["trunk"]
+    planned = plan_cut(load_backbone(model.name), model)
+    ends, trunk = planned.outer, planned.sites["trunk"]
     loaded = run.rounds.load(round, learners, ["client.values", "trunk.values"])
     stacked = _by_path(ends, views(loaded["client.values"], ends, r))
     served = _by_path(trunk, views(loaded["trunk.values"], trunk, r))
