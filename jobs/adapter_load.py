@@ -13,9 +13,10 @@ from typing import Any
 
 from fellray.jobs.adapter_run import make_adapter_run
 from fellray.jobs.arrivals import draw_owners, weigh_zipf
-from fellray.jobs.generator import Generator, Load, Question
+from fellray.jobs.generator import Generator, Load, ask_for
 from fellray.jobs.load_settings import Settings
 from fellray.jobs.service import start_run
+from fellray.jobs.tally import add_errors
 from fellray.jobs.wire import Target
 from fellray.platform.config import ModelConfig
 from fellray.platform.errors import FellrayError
@@ -51,10 +52,7 @@ def measure_adapters(
     run = make_adapter_run(folder, max(counts), model, settings.seed)
     data = Dataset(read_run(run).config.data.path)
     users = [(client, int(data.shard(client).users[0])) for client in data.clients]
-    questions = [
-        Question("POST", "/v1/recommend", {"client": client, "user_id": user})
-        for client, user in users
-    ]
+    questions = [ask_for(client, user) for client, user in users]
     rows: list[dict[str, Any]] = [
         {"clients": n, "throughput": [], "p99_ms": [], "hit_rate": [], "errors": {}, "sent": 0}
         for n in counts
@@ -84,8 +82,7 @@ def measure_adapters(
                 row["sent"] += tally.sent
                 asked = max(1.0, after.asked - before.asked)
                 row["hit_rate"].append(1 - (after.loaded - before.loaded) / asked)
-                for kind, count in tally.errors.items():
-                    row["errors"][kind] = row["errors"].get(kind, 0) + count
+                add_errors(row["errors"], tally)
     return rows
 
 

@@ -15,10 +15,9 @@ from fellray.jobs.wire import Target
 from fellray.platform.errors import FellrayError
 from fellray.platform.journal import Journal
 from fellray.platform.storage import Storage
+from fellray.serve.client import TOKEN
 
 NAME = "bench-serve"
-TOKEN = "FELLRAY_TOKEN"
-"""Of a service that runs already: a command line is everybody's to read."""
 
 
 def bench_serve(run: str, out: Path, at: str | None, adapters: str, **told: Any) -> None:
@@ -50,6 +49,7 @@ def _read_target(at: str) -> Target:
         raise FellrayError(
             f"--at {at}: write http://HOST:PORT; what speaks HTTPS only is not asked"
         )
+    # a command line is everybody's to read
     return Target(parts.hostname, parts.port or 80, os.environ.get(TOKEN))
 
 

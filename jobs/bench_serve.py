@@ -18,12 +18,12 @@ import numpy as np
 from fellray.jobs.adapter_load import measure_adapters
 from fellray.jobs.arrivals import draw_owners, weigh_zipf
 from fellray.jobs.forward_loop import ForwardLoop
-from fellray.jobs.generator import Answered, Generator, Load, Question
+from fellray.jobs.generator import Answered, Generator, Load, Question, ask_for
 from fellray.jobs.load_figures import HELD, judge
 from fellray.jobs.load_settings import CORES, Settings
 from fellray.jobs.service import Service, start_run, start_stock
 from fellray.jobs.stock import ROOMY
-from fellray.jobs.tally import find_quantile
+from fellray.jobs.tally import add_errors, find_quantile
 from fellray.jobs.timings import BUSY, load_average, spread
 from fellray.jobs.wire import Target
 from fellray.platform.run import read_run
@@ -65,7 +65,7 @@ def bench_run(run: str, settings: Settings, say: Say) -> dict[str, Any]:
         FellrayError: there is no such run, or a service does not start.
     """
     users = choose_users(Dataset(read_run(run).config.data.path), settings.users)
-    questions = [_ask_for(client, user) for client, user in users]
+    questions = [ask_for(client, user) for client, user in users]
     before = load_average()
     with Generator() as generator, ExitStack() as up:
         with ExitStack() as others:
@@ -84,7 +84,8 @@ def bench_run(run: str, settings: Settings, say: Say) -> dict[str, Any]:
                 "stock no-op": (stock, [Question("GET", "/")]),
                 "roomy stock no-op": (stock, [Question("GET", ROOMY)]),
             }
-            loop, one_ms = _make_loop(run, settings, users)
+            loop = _make_loop(run, settings, users)
+            one_ms: list[float] = []
             arms = _take_turns(services, loop, one_ms, generator, settings, say)
         saturation = spread(arms["service"].throughput).median
         open_loops = _climb(ours, questions, saturation, generator, settings, say)
@@ -121,7 +122,7 @@ def bench_at(run: str, target: Target, settings: Settings, say: Say) -> dict[str
         FellrayError: there is no such run.
     """
     users = choose_users(Dataset(read_run(run).config.data.path), settings.users)
-    questions = [_ask_for(client, user) for client, user in users]
+    questions = [ask_for(client, user) for client, user in users]
     before = load_average()
     with Generator() as generator:
         _warm(generator, target, questions, settings, say)
@@ -150,16 +151,10 @@ def bench_at(run: str, target: Target, settings: Settings, say: Say) -> dict[str
     }
 
 
-def _ask_for(client: str, user: int) -> Question:
-    return Question("POST", "/v1/recommend", {"client": client, "user_id": user})
-
-
-def _make_loop(
-    run: str, settings: Settings, users: Sequence[tuple[str, int]]
-) -> tuple[ForwardLoop, list[float]]:
+def _make_loop(run: str, settings: Settings, users: Sequence[tuple[str, int]]) -> ForwardLoop:
     clients = {client for client, _ in users}
     args = Args(run=run, threads=CORES, adapters=len(clients), rows=settings.connections)
-    return ForwardLoop(args, users), []
+    return ForwardLoop(args, users)
 
 
 def _take_turns(
@@ -217,8 +212,7 @@ def _note(turns: Turns, answered: Answered, cpu: float | None) -> None:
         turns.service_cpu_ms.append(1000 * cpu / max(1, tally.answered))
     turns.generator_share.append(tally.generator_cpu_s / tally.seconds / CORES)
     turns.p99_ms.append(tally.latency_ms.get("p99", float("nan")))
-    for kind, count in tally.errors.items():
-        turns.errors[kind] = turns.errors.get(kind, 0) + count
+    add_errors(turns.errors, tally)
 
 
 def _run_loop(loop: ForwardLoop, order: np.ndarray, settings: Settings, seconds: float) -> float:

@@ -17,7 +17,7 @@ import uvloop
 
 from fellray.jobs.arrivals import draw_times
 from fellray.jobs.load import run_closed, run_open
-from fellray.jobs.tally import Tally
+from fellray.jobs.tally import OK, Tally
 from fellray.jobs.wire import Target
 from fellray.platform.errors import FellrayError
 
@@ -29,6 +29,11 @@ class Question:
     method: str
     path: str
     body: dict[str, Any] | None = None
+
+
+def ask_for(client: str, user: int) -> Question:
+    """Recommendations for one user."""
+    return Question("POST", "/v1/recommend", {"client": client, "user_id": user})
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ async def _run(told: dict[str, Any]) -> str:
         times = draw_times(load.rate, load.seconds, load.seed)
         order = np.resize(order, len(times))
         fates, tally = await run_open(target, requests, order, times)
-    good = [s for s, fate in zip(fates.latency_s, fates.fates, strict=True) if fate == "ok"]
+    good = [s for s, fate in zip(fates.latency_s, fates.fates, strict=True) if fate == OK]
     return json.dumps({"tally": asdict(tally), "latency_s": good})
 
 

@@ -38,7 +38,6 @@ async def run_open(
     target: Target, requests: Sequence[bytes], order: np.ndarray, times: np.ndarray
 ) -> tuple[Fates, Tally]:
     """Send `requests[order[i]]` at `times[i]` seconds from now, whatever happened to the others."""
-    asyncio.get_running_loop()
     fates = Fates()
     idle: list[Connection] = []
     room = asyncio.Semaphore(MOST_CONNECTIONS)
@@ -61,7 +60,6 @@ async def run_open(
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     for connection in idle:
         connection.close()
-    # a window that its last answer prolonged is no longer than that
     return fates, count_load(fates.latency_s, fates.fates, seconds, cpu)
 
 
@@ -77,7 +75,6 @@ async def run_closed(
     Args:
         order: what is asked, place after place, over and over.
     """
-    asyncio.get_running_loop()
     fates = Fates()
     which = order.tolist()
     sent = 0

@@ -51,6 +51,12 @@ def count_load(
     )
 
 
+def add_errors(so_far: dict[str, int], tally: Tally) -> None:
+    """Count a load's errors in, kind by kind."""
+    for kind, count in tally.errors.items():
+        so_far[kind] = so_far.get(kind, 0) + count
+
+
 def find_quantile(ascending: Sequence[float], share: float) -> float:
     """The smallest value that at least this share of all values does not exceed (nearest rank)."""
     assert ascending

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from driver import Driver, wait_until
-from test_job import free_ports
 from test_served_events import Quiet
 from test_serving import up
 
 from fellray.actors.plant import Plant
 from fellray.actors.world import survey
 from fellray.jobs import train as training
+from fellray.jobs.ports import find_ports
 from fellray.jobs.prepare import prepare
 from fellray.platform.config import RunConfig
 from fellray.platform.metrics import Evaluator
@@ -104,7 +104,7 @@ def test_rankings_and_quality_are_those_of_the_summary(folder: str, tmp_path: Pa
     held = evaluate_users(run, summary["best_round"])
     users = list(held)
     token = new_token(Storage(str(tmp_path / "tokens")), None)  # the run stays as it is
-    (port,) = free_ports(1)
+    (port,) = find_ports(1)
     driver = Driver.python(
         *("-m", "fellray.jobs.cli", "serve", folder, f"--port={port}", "cpus=0.5"),
         *(f"tokens={tmp_path / 'tokens'}", f"events={tmp_path / 'events'}"),

@@ -9,9 +9,9 @@ import psutil
 import pytest
 from driver import Driver, plain_environment, title, wait_until
 from loops import Loop
-from test_job import free_ports
 from test_serving import Service, check_sockets, train_here, up
 
+from fellray.jobs.ports import find_ports
 from fellray.platform.config import RunConfig
 from fellray.platform.promotion import promote, roll_back
 from fellray.platform.run import read_run
@@ -33,7 +33,7 @@ def service(
 ) -> Iterator[Service]:
     folder = train_here(tiny_config(keep_last=LAST + 1))
     operator = new_token(Storage(folder), None)
-    (port,) = free_ports(1)
+    (port,) = find_ports(1)
     alone = {} if request.param == "HAProxy" else {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
     driver = Driver.python(
         *("-m", "fellray.jobs.cli", "serve", folder, f"--port={port}", "recommenders=2"),

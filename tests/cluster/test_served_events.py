@@ -17,12 +17,12 @@ from typing import Any
 import pyarrow.compute as pc
 import pytest
 from driver import Driver, title, wait_until
-from test_job import free_ports
 from test_serving import Service, train_here, up
 
 from fellray.actors.plant import Plant
 from fellray.jobs import train as training
 from fellray.jobs.continuation import continue_run
+from fellray.jobs.ports import find_ports
 from fellray.platform.config import RunConfig
 from fellray.platform.events import EventLog
 from fellray.platform.shard import LATER
@@ -69,7 +69,7 @@ def replicas(folder: str, launch: Callable[..., Driver]) -> list[Service]:
     """Two processes that know nothing of each other."""
     operator = new_token(Storage(folder), None)
     started = []
-    for port in free_ports(2):
+    for port in find_ports(2):
         driver = launch("-c", REPLICA, folder, str(port))
         started.append(Service(folder, port, operator, "", driver))
     for one in started:
@@ -81,7 +81,7 @@ def replicas(folder: str, launch: Callable[..., Driver]) -> list[Service]:
 def service(folder: str, tmp_path: Path) -> Iterator[Service]:
     """`fellray serve` with two replicas."""
     operator = new_token(Storage(folder), None)
-    (port,) = free_ports(1)
+    (port,) = find_ports(1)
     driver = Driver.python(
         *("-m", "fellray.jobs.cli", "serve", folder, f"--port={port}"),
         *("cpus=0.3", "recommenders=2", "rate=100000", "burst=100000"),

@@ -20,10 +20,10 @@ from contract import run_schemathesis
 from driver import Driver, plain_environment, title, wait_until
 from shown import CONTRAST, Shown, hidden, text
 from strangers import Attempt, Stranger, attempts, leaks, try_all, twins
-from test_job import free_ports
 
 from fellray.actors.plant import Plant
 from fellray.actors.world import survey
+from fellray.jobs.ports import find_ports
 from fellray.jobs.train import one_round
 from fellray.platform.config import RunConfig
 from fellray.platform.promotion import promote, roll_back
@@ -87,7 +87,7 @@ def service(
     folder = train_here(tiny_config(keep_last=LAST + 1))
     operator = new_token(Storage(folder), None)
     own = new_token(Storage(folder), "c0")
-    (port,) = free_ports(1)
+    (port,) = find_ports(1)
     driver = Driver.python(
         *("-m", "fellray.jobs.cli", "serve", folder, f"--port={port}"),
         *("round=latest", "cpus=0.5", "body_kib=64", "adapters=2"),
