@@ -24,8 +24,8 @@ from fellray.actors.remote import RayRemote
 from fellray.actors.server import Server, make_host
 from fellray.actors.servers import Servers, check_servers
 from fellray.actors.world import World
-from fellray.platform.adapters import cut_, views
-from fellray.platform.aggregation import Plan, Reports, describe
+from fellray.platform.adapters import cut_, name_blocks, views
+from fellray.platform.aggregation import Plan, Reports, describe, split_columns
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.faults import Stop, decide
@@ -78,6 +78,7 @@ class Plant:
         self._client_columns, self._columns = (
             sum(site.num_parameters(lora.r) for site in own) for own in (ends, self._sent_sites)
         )
+        self._blocks = name_blocks(self._sent_sites, lora.r)
         self._events: list[str] = []
         self._start_restored = False
 
@@ -186,26 +187,33 @@ class Plant:
             theta,
             self._sent_at(round - 1, accepted) if "update" in compared and accepted else theta,
             compared,
+            tuple(self._blocks),
         )
         seconds = time.perf_counter() - began
-        return Reports(meta, theta, refused, losses, sum(samples.values()), seconds, late)
+        counted = sum(samples.values())
+        return Reports(meta, theta, refused, losses, counted, seconds, late, self._blocks)
 
     def install(self, reports: Reports, plan: Plan, mixed_CP: Tensor) -> list[Staged]:
         """Give every accepted learner its row of the mixture, the others their round's start.
 
         A row is cut to its learner's own rank, in place, and each side gets what it holds of that
-        learner. A mixture that is everyone's stays whole: each learner cuts what it reads.
+        learner. A mixture that is everyone's stays whole: each learner cuts what it reads. Where
+        only some blocks are everyone's, the driver writes them into the pages of all others.
 
         Raises:
             StaleLease: a holder lost what it trained: see `replayed`.
         """
         round, accepted = reports.meta.round, reports.meta.clients
-        common = plan.common and len(accepted) > 0
+        parts = split_columns(plan, reports.blocks, self._columns) if len(accepted) else []
+        everyones = [columns for part, columns in parts if part.common]
+        common = 0 < len(parts) == len(everyones)
         refused = set(reports.refused)
         # who is refused has no row; any will do, nobody reads it
         row = {c: i for i, c in enumerate(accepted)} | dict.fromkeys(refused, 0)
         took_part = tuple(sorted(row))
+        theta_1P = mixed_CP[:1]
         if not common:
+            theta_1P = theta_1P.clone()
             self._cut_(accepted, mixed_CP)
         sent = mixed_CP if len(accepted) else mixed_CP.new_zeros(1, mixed_CP.shape[1])
 
@@ -227,8 +235,11 @@ class Plant:
             lambda clients: installation(clients, True),
             self._servers.shared_gradient(round, accepted) if shared else None,
         )
-        common_file = self._stage_common(round, common, sent[:1])
-        return self._expect(round, [*client_files(), *server_files(), common_file])
+        if common:
+            driver_files = [self._stage_rows(round, "everyone", [EVERYONE], theta_1P)]
+        else:
+            driver_files = self._stage_others(round, accepted, everyones, theta_1P)
+        return self._expect(round, [*client_files(), *server_files(), *driver_files])
 
     def sample(self, round: int) -> tuple[str, ...]:
         """Who is asked in a round."""
@@ -373,14 +384,42 @@ class Plant:
             self._middle.clear_(part, at_server, cuts)
         return part
 
-    def _stage_common(self, round: int, common: bool, theta_1P: Tensor) -> tuple[Staged, ...]:
-        """Everyone's page, where the mixture is one for all."""
-        if not common or not theta_1P.shape[1]:
+    def _stage_others(
+        self, round: int, accepted: Sequence[str], columns: Sequence[slice], theta_1P: Tensor
+    ) -> list[tuple[Staged, ...]]:
+        """Pages of all who have no row of the mixture, with the columns that are everyone's.
+
+        Who never trained has no page and needs none: everyone's is written for all of them.
+        """
+        if not columns:
+            return []
+        owners = {
+            owner
+            for name in ("client.values", "trunk.values")
+            for owner in self._rounds.owners(round - 1, name)
+        }
+        others = sorted((owners & set(self._learners)) - set(accepted))
+        files = []
+        for at, some in enumerate([(EVERYONE,), *deal(others, WRITTEN)]):
+            rows = self._sent_at(round - 1, some)
+            for own in columns:
+                rows[:, own] = theta_1P[:, own]
+            self._cut_(some, rows)
+            files.append(self._stage_rows(round, f"others-{at}" if at else "everyone", some, rows))
+        return files
+
+    def _stage_rows(
+        self, round: int, holder: str, clients: Sequence[str], sent_CP: Tensor
+    ) -> tuple[Staged, ...]:
+        """Whole rows as pages; everyone's has what anybody might hold."""
+        if not sent_CP.shape[1]:
             return ()
-        tensors = {"trunk.values": self._part(theta_1P, [0], True, None)}
+        whole = self._middle.empty or list(clients) == [EVERYONE]
+        cuts, rows = None if whole else self._own.cuts_of(clients), list(range(len(clients)))
+        tensors = {"trunk.values": self._part(sent_CP, rows, True, cuts)}
         if self._client_columns:
-            tensors["client.values"] = self._part(theta_1P, [0], False, None)
-        return (self._rounds.stage(round, "everyone", (EVERYONE,), tensors),)
+            tensors["client.values"] = self._part(sent_CP, rows, False, cuts)
+        return (self._rounds.stage(round, holder, clients, tensors),)
 
     def _expect(self, round: int, answers: Sequence[tuple[Staged, ...]]) -> list[Staged]:
         staged = tuple(one for files in answers for one in files)

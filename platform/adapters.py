@@ -92,6 +92,16 @@ def views(flat_SP: Tensor, sites: Sequence[Site], r: int) -> list[Pair]:
     return pairs
 
 
+def name_blocks(sites: Sequence[Site], r: int) -> dict[str, slice]:
+    """Columns of every site's factors in a flat row: in their order, under peft's names."""
+    blocks, at = {}, 0
+    for site in sites:
+        for factor, width in (("lora_A", site.d_in), ("lora_B", site.d_out)):
+            blocks[f"{site.path}.{factor}"] = slice(at, at + r * width)
+            at += r * width
+    return blocks
+
+
 def cut_(pairs: Sequence[Pair], rows_s: Tensor, ranks_s: Tensor) -> None:
     """Leave each of some rows only the components of its own rank, in place.
 

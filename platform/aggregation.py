@@ -1,15 +1,17 @@
 """The one law of aggregation: a method plans a mixing matrix, `reduce` applies it.
 
-A round ends, for each sent block, with ``theta[r] <- sum_c M[r, c] * theta[c]``, rows of M summing
-to one. A method is its `plan`: a pure function of what is known about the round. Nothing here knows
-where a client runs, or in which order clients answered: they are sorted by id before they get here.
-How products of large stacks are taken is `slabs`' business.
+A round ends, for each sent block b, with ``theta_b[r] <- sum_c M_b[r, c] * theta_b[c]``, rows of
+M_b summing to one; one matrix is for all blocks that have none of their own. A method is its
+`plan`: a pure function of what is known about the round. Nothing here knows where a client runs, or
+in which order clients answered: they are sorted by id before they get here. How products of large
+stacks are taken is `slabs`' business.
 
 Shapes: C clients, P parameters of one client, R rows of a mixture that differ.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -20,6 +22,8 @@ from fellray.platform.slabs import Stack, gram, mix
 
 Source = Literal["update", "raw"]
 """What the similarity of two clients is computed from."""
+
+NO_BLOCKS: Mapping[str, slice] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,11 @@ class Meta:
     gram: Mapping[Source, Tensor]
     """Inner products [C, C], fp64: of the updates (`update`), of the sent weights (`raw`); those
     that the method compares."""
+    blocks: tuple[str, ...] = ()
+    """What a row of sent weights consists of, in its order: on a language model one site's factor
+    each, named as peft names it (``encoder.layer.0.attention.self.query.lora_A``)."""
+    groups: Mapping[str, Tensor] = field(default_factory=dict)
+    """Attribute -> in which of its groups each client is [C], int64; empty where none are known."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,19 @@ class Reports:
     """Wall time of local training."""
     late: tuple[str, ...] = ()
     """Asked, but not counted: their answers came after the deadline, or after enough others."""
+    blocks: Mapping[str, slice] = field(default_factory=dict)
+    """Block -> its columns of `theta_CP`: in their order, without a gap."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Who listens to whom in one block."""
+
+    mixing_CC: Tensor
+    """As `Plan.mixing_CC`. The identity: the block stays its client's own. Blocks that are mixed
+    alike better share one tensor: neighbours are then mixed in one product."""
+    common: bool = False
+    """As `Plan.common`."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +92,8 @@ class Plan:
     common: bool = False
     """All rows are equal and meant for everyone: also those who did not take part start their next
     round from it. Otherwise they keep what they have."""
+    blocks: Mapping[str, Mixture] = field(default_factory=dict)
+    """Blocks that are mixed otherwise; `mixing_CC` and `common` hold for all others."""
 
     @property
     def own_weight_C(self) -> Tensor:
@@ -106,6 +130,8 @@ def describe(
     theta_CP: Stack,
     start_CP: Stack,
     sources: Collection[Source] = ("update", "raw"),
+    blocks: Sequence[str] = (),
+    groups: Mapping[str, Tensor] | None = None,
 ) -> Meta:
     """What a plan may look at, from one snapshot of everybody's sent weights.
 
@@ -117,6 +143,8 @@ def describe(
         theta_CP: sent weights after local training.
         start_CP: the same weights at the start of the round.
         sources: what inner products are taken of: what the method compares.
+        blocks: names of what the rows consist of, in their order.
+        groups: attribute -> in which of its groups each client is.
     """
     assert list(clients) == sorted(clients), "rows follow the sorted client ids"
     return Meta(
@@ -125,46 +153,89 @@ def describe(
         losses_C=torch.tensor(losses, dtype=torch.float64),
         samples_C=torch.tensor(samples, dtype=torch.float64),
         gram={s: gram(theta_CP, start_CP if s == "update" else None) for s in sources},
+        blocks=tuple(blocks),
+        groups=dict(groups or {}),
     )
 
 
-def reduce(plan: Plan, theta_CP: Tensor) -> Tensor:
-    """``M @ theta`` [C, P] in theta's dtype, from one snapshot that is left as it is.
+def reduce(plan: Plan, theta_CP: Tensor, blocks: Mapping[str, slice] = NO_BLOCKS) -> Tensor:
+    """``M_b @ theta_b`` for every block [C, P] in theta's dtype, from one snapshot that stays as it
+    is.
 
-    Equal rows of the matrix give equal bits, and a row that listens to nobody else returns its own
+    Equal rows of a matrix give equal bits, and a row that listens to nobody else returns its own
     weights bit for bit. Sums are taken in fp64 for up to `slabs.EXACT` clients, in fp32 for more.
     Where the plan has one row for everyone the rows are one in memory, and not to be written to.
 
+    Args:
+        blocks: see `Reports.blocks`; needed where the plan mixes some otherwise.
+
     Raises:
-        ValueError: a row of the matrix does not sum to one.
+        ValueError: as `split_columns`.
     """
-    check_rows(plan)
     num_clients, num_parameters = theta_CP.shape
-    differ = min(1, num_clients) if plan.common else num_clients
+    parts = split_columns(plan, blocks, num_parameters)
+    differ = min(1, num_clients) if all(part.common for part, _ in parts) else num_clients
     mixed_RP = theta_CP.new_empty(differ, num_parameters)
-    mix(plan.mixing_CC, theta_CP, mixed_RP)
+    for part, columns in parts:
+        mix(part.mixing_CC, theta_CP, mixed_RP, columns=columns)
     return mixed_RP.expand(num_clients, num_parameters)
 
 
-def reduce_(plan: Plan, theta_CP: Stack) -> None:
+def reduce_(plan: Plan, theta_CP: Stack, blocks: Mapping[str, slice] = NO_BLOCKS) -> None:
     """`reduce`, the same bits, into the snapshot's own place: a few slabs of memory more.
 
     When it is interrupted the stack is part snapshot, part mixture, and has to be made again.
 
     Raises:
-        ValueError: a row of the matrix does not sum to one; nothing was written.
+        ValueError: as `split_columns`; nothing was written.
     """
-    check_rows(plan)
-    mix(plan.mixing_CC, theta_CP, theta_CP)
+    for part, columns in split_columns(plan, blocks, theta_CP.shape[1]):
+        mix(part.mixing_CC, theta_CP, theta_CP, columns=columns)
 
 
-def check_rows(plan: Plan) -> None:
+def split_columns(
+    plan: Plan, blocks: Mapping[str, slice], num_parameters: int
+) -> list[tuple[Mixture, slice]]:
+    """What is mixed how: runs of columns from the first to the last, each as long as one matrix
+    goes.
+
+    Raises:
+        ValueError: a row of a matrix does not sum to one, or the plan names a block that is not
+            sent.
+    """
+    rest = Mixture(plan.mixing_CC, plan.common)
+    check_rows(rest.mixing_CC)
+    if not plan.blocks:
+        return [(rest, slice(0, num_parameters))]
+    if unknown := [name for name in plan.blocks if name not in blocks]:
+        raise ValueError(
+            f"the plan mixes block {unknown[0]!r}, which is not sent; there are {len(blocks)}: "
+            f"{', '.join(list(blocks)[:4])} ..."
+        )
+    for mixing_CC in {id(part.mixing_CC): part.mixing_CC for part in plan.blocks.values()}.values():
+        check_rows(mixing_CC)
+    parts: list[tuple[Mixture, slice]] = []
+    at = 0
+    for name, columns in blocks.items():
+        assert columns.start == at, f"block {name} begins at {columns.start}, not at {at}"
+        at = columns.stop
+        part = plan.blocks.get(name, rest)
+        last = parts[-1] if parts else None
+        if last and last[0].mixing_CC is part.mixing_CC and last[0].common == part.common:
+            parts[-1] = (part, slice(last[1].start, at))
+        else:
+            parts.append((part, columns))
+    assert at == num_parameters, f"the blocks have {at} columns, the rows {num_parameters}"
+    return parts
+
+
+def check_rows(mixing_CC: Tensor) -> None:
     """See that the weights of every recipient sum to one, in fp64 and before they are rounded.
 
     Raises:
         ValueError: a row does not.
     """
-    sum_C = plan.mixing_CC.double().sum(1)
+    sum_C = mixing_CC.double().sum(1)
     off_C = ~((sum_C - 1).abs() <= 1e-6)
     if off_C.any():
         first = int(off_C.nonzero()[0])
