@@ -11,7 +11,7 @@ Shapes: S slots (clients), s slots asked for, N rows of a step, P parameters of 
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +100,15 @@ def name_blocks(sites: Sequence[Site], r: int) -> dict[str, slice]:
             blocks[f"{site.path}.{factor}"] = slice(at, at + r * width)
             at += r * width
     return blocks
+
+
+def find_columns(blocks: Mapping[str, slice], sent: Callable[[str], bool]) -> Tensor | None:
+    """The columns of the blocks that are sent, ascending; None: of all."""
+    kept = [columns for name, columns in blocks.items() if sent(name)]
+    if len(kept) == len(blocks):
+        return None
+    spans = [torch.arange(columns.start, columns.stop) for columns in kept]
+    return torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
 
 
 def cut_(pairs: Sequence[Pair], rows_s: Tensor, ranks_s: Tensor) -> None:

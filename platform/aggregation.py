@@ -18,10 +18,14 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from fellray.platform.server_step import ServerStep
 from fellray.platform.slabs import Stack, gram, mix
 
 Source = Literal["update", "raw"]
 """What the similarity of two clients is computed from."""
+
+Weighting = Literal["uniform", "samples"]
+"""How clients count in a mean: all the same, or by the histories they read."""
 
 NO_BLOCKS: Mapping[str, slice] = MappingProxyType({})
 
@@ -55,8 +59,8 @@ class Reports:
     meta: Meta
     """Of those whose round was accepted."""
     theta_CP: Tensor
-    """Their sent weights, rows in the order of `meta.clients`; no columns where nothing is shared.
-    """
+    """Their sent weights, rows in the order of `meta.clients`; no columns where nothing is shared,
+    and zeros in blocks that stay with their clients."""
     refused: Mapping[str, str]
     """Learners that keep the state of the round's start, and why."""
     losses: Mapping[str, float]
@@ -94,6 +98,8 @@ class Plan:
     round from it. Otherwise they keep what they have."""
     blocks: Mapping[str, Mixture] = field(default_factory=dict)
     """Blocks that are mixed otherwise; `mixing_CC` and `common` hold for all others."""
+    step: ServerStep | None = None
+    """What the server makes of the round's start and the mixture; None: the mixture it is."""
 
     @property
     def own_weight_C(self) -> Tensor:
@@ -116,6 +122,14 @@ class Method(BaseModel):
     def compares(self) -> Collection[Source]:
         """The inner products that `plan` looks at; each costs about half of what mixing costs."""
         return ("update", "raw")
+
+    def sends(self, block: str) -> bool:
+        """Whether clients send this block of the layers that they hold, and receive it.
+
+        One that they do not stands as zeros in `Reports.theta_CP`, and `plan` has to give it the
+        identity: it is its client's alone.
+        """
+        return True
 
     def plan(self, meta: Meta) -> Plan:
         """The mixing matrix of this round."""
@@ -156,6 +170,12 @@ def describe(
         blocks=tuple(blocks),
         groups=dict(groups or {}),
     )
+
+
+def mean_row(meta: Meta, weighting: Weighting) -> Tensor:
+    """What each client counts in the mean [C], fp64."""
+    weights_C = meta.samples_C if weighting == "samples" else torch.ones_like(meta.samples_C)
+    return weights_C / weights_C.sum()
 
 
 def reduce(plan: Plan, theta_CP: Tensor, blocks: Mapping[str, slice] = NO_BLOCKS) -> Tensor:
