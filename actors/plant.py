@@ -24,8 +24,8 @@ from fellray.actors.remote import RayRemote
 from fellray.actors.server import Server, make_host
 from fellray.actors.servers import Servers, check_servers
 from fellray.actors.world import World
-from fellray.platform.adapters import cut_, find_columns, name_blocks, views
-from fellray.platform.aggregation import Plan, Reports, describe, split_columns
+from fellray.platform.adapters import cut_, find_columns, name_blocks, start, views
+from fellray.platform.aggregation import Plan, Reports, describe, name_layers, split_columns
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.faults import Stop, decide
@@ -72,6 +72,7 @@ class Plant:
         """Those who are evaluated, sorted."""
         self._pending: tuple[int, tuple[Staged, ...]] = (-1, ())
         cut, lora = plan_cut(world.backbone, config.model), config.model.lora
+        self._cut = cut
         self._own = world.own
         ends = cut.outer if config.train.share == "all" else []
         trunk = cut.sites["trunk"] if config.train.share != "none" else []
@@ -135,9 +136,10 @@ class Plant:
         return plant
 
     def stage_start(self) -> list[Staged]:
-        """Round 0: the start that all clients share, written once."""
+        """Round 0: the start that all clients share, written once, or one for each."""
         client_files = self._clients.map("stage_start")[:1]
-        return self._expect(0, [*client_files, self._servers.stage_start()])
+        common = self._servers.stage_start()
+        return self._expect(0, [*client_files, common, *self._stage_own_starts()])
 
     def fit(self, round: int, clients: Sequence[str]) -> Reports:
         """Local split training of those who take part, and what they report.
@@ -196,6 +198,7 @@ class Plant:
             self._start_of(round, accepted) if "update" in compared and accepted else theta,
             compared,
             tuple(self._blocks),
+            layers=name_layers(self._blocks) if self._config.method.compares_layers() else {},
         )
         seconds = time.perf_counter() - began
         counted = sum(samples.values())
@@ -342,6 +345,7 @@ class Plant:
         self._start_restored = True
         self._clients.map("stage_start")
         self._servers.stage_start()
+        self._stage_own_starts()
         return [f"{damage.file} of round 0 was damaged: the start was made again"]
 
     def close(self) -> None:
@@ -448,6 +452,21 @@ class Plant:
             self._middle.clear_(part, at_server, cuts)
         return part
 
+    def _stage_own_starts(self) -> list[tuple[Staged, ...]]:
+        """A page for each learner, where the method has each begin with numbers of its own."""
+        if self._config.method.begins_alike():
+            return []
+        lora, seed = self._config.model.lora, self._config.seed
+        sides = {"client.values": self._cut.outer, "trunk.values": self._cut.sites["trunk"]}
+        files: list[tuple[Staged, ...]] = []
+        for at, some in enumerate(deal(self._learners, WRITTEN)):
+            tensors = {
+                name: torch.stack([start(sites, lora, seed, learner) for learner in some])
+                for name, sites in sides.items()
+            }
+            files.append((self._rounds.stage(0, f"own-start-{at}", some, tensors),))
+        return files
+
     def _stage_others(
         self, round: int, accepted: Sequence[str], columns: Sequence[slice], theta_1P: Tensor
     ) -> list[tuple[Staged, ...]]:
@@ -463,7 +482,7 @@ class Plant:
             for owner in self._rounds.owners(round - 1, name)
         }
         others = sorted((owners & set(self._learners)) - set(accepted))
-        files = []
+        files: list[tuple[Staged, ...]] = []
         for at, some in enumerate([(EVERYONE,), *deal(others, WRITTEN)]):
             rows = self._sent_at(round - 1, some)
             for own in columns:

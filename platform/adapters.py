@@ -65,15 +65,19 @@ class LoraLinear(nn.Module):
         return y
 
 
-def start(sites: Sequence[Site], spec: LoraSpec, seed: int) -> Tensor:
+def start(sites: Sequence[Site], spec: LoraSpec, seed: int, client: str = "") -> Tensor:
     """The one start that every client shares [P]: A Kaiming-uniform as in peft, B zero.
 
     Each site draws from a generator of its own, so that its numbers do not depend on where the
     model is cut.
+
+    Args:
+        client: whose start it is, where each has its own.
     """
     rows = []
     for site in sites:
-        generator = torch.Generator().manual_seed(_mix(seed, site.path))
+        name = f"{client}:{site.path}" if client else site.path
+        generator = torch.Generator().manual_seed(_mix(seed, name))
         a = torch.empty(spec.r, site.d_in)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
         rows += [a.flatten(), torch.zeros(site.d_out * spec.r)]

@@ -19,6 +19,7 @@ from fellray.platform.fedopt import FedOpt
 from fellray.platform.fedsa_lora import FedSaLora
 from fellray.platform.fellrec import Fellrec
 from fellray.platform.qffl import QFfl
+from fellray.platform.shrinkage import Shrinkage
 
 
 class FedAvg(Method):
@@ -93,6 +94,14 @@ class FromFile(Method):
         """As the user's class says."""
         return self._method.compares()
 
+    def compares_layers(self) -> bool:
+        """As the user's class says."""
+        return self._method.compares_layers()
+
+    def begins_alike(self) -> bool:
+        """As the user's class says."""
+        return self._method.begins_alike()
+
     def sends(self, block: str) -> bool:
         """As the user's class says."""
         return self._method.sends(block)
@@ -130,6 +139,6 @@ class FromFile(Method):
 
 
 AnyMethod = Annotated[
-    Fellrec | FedAvg | FedOpt | QFfl | FedSaLora | Local | Central | FromFile,
+    Fellrec | FedAvg | FedOpt | QFfl | FedSaLora | Shrinkage | Local | Central | FromFile,
     Field(discriminator="kind"),
 ]

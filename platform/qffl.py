@@ -55,7 +55,7 @@ class QFfl(Method):
 
     def compares(self) -> Collection[Source]:
         """Only the updates' norms are looked at."""
-        return ("update",)
+        return ["update"]
 
     def plan(self, meta: Meta) -> Plan:
         """The weights as one row that sums to one, and how far the server goes towards that mean:

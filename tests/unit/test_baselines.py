@@ -214,3 +214,34 @@ def test_fedsa_sends_no_b_and_brings_everyone_the_mean_a(tiny_config: Make, play
             assert torch.equal(both[others][:, columns], before[others][:, columns])
             if columns.stop <= client:
                 assert not reports.theta_CP[:, columns].any(), "B stays at home"
+
+
+def test_each_client_begins_with_its_own_a(tiny_config: Make, play: Play) -> None:
+    """FELLRec's defect: unlike starts, which then are mixed; the common start is one for all."""
+    method = {"kind": "fellrec", "defects": ["own_start"]}
+    played = play(tiny_config(method=method, evaluation={"every": 9}), last=1)
+    start, blocks = values(played, 0), played.outcomes[1].reports.blocks
+    for name, columns in blocks.items():
+        if columns.stop <= start.shape[1]:
+            rows = start[:, columns]
+            assert len({row.numpy().tobytes() for row in rows}) == (5 if name[-1] == "A" else 1)
+    spread = start[:, blocks[next(iter(blocks))]].std(0).mean()
+    assert spread > 0.05, "drawn anew, not perturbed"
+    # what a round reports was trained from there: updates are small beside the starts' differences
+    sent = played.outcomes[1].reports.theta_CP[:, : start.shape[1]]
+    assert (sent - start).norm() < 0.5 * (start - start.mean(0)).norm()
+    assert played.hashes(0) == play(
+        tiny_config(method=method, clients={"per_actor": 2}), last=0
+    ).hashes(0)
+
+
+def test_every_layer_is_mixed_by_its_own_matrix(tiny_config: Make, play: Play) -> None:
+    method = {"kind": "fellrec", "per_layer": True, "centred": True}
+    played = play(tiny_config(method=method, evaluation={"every": 9}), last=1)
+    reports, plan = played.outcomes[1].reports, played.outcomes[1].plan
+    assert len({id(mixture) for mixture in plan.blocks.values()}) == len(reports.blocks) // 2
+    reached = torch.cat([values(played, 1), values(played, 1, "trunk")], dim=1)
+    for name, columns in reports.blocks.items():
+        mixing = plan.blocks[name].mixing_CC
+        wanted = (mixing @ reports.theta_CP[:, columns].double()).float()
+        torch.testing.assert_close(reached[:, columns], wanted)
