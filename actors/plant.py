@@ -38,7 +38,7 @@ from fellray.platform.middle import Middle
 from fellray.platform.own import ALIKE, Own
 from fellray.platform.rounds import EVERYONE, Rounds
 from fellray.platform.sampling import Sampler
-from fellray.platform.server_step import State
+from fellray.platform.server_step import Snapshot, State
 from fellray.platform.slots import WRITTEN
 from fellray.platform.span import Remote
 from fellray.platform.split import plan_cut
@@ -219,7 +219,7 @@ class Plant:
         everyones = [columns for part, columns in parts if part.common]
         common = 0 < len(parts) == len(everyones)
         self._check_private(reports, plan)
-        mixed_CP, method_files = self._take_step(round, plan, accepted, common, mixed_CP)
+        mixed_CP, method_files = self._take_step(reports, plan, common, mixed_CP)
         refused = set(reports.refused)
         # who is refused has no row; any will do, nobody reads it
         row = {c: i for i, c in enumerate(accepted)} | dict.fromkeys(refused, 0)
@@ -390,9 +390,10 @@ class Plant:
         return start_CP
 
     def _take_step(
-        self, round: int, plan: Plan, accepted: Sequence[str], common: bool, mixed_CP: Tensor
+        self, reports: Reports, plan: Plan, common: bool, mixed_CP: Tensor
     ) -> tuple[Tensor, tuple[Staged, ...]]:
         """The rows after the method's own step, and its state as a file of the round."""
+        round, accepted = reports.meta.round, reports.meta.clients
         if plan.step is None:
             return mixed_CP, ()
         state: State = {
@@ -403,7 +404,9 @@ class Plant:
         if accepted:
             # everyone's page is of the largest rank, as the mixture
             start_RP = self._start_of(round, [EVERYONE] if common else accepted)
-            rows_RP, state = plan.step.take(start_RP, mixed_CP[: len(start_RP)], state)
+            rank, mixed_RP = self._config.model.lora.r, mixed_CP[: len(start_RP)]
+            seen = Snapshot(start_RP, mixed_RP, reports.theta_CP, reports.blocks, rank)
+            rows_RP, state = plan.step.take(seen, state)
             mixed_CP = rows_RP.expand(len(accepted), -1)
         if not state:
             return mixed_CP, ()

@@ -134,6 +134,10 @@ class Method(BaseModel):
         """Whether all clients share one start, or draw one each."""
         return True
 
+    def mixes_products(self) -> bool:
+        """Whether A and B are looked at together, so that clients need one rank."""
+        return False
+
     def sends(self, block: str) -> bool:
         """Whether clients send this block of the layers that they hold, and receive it.
 

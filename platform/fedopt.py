@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fellray.platform.aggregation import Meta, Method, Plan, Source, Weighting, mean_row
-from fellray.platform.server_step import State
+from fellray.platform.server_step import Snapshot, State
 
 Kind = Literal["fedadam", "fedyogi", "fedadagrad"]
 
@@ -40,10 +40,10 @@ class Adaptive:
     beta2: float
     tau: float
 
-    def take(self, start_RP: Tensor, mixed_RP: Tensor, state: State) -> tuple[Tensor, State]:
+    def take(self, seen: Snapshot, state: State) -> tuple[Tensor, State]:
         """See `ServerStep`; in fp64. State: `m` and `v` [R, P]."""
-        start = start_RP.double()
-        gradient = mixed_RP.double() - start
+        start = seen.start_RP.double()
+        gradient = seen.mixed_RP.double() - start
         square = gradient.square()
         m = state["m"] if state else torch.zeros_like(start)
         v = state["v"] if state else torch.full_like(start, self.tau**2)
@@ -55,7 +55,7 @@ class Adaptive:
         else:
             v = self.beta2 * v + (1 - self.beta2) * square
         new = start + self.server_learning_rate * m / (v.sqrt() + self.tau)
-        return new.to(mixed_RP.dtype), {"m": m, "v": v}
+        return new.to(seen.mixed_RP.dtype), {"m": m, "v": v}
 
 
 class FedOpt(Method):

@@ -15,6 +15,7 @@ from pydantic import Field, PrivateAttr, ValidationError
 
 from fellray.platform.aggregation import Meta, Method, Plan, Source, Weighting, mean_row
 from fellray.platform.errors import FellrayError
+from fellray.platform.fedex_lora import FedExLoraBounded
 from fellray.platform.fedopt import FedOpt
 from fellray.platform.fedsa_lora import FedSaLora
 from fellray.platform.fellrec import Fellrec
@@ -102,6 +103,10 @@ class FromFile(Method):
         """As the user's class says."""
         return self._method.begins_alike()
 
+    def mixes_products(self) -> bool:
+        """As the user's class says."""
+        return self._method.mixes_products()
+
     def sends(self, block: str) -> bool:
         """As the user's class says."""
         return self._method.sends(block)
@@ -139,6 +144,15 @@ class FromFile(Method):
 
 
 AnyMethod = Annotated[
-    Fellrec | FedAvg | FedOpt | QFfl | FedSaLora | Shrinkage | Local | Central | FromFile,
+    Fellrec
+    | FedAvg
+    | FedOpt
+    | QFfl
+    | FedSaLora
+    | FedExLoraBounded
+    | Shrinkage
+    | Local
+    | Central
+    | FromFile,
     Field(discriminator="kind"),
 ]

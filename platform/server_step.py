@@ -4,7 +4,7 @@ Most methods have none: the mixture is the new state. A step is a pure function 
 mixture and its own state; the state is a committed page of the round, so that a round that is done
 again or resumed gives the same bits. It must not know who the clients are, nor where pages lie.
 
-Shapes: R rows (one, where all clients have one state), P parameters of one client.
+Shapes: R rows (one, where all clients have one state), C clients, P parameters of one client.
 """
 
 from collections.abc import Mapping
@@ -17,16 +17,30 @@ State = Mapping[str, Tensor]
 """By name; empty before the first step."""
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What a step may look at; it leaves all of it as it is."""
+
+    start_RP: Tensor
+    """What the rows were at the round's start."""
+    mixed_RP: Tensor
+    """The mixtures."""
+    sent_CP: Tensor
+    """What was mixed."""
+    blocks: Mapping[str, slice]
+    """Block -> its columns."""
+    rank: int
+    """Of all adapters, for those who look at a block as a matrix."""
+
+
 class ServerStep(Protocol):
     """What a plan may ask for after the mixing."""
 
-    def take(self, start_RP: Tensor, mixed_RP: Tensor, state: State) -> tuple[Tensor, State]:
-        """The new rows, in the dtype of the mixture, and the new state; arguments stay as they are.
+    def take(self, seen: Snapshot, state: State) -> tuple[Tensor, State]:
+        """The new rows, in the dtype of the mixture, and the new state.
 
         Args:
-            start_RP: what the rows were at the round's start.
-            mixed_RP: the mixtures.
-            state: what the last step of the run returned.
+            state: what the last step of the run returned; it stays as it is.
         """
         ...
 
@@ -38,7 +52,8 @@ class Partway:
     share: float
     """How far to go towards the mixture, above 0; 1: all the way."""
 
-    def take(self, start_RP: Tensor, mixed_RP: Tensor, state: State) -> tuple[Tensor, State]:
+    def take(self, seen: Snapshot, state: State) -> tuple[Tensor, State]:
         """See `ServerStep`; in fp64, without state."""
-        start = start_RP.double()
-        return (start + self.share * (mixed_RP.double() - start)).to(mixed_RP.dtype), {}
+        start = seen.start_RP.double()
+        new = start + self.share * (seen.mixed_RP.double() - start)
+        return new.to(seen.mixed_RP.dtype), {}

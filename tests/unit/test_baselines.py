@@ -1,24 +1,34 @@
 """The baselines that the server computes: two clients by hand, and a short run of each."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fellray.platform.aggregation import Meta, Method, Plan, describe, reduce
+from fellray.actors import client as clients
+from fellray.platform.aggregation import Meta, Method, Plan, describe, name_layers, reduce
 from fellray.platform.config import RunConfig
+from fellray.platform.errors import FellrayError
+from fellray.platform.fedex_lora import nearest_adapter
 from fellray.platform.fedopt import FedOpt
 from fellray.platform.fedsa_lora import FedSaLora
+from fellray.platform.handover import hand_over
+from fellray.platform.own import read_own
 from fellray.platform.qffl import QFfl
-from fellray.platform.server_step import Partway
+from fellray.platform.rounds import Rounds
+from fellray.platform.server_step import Partway, Snapshot
+from fellray.platform.storage import Storage
 
 Play = Callable[..., Any]
 Make = Callable[..., RunConfig]
 START = [1.0, -2.0]
 SENT = [[1.5, -2.0], [1.1, -4.0]]
 LOSSES = [0.5, 2.0]
+ADAM: dict[str, Any] = {"method": {"kind": "fedadam"}, "evaluation": {"every": 9}}
 SPARSE = {"method": {"kind": "fedsa_lora"}, "sampling": {"per_round": 2}}
 
 
@@ -28,13 +38,17 @@ def two(losses: Sequence[float] = LOSSES, round: int = 1) -> tuple[Meta, Tensor,
     return meta, theta, start
 
 
+def seen(start: Tensor, mixed: Tensor, sent: Tensor | None = None) -> Snapshot:
+    return Snapshot(start, mixed, mixed if sent is None else sent, {}, 1)
+
+
 def end(method: Method, state: Any = None) -> tuple[list[float], Any, Plan]:
     """Where everybody is after a round."""
     meta, theta, start = two()
     plan = method.plan(meta)
     assert plan.common
     assert plan.step is not None
-    new_1P, state = plan.step.take(start, reduce(plan, theta)[:1], state or {})
+    new_1P, state = plan.step.take(seen(start, reduce(plan, theta)[:1], theta), state or {})
     return new_1P[0].tolist(), state, plan
 
 
@@ -68,7 +82,7 @@ def test_fedopt_leaves_its_arguments_alone() -> None:
     before = {name: tensor.clone() for name, tensor in state.items()}
     _, theta, start = two()
     assert plan.step is not None
-    plan.step.take(start, theta[:1], state)
+    plan.step.take(seen(start, theta[:1]), state)
     assert all(torch.equal(state[name], before[name]) for name in before)
     assert start.tolist() == [START]
 
@@ -111,7 +125,7 @@ def test_qffl_survives_a_loss_of_zero_and_nobody() -> None:
 
 
 def test_partway_goes_its_share() -> None:
-    new, _ = Partway(0.25).take(torch.tensor([[0.0, 8.0]]), torch.tensor([[4.0, 4.0]]), {})
+    new, _ = Partway(0.25).take(seen(torch.tensor([[0.0, 8.0]]), torch.tensor([[4.0, 4.0]])), {})
     assert new.tolist() == [[1.0, 7.0]]
 
 
@@ -131,6 +145,63 @@ def test_fedsa_by_hand() -> None:
     assert weighted.tolist() == [[2.5, 5.0, 10.0, 4.5], [2.5, 5.0, 20.0, 4.5]]
 
 
+# --- FedEx-LoRA, bounded --------------------------------------------------------------------------
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_nearest_product_by_hand() -> None:
+    """Rank 1, two clients: B A is diag(4, 0) and diag(0, 2), their mean diag(2, 1)."""
+    a = torch.tensor([[[2.0, 0.0]], [[0.0, 1.0]]])
+    b = torch.tensor([[[2.0], [0.0]], [[0.0], [2.0]]])
+    new_a, new_b = nearest_adapter(a, b, torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(new_b @ new_a, torch.tensor([[2.0, 0.0], [0.0, 0.0]]).double())
+    # the mean A is (1, 1/2); the nearest row along (1, 0) of its length
+    assert new_a[0].tolist() == pytest.approx([1.25**0.5, 0.0])
+    # averaging A and B gives (1, 1/2) twice: an error of 1.58 where this leaves 1
+    averaged = b.mean(0) @ a.mean(0)
+    assert (averaged - torch.diag(torch.tensor([2.0, 1.0]))).norm() == pytest.approx(2.5**0.5)
+
+
+@pytest.mark.parametrize(("num_clients", "d_in", "d_out"), [(2, 9, 7), (6, 8, 30), (3, 40, 5)])
+def test_no_product_of_the_rank_is_nearer(num_clients: int, d_in: int, d_out: int) -> None:
+    """Against the singular value decomposition of the dense mean, by numpy."""
+    a, b = draw(num_clients, 3, d_in), draw(num_clients, d_out, 3, seed=1)
+    weight = torch.arange(1.0, num_clients + 1).double()
+    weight /= weight.sum()
+    new_a, new_b = nearest_adapter(a, b, weight)
+    mean = sum(w * b_c @ a_c for w, b_c, a_c in zip(weight, b, a, strict=True))
+    least = np.sqrt((np.linalg.svd(mean.numpy(), compute_uv=False)[3:] ** 2).sum())
+    assert (new_b @ new_a - mean).norm().item() == pytest.approx(least, rel=1e-9)
+    averaged = torch.einsum("c,cor->or", weight, b) @ torch.einsum("c,cri->ri", weight, a)
+    assert least < (averaged - mean).norm()
+    rows = new_a @ new_a.T
+    torch.testing.assert_close(rows, rows[0, 0] * torch.eye(3).double())
+
+
+def test_where_nothing_is_lost_the_product_is_exact_and_a_stays_near() -> None:
+    """One A for all, orthogonal: the mean is of rank r, and this is plain averaging."""
+    a = torch.linalg.qr(draw(12, 3))[0].T.repeat(4, 1, 1) * 0.3
+    b = draw(4, 5, 3, seed=1)
+    new_a, new_b = nearest_adapter(a, b, torch.full((4,), 0.25))
+    torch.testing.assert_close(new_a, a[0], atol=1e-12, rtol=0)
+    torch.testing.assert_close(new_b, b.mean(0), atol=1e-12, rtol=0)
+    # B is zero at the start: A's directions are kept, and the product is zero
+    same_a, zero_b = nearest_adapter(a, 0 * b, torch.full((4,), 0.25))
+    torch.testing.assert_close(same_a, a[0], atol=1e-12, rtol=0)
+    assert not zero_b.any()
+
+
+def test_products_need_one_rank(tiny_config: Make, tmp_path: Path) -> None:
+    own = tmp_path / "own.csv"
+    own.write_text("client,rank\nc0,1\n")
+    config = tiny_config(method={"kind": "fedex_lora_bounded"}, clients={"own": str(own)})
+    with pytest.raises(FellrayError, match="mixes the products of A and B, which needs one"):
+        read_own(config)
+
+
 # --- runs ---------------------------------------------------------------------------------------
 
 
@@ -144,38 +215,50 @@ def values(played: Any, round: int, part: str = "client") -> Tensor:
     return found
 
 
-def test_fedadam_resumed_has_the_same_bits(tiny_config: Make, play: Play) -> None:
-    settings: dict[str, Any] = {"method": {"kind": "fedadam"}, "evaluation": {"every": 9}}
-    whole = play(tiny_config(**settings), last=2)
-    config = tiny_config(**settings)
+@pytest.fixture(scope="module")
+def adam(tiny_config: Make, play: Play) -> Any:
+    """Two rounds without a pause."""
+    return play(tiny_config(**ADAM), last=2)
+
+
+def test_fedadam_resumed_has_the_same_bits(adam: Any, tiny_config: Make, play: Play) -> None:
+    config = tiny_config(**ADAM)
     play(config, last=1)
     resumed = play(config, last=2)
-    assert resumed.hashes(2) == whole.hashes(2)
-    assert len({*whole.hashes(2).values()}) == 1, "one state for all"
-    moments = state_of(whole, 2)
+    assert resumed.hashes(2) == adam.hashes(2)
+    assert len({*adam.hashes(2).values()}) == 1, "one state for all"
+    moments = state_of(adam, 2)
     assert sorted(moments) == ["method.m", "method.v"]
     for name, tensor in state_of(resumed, 2).items():
         assert torch.equal(tensor, moments[name]), name
-        assert not torch.equal(tensor, state_of(whole, 1)[name]), "it moves"
+        assert not torch.equal(tensor, state_of(adam, 1)[name]), "it moves"
     # the step from the committed start over the committed state is what was installed
-    reports, plan = whole.outcomes[2].reports, whole.outcomes[2].plan
-    start = torch.cat([values(whole, 1), values(whole, 1, "trunk")], dim=1)[:1]
-    before = {name.removeprefix("method."): t for name, t in state_of(whole, 1).items()}
-    wanted, _ = plan.step.take(start, reduce(plan, reports.theta_CP)[:1], before)
-    reached = torch.cat([values(whole, 2), values(whole, 2, "trunk")], dim=1)
+    reports, plan = adam.outcomes[2].reports, adam.outcomes[2].plan
+    start = torch.cat([values(adam, 1), values(adam, 1, "trunk")], dim=1)[:1]
+    before = {name.removeprefix("method."): t for name, t in state_of(adam, 1).items()}
+    wanted, _ = plan.step.take(seen(start, reduce(plan, reports.theta_CP)[:1]), before)
+    reached = torch.cat([values(adam, 2), values(adam, 2, "trunk")], dim=1)
     assert torch.equal(reached, wanted.expand_as(reached))
 
 
 def test_a_round_that_refuses_everyone_keeps_the_servers_state(
-    tiny_config: Make, play: Play, monkeypatch: pytest.MonkeyPatch
+    adam: Any, play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fellray.actors import client as clients
-
-    played = play(tiny_config(method={"kind": "fedadam"}, evaluation={"every": 9}), last=1)
     monkeypatch.setattr(clients, "_refuse", lambda loss, finite: "sick")
-    after = play(played.config, last=2)
-    assert after.hashes(2) == played.hashes(1)
-    assert all(torch.equal(t, state_of(played, 1)[name]) for name, t in state_of(after, 2).items())
+    after = play(adam.config, last=3)
+    assert sorted(after.outcomes[0].reports.refused) == adam.learners
+    assert after.hashes(3) == adam.hashes(2)
+    kept = state_of(adam, 2)
+    assert all(torch.equal(t, kept[name]) for name, t in state_of(after, 3).items())
+    assert sorted(kept) == sorted(state_of(after, 3))
+
+
+def test_a_continued_run_goes_on_with_the_servers_state(adam: Any, tiny_config: Make) -> None:
+    config = tiny_config(**ADAM)
+    new = Rounds(Storage(config.storage).sub(config.name))
+    hand_over(config, adam.rounds, new, 2, {})
+    for name, tensor in state_of(adam, 2).items():
+        assert torch.equal(new.load_shared(2, name), tensor), name
 
 
 def test_qffl_goes_part_of_the_way(tiny_config: Make, play: Play) -> None:
@@ -245,3 +328,21 @@ def test_every_layer_is_mixed_by_its_own_matrix(tiny_config: Make, play: Play) -
         mixing = plan.blocks[name].mixing_CC
         wanted = (mixing @ reports.theta_CP[:, columns].double()).float()
         torch.testing.assert_close(reached[:, columns], wanted)
+
+
+def test_products_are_averaged_nearer_than_their_factors(tiny_config: Make, play: Play) -> None:
+    method = {"kind": "fedex_lora_bounded"}
+    played = play(tiny_config(method=method, evaluation={"every": 9}), last=2)
+    assert len({*played.hashes(2).values()}) == 1
+    reports = played.outcomes[2].reports
+    reached = torch.cat([values(played, 2), values(played, 2, "trunk")], dim=1)[0].double()
+    sent, gained = reports.theta_CP.double(), 0
+    for name in name_layers(reports.blocks):
+        at_a, at_b = (reports.blocks[f"{name}.lora_{factor}"] for factor in "AB")
+        a, b = sent[:, at_a].unflatten(1, (2, -1)), sent[:, at_b].unflatten(1, (-1, 2))
+        mean = (b @ a).mean(0)
+        ours = reached[at_b].unflatten(0, (-1, 2)) @ reached[at_a].unflatten(0, (2, -1))
+        error, averaged = (ours - mean).norm(), (b.mean(0) @ a.mean(0) - mean).norm()
+        assert error <= averaged * (1 + 1e-5), name
+        gained += int(error < 0.9 * averaged)
+    assert gained, "somewhere it matters"
