@@ -25,7 +25,7 @@ from fellray.platform.aggregation import (
 )
 
 Defect = Literal["exponent", "unused_degree", "in_place", "raw_weights", "own_start", "tiny_losses"]
-"""What the released code does otherwise than the paper means; docs/fellrec-defects.md explains."""
+"""What the released code does otherwise than the paper means; docs/methods.md explains."""
 PUBLISHED: frozenset[Defect] = frozenset(
     ["exponent", "unused_degree", "in_place", "raw_weights", "own_start"]
 )

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fellray.actors import client as clients
+from fellray.actors.plant import Plant
+from fellray.actors.world import survey
 from fellray.platform.aggregation import Meta, Method, Plan, describe, name_layers, reduce
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
@@ -346,3 +348,46 @@ def test_products_are_averaged_nearer_than_their_factors(tiny_config: Make, play
         assert error <= averaged * (1 + 1e-5), name
         gained += int(error < 0.9 * averaged)
     assert gained, "somewhere it matters"
+
+
+def test_fedsa_where_clients_differ_in_rank_and_cut(tiny_config: Make, tmp_path: Path) -> None:
+    """A block has one name, whoever holds it; nobody gets components that it has no room for."""
+    own = tmp_path / "own.csv"
+    own.write_text("client,rank,cut\nc0,1,1\nc1,2,2\nc3,1,3\n")
+    config = tiny_config(
+        method={"kind": "fedsa_lora"},
+        clients={"own": str(own)},
+        sampling={"per_round": 4},
+        evaluation={"every": 9},
+    )
+    rounds = Rounds(Storage(config.storage).sub(config.name))
+    with Plant.inline(config, survey(config), rounds) as plant:
+        everyone = list(plant.learners)
+        rounds.commit(0, plant.stage_start(), {})
+        for t in (1, 2):
+            before = plant._sent_at(t - 1, everyone)
+            reports = plant.fit(t, [c for c in everyone if c != f"c{t}"])
+            plan = config.method.plan(reports.meta)
+            mean = reports.theta_CP.double().mean(0).float()
+            mixed = reduce(plan, reports.theta_CP, reports.blocks)
+            held_C, rank = ~reports.theta_CP.eq(0), {"c0": 1, "c3": 1}
+            rounds.commit(t, plant.install(reports, plan, mixed), {})
+            after = plant._sent_at(t, everyone)
+            for at, client in enumerate(everyone):
+                row = reports.meta.clients.index(client) if client != f"c{t}" else None
+                for name, columns in reports.blocks.items():
+                    reached = after[at, columns]
+                    if name.endswith("lora_A"):
+                        wanted = mean[columns].unflatten(0, (2, -1)).clone()
+                        wanted[rank.get(client, 2) :] = 0
+                        assert torch.equal(reached, wanted.flatten()), (t, client, name)
+                    elif row is None:
+                        assert torch.equal(reached, before[at, columns]), (t, client, name)
+                    else:
+                        assert reached.any(), (t, client, name)
+                        if held_C[row, columns].any():  # of the server's side
+                            assert torch.equal(reached, reports.theta_CP[row, columns])
+            middle = next(b for b in reports.blocks if ".1." in b and b.endswith("lora_B"))
+            told = held_C[:, reports.blocks[middle]].any(1)
+            cuts = [{"c1": 2, "c3": 3}.get(c, 1) for c in reports.meta.clients]
+            assert told.tolist() == [cut == 1 for cut in cuts], "its own B stays with a client"
