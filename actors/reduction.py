@@ -7,7 +7,7 @@ as one process. What is summed, and how, is `platform/slabs.py`'s business.
 Shapes: C clients, P parameters of one client.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fellray.actors.session import ray
-from fellray.platform.aggregation import Plan, check_rows
+from fellray.platform.aggregation import NO_BLOCKS, Plan, split_columns
 from fellray.platform.errors import FellrayError
 from fellray.platform.slabs import gram_part, join, mix, unpack
 from fellray.platform.stack_file import StackFile
@@ -43,7 +43,13 @@ def gram_on_ray(
     return unpack(join([torch.from_numpy(part.copy()) for part in parts]), theta.shape[0])
 
 
-def reduce_on_ray(plan: Plan, theta: StackFile, shards: int, cpus: float = 1.0) -> None:
+def reduce_on_ray(
+    plan: Plan,
+    theta: StackFile,
+    shards: int,
+    cpus: float = 1.0,
+    blocks: Mapping[str, slice] = NO_BLOCKS,
+) -> None:
     """`aggregation.reduce_` by Ray tasks, in the stack's place.
 
     Args:
@@ -51,15 +57,19 @@ def reduce_on_ray(plan: Plan, theta: StackFile, shards: int, cpus: float = 1.0) 
         theta: sent weights [C, P]; the mixtures afterwards.
         shards: 1, 2, 4 or 8 tasks.
         cpus: cores of a task; it uses as many threads.
+        blocks: as `aggregation.reduce`.
 
     Raises:
-        ValueError: a row of the matrix does not sum to one; nothing was written.
+        ValueError: as `aggregation.split_columns`; nothing was written.
         FellrayError: a task was lost. It is not run again, because columns that it had mixed would
             be mixed twice: the stack has to be made again.
     """
-    check_rows(plan)
-    mixing = ray.put(plan.mixing_CC.numpy())
-    tasks = [(mixing, theta, shard, shards) for shard in range(shards)]
+    parts = split_columns(plan, blocks, theta.shape[1])
+    matrices = {id(part.mixing_CC): part.mixing_CC for part, _ in parts}
+    held = {key: ray.put(mixing_CC.numpy()) for key, mixing_CC in matrices.items()}
+    # references in a list are not fetched for the task: it has the list, and asks for one at a time
+    mixed = [(held[id(part.mixing_CC)], columns) for part, columns in parts]
+    tasks = [(mixed, theta, shard, shards) for shard in range(shards)]
     _run(_mix, tasks, cpus, tries=0, lost=f"{theta.path}: is mixed in part only; make it again")
 
 
@@ -82,5 +92,7 @@ def _sum(theta: StackFile, start: StackFile | None, shard: int, shards: int) -> 
     return gram_part(theta, start, shard, shards).numpy()
 
 
-def _mix(mixing: np.ndarray, theta: StackFile, shard: int, shards: int) -> None:
-    mix(torch.from_numpy(mixing.copy()), theta, theta, shard, shards)
+def _mix(parts: Sequence[tuple[Any, slice]], theta: StackFile, shard: int, shards: int) -> None:
+    for reference, columns in parts:
+        mixing_CC = torch.from_numpy(ray.get(reference).copy())
+        mix(mixing_CC, theta, theta, shard, shards, columns)

@@ -215,7 +215,7 @@ def count_bytes(config: RunConfig, world: World) -> dict[str, Any]:
     rounds.commit(0, plant.stage_start(), {})
     reports = plant.fit(1, plant.sample(1))
     plan = config.method.plan(reports.meta)
-    plant.install(reports, plan, reduce(plan, reports.theta_CP))
+    plant.install(reports, plan, reduce(plan, reports.theta_CP, reports.blocks))
     kinds = total(plant.close_ledger())
     cut = plan_cut(world.backbone, config.model)
     adapters = sum(s.num_parameters(config.model.lora.r) for p in PARTS for s in cut.sites[p])

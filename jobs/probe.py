@@ -165,7 +165,7 @@ def _take(
     ((own, served),) = actors.map("clocked")
     began = time.perf_counter()
     plan = config.method.plan(reports.meta)
-    staged = plant.install(reports, plan, reduce(plan, reports.theta_CP))
+    staged = plant.install(reports, plan, reduce(plan, reports.theta_CP, reports.blocks))
     rounds.commit(round, staged, {})
     mixing_s = time.perf_counter() - began
     entered = plant.close_ledger()

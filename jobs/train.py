@@ -23,7 +23,7 @@ def one_round(plant: Plant, t: int, config: RunConfig) -> Outcome:
         return Outcome(plant.stage_start(), plant.validate(0))
     reports = plant.fit(t, plant.sample(t))  # local split training
     plan = config.method.plan(reports.meta)  # who listens to whom
-    mixed = reduce(plan, reports.theta_CP)  # everybody's own mixture
+    mixed = reduce(plan, reports.theta_CP, reports.blocks)  # everybody's own mixture
     return Outcome(plant.install(reports, plan, mixed), plant.validate(t), reports, plan)
 
 

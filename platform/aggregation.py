@@ -1,25 +1,33 @@
 """The one law of aggregation: a method plans a mixing matrix, `reduce` applies it.
 
-A round ends, for each sent block, with ``theta[r] <- sum_c M[r, c] * theta[c]``, rows of M summing
-to one. A method is its `plan`: a pure function of what is known about the round. Nothing here knows
-where a client runs, or in which order clients answered: they are sorted by id before they get here.
-How products of large stacks are taken is `slabs`' business.
+A round ends, for each sent block b, with ``theta_b[r] <- sum_c M_b[r, c] * theta_b[c]``, rows of
+M_b summing to one; one matrix is for all blocks that have none of their own. A method is its
+`plan`: a pure function of what is known about the round. Nothing here knows where a client runs, or
+in which order clients answered: they are sorted by id before they get here. How products of large
+stacks are taken is `slabs`' business.
 
 Shapes: C clients, P parameters of one client, R rows of a mixture that differ.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from fellray.platform.server_step import ServerStep
 from fellray.platform.slabs import Stack, gram, mix
 
 Source = Literal["update", "raw"]
 """What the similarity of two clients is computed from."""
+
+Weighting = Literal["uniform", "samples"]
+"""How clients count in a mean: all the same, or by the histories they read."""
+
+NO_BLOCKS: Mapping[str, slice] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,14 @@ class Meta:
     gram: Mapping[Source, Tensor]
     """Inner products [C, C], fp64: of the updates (`update`), of the sent weights (`raw`); those
     that the method compares."""
+    blocks: tuple[str, ...] = ()
+    """What a row of sent weights consists of, in its order: on a language model one site's factor
+    each, named as peft names it (``encoder.layer.0.attention.self.query.lora_A``)."""
+    layers: Mapping[str, Mapping[Source, Tensor]] = field(default_factory=dict)
+    """Layer -> its part of `gram`; empty where the method does not compare layers. A layer is an
+    adapted projection with the name that its blocks have in common."""
+    groups: Mapping[str, Tensor] = field(default_factory=dict)
+    """Attribute -> in which of its groups each client is [C], int64; empty where none are known."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +62,8 @@ class Reports:
     meta: Meta
     """Of those whose round was accepted."""
     theta_CP: Tensor
-    """Their sent weights, rows in the order of `meta.clients`; no columns where nothing is shared.
-    """
+    """Their sent weights, rows in the order of `meta.clients`; no columns where nothing is shared,
+    and zeros in blocks that stay with their clients."""
     refused: Mapping[str, str]
     """Learners that keep the state of the round's start, and why."""
     losses: Mapping[str, float]
@@ -57,6 +73,19 @@ class Reports:
     """Wall time of local training."""
     late: tuple[str, ...] = ()
     """Asked, but not counted: their answers came after the deadline, or after enough others."""
+    blocks: Mapping[str, slice] = field(default_factory=dict)
+    """Block -> its columns of `theta_CP`: in their order, without a gap."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Who listens to whom in one block."""
+
+    mixing_CC: Tensor
+    """As `Plan.mixing_CC`. The identity: the block stays its client's own. Blocks that are mixed
+    alike better share one tensor: neighbours are then mixed in one product."""
+    common: bool = False
+    """As `Plan.common`."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +99,10 @@ class Plan:
     common: bool = False
     """All rows are equal and meant for everyone: also those who did not take part start their next
     round from it. Otherwise they keep what they have."""
+    blocks: Mapping[str, Mixture] = field(default_factory=dict)
+    """Blocks that are mixed otherwise; `mixing_CC` and `common` hold for all others."""
+    step: ServerStep | None = None
+    """What the server makes of the round's start and the mixture; None: the mixture it is."""
 
     @property
     def own_weight_C(self) -> Tensor:
@@ -93,6 +126,26 @@ class Method(BaseModel):
         """The inner products that `plan` looks at; each costs about half of what mixing costs."""
         return ("update", "raw")
 
+    def compares_layers(self) -> bool:
+        """Whether `plan` looks at `Meta.layers`: a matrix [C, C] more for each of them."""
+        return False
+
+    def begins_alike(self) -> bool:
+        """Whether all clients share one start, or draw one each."""
+        return True
+
+    def mixes_products(self) -> bool:
+        """Whether A and B are looked at together, so that clients need one rank."""
+        return False
+
+    def sends(self, block: str) -> bool:
+        """Whether clients send this block of the layers that they hold, and receive it.
+
+        One that they do not stands as zeros in `Reports.theta_CP`, and `plan` has to give it the
+        identity: it is its client's alone.
+        """
+        return True
+
     def plan(self, meta: Meta) -> Plan:
         """The mixing matrix of this round."""
         raise NotImplementedError
@@ -106,6 +159,9 @@ def describe(
     theta_CP: Stack,
     start_CP: Stack,
     sources: Collection[Source] = ("update", "raw"),
+    blocks: Sequence[str] = (),
+    groups: Mapping[str, Tensor] | None = None,
+    layers: Mapping[str, slice] = NO_BLOCKS,
 ) -> Meta:
     """What a plan may look at, from one snapshot of everybody's sent weights.
 
@@ -117,54 +173,132 @@ def describe(
         theta_CP: sent weights after local training.
         start_CP: the same weights at the start of the round.
         sources: what inner products are taken of: what the method compares.
+        blocks: names of what the rows consist of, in their order.
+        groups: attribute -> in which of its groups each client is.
+        layers: layer -> its columns, where inner products are taken by layer; all columns are in
+            one, and the stacks lie in memory.
     """
     assert list(clients) == sorted(clients), "rows follow the sorted client ids"
+    by_layer = {
+        name: {s: _gram_of(theta_CP, start_CP, s, columns) for s in sources}
+        for name, columns in layers.items()
+    }
+    if layers:
+        products = {s: torch.stack([by_layer[name][s] for name in layers]).sum(0) for s in sources}
+    else:
+        products = {s: gram(theta_CP, start_CP if s == "update" else None) for s in sources}
     return Meta(
         round=round,
         clients=tuple(clients),
         losses_C=torch.tensor(losses, dtype=torch.float64),
         samples_C=torch.tensor(samples, dtype=torch.float64),
-        gram={s: gram(theta_CP, start_CP if s == "update" else None) for s in sources},
+        gram=products,
+        blocks=tuple(blocks),
+        layers=by_layer,
+        groups=dict(groups or {}),
     )
 
 
-def reduce(plan: Plan, theta_CP: Tensor) -> Tensor:
-    """``M @ theta`` [C, P] in theta's dtype, from one snapshot that is left as it is.
+def name_layers(blocks: Mapping[str, slice]) -> dict[str, slice]:
+    """Neighbouring blocks of one projection as one: its name -> its columns."""
+    layers: dict[str, slice] = {}
+    for name, columns in blocks.items():
+        layer = layer_of(name)
+        first = layers.get(layer, columns)
+        assert first.start == columns.start or first.stop == columns.start, f"{layer} is split"
+        layers[layer] = slice(first.start, columns.stop)
+    return layers
 
-    Equal rows of the matrix give equal bits, and a row that listens to nobody else returns its own
+
+def layer_of(block: str) -> str:
+    """The projection that a block belongs to."""
+    return block.removesuffix(".lora_A").removesuffix(".lora_B")
+
+
+def mean_row(meta: Meta, weighting: Weighting) -> Tensor:
+    """What each client counts in the mean [C], fp64."""
+    weights_C = meta.samples_C if weighting == "samples" else torch.ones_like(meta.samples_C)
+    return weights_C / weights_C.sum()
+
+
+def reduce(plan: Plan, theta_CP: Tensor, blocks: Mapping[str, slice] = NO_BLOCKS) -> Tensor:
+    """``M_b @ theta_b`` for every block [C, P] in theta's dtype, from one snapshot that stays as it
+    is.
+
+    Equal rows of a matrix give equal bits, and a row that listens to nobody else returns its own
     weights bit for bit. Sums are taken in fp64 for up to `slabs.EXACT` clients, in fp32 for more.
     Where the plan has one row for everyone the rows are one in memory, and not to be written to.
 
+    Args:
+        blocks: see `Reports.blocks`; needed where the plan mixes some otherwise.
+
     Raises:
-        ValueError: a row of the matrix does not sum to one.
+        ValueError: as `split_columns`.
     """
-    check_rows(plan)
     num_clients, num_parameters = theta_CP.shape
-    differ = min(1, num_clients) if plan.common else num_clients
+    parts = split_columns(plan, blocks, num_parameters)
+    differ = min(1, num_clients) if all(part.common for part, _ in parts) else num_clients
     mixed_RP = theta_CP.new_empty(differ, num_parameters)
-    mix(plan.mixing_CC, theta_CP, mixed_RP)
+    for part, columns in parts:
+        mix(part.mixing_CC, theta_CP, mixed_RP, columns=columns)
     return mixed_RP.expand(num_clients, num_parameters)
 
 
-def reduce_(plan: Plan, theta_CP: Stack) -> None:
+def reduce_(plan: Plan, theta_CP: Stack, blocks: Mapping[str, slice] = NO_BLOCKS) -> None:
     """`reduce`, the same bits, into the snapshot's own place: a few slabs of memory more.
 
     When it is interrupted the stack is part snapshot, part mixture, and has to be made again.
 
     Raises:
-        ValueError: a row of the matrix does not sum to one; nothing was written.
+        ValueError: as `split_columns`; nothing was written.
     """
-    check_rows(plan)
-    mix(plan.mixing_CC, theta_CP, theta_CP)
+    for part, columns in split_columns(plan, blocks, theta_CP.shape[1]):
+        mix(part.mixing_CC, theta_CP, theta_CP, columns=columns)
 
 
-def check_rows(plan: Plan) -> None:
+def split_columns(
+    plan: Plan, blocks: Mapping[str, slice], num_parameters: int
+) -> list[tuple[Mixture, slice]]:
+    """What is mixed how: runs of columns from the first to the last, each as long as one matrix
+    goes.
+
+    Raises:
+        ValueError: a row of a matrix does not sum to one, or the plan names a block that is not
+            sent.
+    """
+    rest = Mixture(plan.mixing_CC, plan.common)
+    check_rows(rest.mixing_CC)
+    if not plan.blocks:
+        return [(rest, slice(0, num_parameters))]
+    if unknown := [name for name in plan.blocks if name not in blocks]:
+        raise ValueError(
+            f"the plan mixes block {unknown[0]!r}, which is not sent; there are {len(blocks)}: "
+            f"{', '.join(list(blocks)[:4])} ..."
+        )
+    for mixing_CC in {id(part.mixing_CC): part.mixing_CC for part in plan.blocks.values()}.values():
+        check_rows(mixing_CC)
+    parts: list[tuple[Mixture, slice]] = []
+    at = 0
+    for name, columns in blocks.items():
+        assert columns.start == at, f"block {name} begins at {columns.start}, not at {at}"
+        at = columns.stop
+        part = plan.blocks.get(name, rest)
+        last = parts[-1] if parts else None
+        if last and last[0].mixing_CC is part.mixing_CC and last[0].common == part.common:
+            parts[-1] = (part, slice(last[1].start, at))
+        else:
+            parts.append((part, columns))
+    assert at == num_parameters, f"the blocks have {at} columns, the rows {num_parameters}"
+    return parts
+
+
+def check_rows(mixing_CC: Tensor) -> None:
     """See that the weights of every recipient sum to one, in fp64 and before they are rounded.
 
     Raises:
         ValueError: a row does not.
     """
-    sum_C = plan.mixing_CC.double().sum(1)
+    sum_C = mixing_CC.double().sum(1)
     off_C = ~((sum_C - 1).abs() <= 1e-6)
     if off_C.any():
         first = int(off_C.nonzero()[0])
@@ -172,6 +306,18 @@ def check_rows(plan: Plan) -> None:
             f"row {first} of the mixing matrix sums to {sum_C[first].item()}, not to one; "
             f"{int(off_C.sum())} of {len(sum_C)} rows are off"
         )
+
+
+def _gram_of(theta_CP: Stack, start_CP: Stack, source: Source, columns: slice) -> Tensor:
+    assert isinstance(theta_CP, Tensor), "by layer only in memory"
+    assert isinstance(start_CP, Tensor), "by layer only in memory"
+    return gram(theta_CP[:, columns], start_CP[:, columns] if source == "update" else None)
+
+
+def centre(gram_CC: Tensor) -> Tensor:
+    """Inner products [C, C] of what is left of the vectors without their mean."""
+    row_C = gram_CC.mean(1)
+    return gram_CC - row_C[:, None] - row_C[None, :] + row_C.mean()
 
 
 def cosine(gram_CC: Tensor) -> Tensor:

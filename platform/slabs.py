@@ -74,7 +74,14 @@ def unpack(packed: Tensor, num_clients: int) -> Tensor:
     return whole_CC
 
 
-def mix(mixing_CC: Tensor, source: Stack, target: Stack, shard: int = 0, shards: int = 1) -> None:
+def mix(
+    mixing_CC: Tensor,
+    source: Stack,
+    target: Stack,
+    shard: int = 0,
+    shards: int = 1,
+    columns: slice | None = None,
+) -> None:
     """``target = M @ source`` on one shard's columns; target may be the source itself.
 
     Rows of M that are equal are computed once. A row that is one for its own client and zero for
@@ -86,8 +93,11 @@ def mix(mixing_CC: Tensor, source: Stack, target: Stack, shard: int = 0, shards:
         target: where the mixtures go, of the same type; with fewer rows, those of the first ones.
         shard: which share of the columns, from 0.
         shards: how many there are: 1, 2, 4 or 8.
+        columns: of which the shares are taken; the others stay as they are. None: all.
     """
-    num_clients, num_parameters = source.shape
+    num_clients = source.shape[0]
+    mixed_columns = slice(0, source.shape[1]) if columns is None else columns
+    first, num_parameters = mixed_columns.start, mixed_columns.stop - mixed_columns.start
     dtype = _working(source)
     alone_C = (mixing_CC.diagonal() == 1) & (mixing_CC.count_nonzero(dim=1) == 1)
     everyone, nobody = bool(alone_C.all()), not bool(alone_C.any())
@@ -97,7 +107,11 @@ def mix(mixing_CC: Tensor, source: Stack, target: Stack, shard: int = 0, shards:
     blocks = _blocks(num_clients)
     width = min(SLAB, num_parameters)
 
-    slabs = [s for span in _spans(shard, shards) for s in _slabs(num_parameters, span)]
+    slabs = [
+        slice(first + slab.start, first + slab.stop)
+        for span in _spans(shard, shards)
+        for slab in _slabs(num_parameters, span)
+    ]
     with _crew(len(slabs)) as (crew, workers):
         idle: SimpleQueue[tuple[Tensor, Tensor]] = SimpleQueue()
         for _ in range(workers):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fellray.actors.reduction import gram_on_ray, reduce_on_ray
-from fellray.platform.aggregation import Plan, reduce
+from fellray.platform.aggregation import Mixture, Plan, reduce
 from fellray.platform.errors import FellrayError
 from fellray.platform.slabs import EXACT, SLAB, gram
 from fellray.platform.stack_file import StackFile
@@ -43,6 +43,19 @@ def test_any_number_of_shards_gives_the_same_bits(local_ray: None, tmp_path: Pat
         found = stack.read(slice(0, CLIENTS), slice(0, PARAMETERS))
         assert torch.equal(found, mixed), shards
         assert torch.equal(found[7], theta[7]), shards
+
+
+def test_blocks_are_mixed_by_their_own_matrices(local_ray: None, tmp_path: Path) -> None:
+    theta = numbers(0)
+    eye = torch.eye(CLIENTS, dtype=torch.float64)
+    mean = torch.full_like(eye, 1 / CLIENTS)
+    blocks = {"a": slice(0, 700), "b": slice(700, PARAMETERS)}
+    plan = Plan(mean, blocks={"a": Mixture(eye.flip(1))})
+    stack = on_disk(tmp_path / "theta", theta)
+    reduce_on_ray(plan, stack, 2, blocks=blocks)
+    found = stack.read(slice(0, CLIENTS), slice(0, PARAMETERS))
+    assert torch.equal(found, reduce(plan, theta, blocks))
+    assert torch.equal(found[:, :700], theta.flip(0)[:, :700])
 
 
 def test_what_a_task_says_is_told(local_ray: None, tmp_path: Path) -> None:

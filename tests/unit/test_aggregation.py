@@ -8,9 +8,19 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
-from fellray.platform.aggregation import Method, Plan, cosine, describe, reduce, reduce_
+from fellray.platform.aggregation import (
+    Method,
+    Mixture,
+    Plan,
+    cosine,
+    describe,
+    reduce,
+    reduce_,
+    split_columns,
+)
 from fellray.platform.fellrec import Fellrec
 from fellray.platform.methods import FedAvg
+from fellray.platform.slabs import EXACT, SLAB
 
 METHODS: list[Method] = [
     FedAvg(),
@@ -207,3 +217,57 @@ def test_cosine_stays_in_bounds_and_ignores_length(vectors: np.ndarray, scale: f
 def test_own_weight_is_the_diagonal() -> None:
     plan = Plan(torch.tensor([[0.9, 0.1], [0.3, 0.7]], dtype=torch.float64))
     assert plan.own_weight_C.tolist() == [0.9, 0.7]
+
+
+# --- blocks ---------------------------------------------------------------------------------------
+
+
+def test_each_block_is_mixed_by_its_own_matrix() -> None:
+    """By hand: a mean, the client's own, and the plan's for the block without one."""
+    theta = torch.tensor([[2.0, 4.0, 8.0], [6.0, 0.0, 2.0]])
+    blocks = {"a": slice(0, 1), "b": slice(1, 2), "c": slice(2, 3)}
+    half, eye = torch.full((2, 2), 0.5, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    rest = torch.tensor([[0.75, 0.25], [0.0, 1.0]], dtype=torch.float64)
+    plan = Plan(rest, blocks={"a": Mixture(half, common=True), "b": Mixture(eye)})
+    assert reduce(plan, theta, blocks).tolist() == [[4.0, 4.0, 6.5], [4.0, 0.0, 2.0]]
+    reduce_(plan, theta, blocks)
+    assert theta.tolist() == [[4.0, 4.0, 6.5], [4.0, 0.0, 2.0]]
+
+
+@pytest.mark.parametrize("num_clients", [3, EXACT + 2])
+def test_neighbours_with_one_matrix_are_mixed_at_once_and_blocks_change_no_bit(
+    num_clients: int,
+) -> None:
+    width = SLAB + 90
+    theta = numbers(num_clients, width)
+    rows = torch.rand(num_clients, num_clients, dtype=torch.float64) + 0.1
+    rows /= rows.sum(1, keepdim=True)
+    other = rows.flip(1)
+    blocks = {"a": slice(0, 5), "b": slice(5, SLAB), "c": slice(SLAB, width)}
+    whole = Plan(rows, blocks=dict.fromkeys(blocks, Mixture(rows)))
+    assert [columns for _, columns in split_columns(whole, blocks, width)] == [slice(0, width)]
+    assert torch.equal(reduce(whole, theta, blocks), reduce(Plan(rows), theta))
+    part = Plan(rows, blocks={"c": Mixture(other)})
+    mixed = reduce(part, theta, blocks)
+    assert torch.equal(mixed[:, :SLAB], reduce(Plan(rows), theta[:, :SLAB].contiguous()))
+    assert torch.equal(mixed[:, SLAB:], reduce(Plan(other), theta[:, SLAB:].contiguous()))
+
+
+def test_one_row_for_all_where_every_block_is_common() -> None:
+    row = torch.full((3, 3), 1 / 3, dtype=torch.float64)
+    first = torch.eye(3, dtype=torch.float64)[[0, 0, 0]]
+    blocks = {"a": slice(0, 2), "b": slice(2, 4)}
+    plan = Plan(row, common=True, blocks={"b": Mixture(first, common=True)})
+    mixed = reduce(plan, numbers(3, 4), blocks)
+    assert mixed.stride(0) == 0
+    assert torch.equal(mixed[2, 2:], numbers(3, 4)[0, 2:])
+
+
+def test_a_block_that_is_not_sent_or_does_not_sum_to_one_is_refused() -> None:
+    eye = torch.eye(2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="mixes block 'gate', which is not sent"):
+        reduce(Plan(eye, blocks={"gate": Mixture(eye)}), numbers(2, 3), {"a": slice(0, 3)})
+    theta = numbers(2, 3)
+    with pytest.raises(ValueError, match="not to one"):
+        reduce_(Plan(eye, blocks={"a": Mixture(2 * eye)}), theta, {"a": slice(0, 3)})
+    assert torch.equal(theta, numbers(2, 3))
