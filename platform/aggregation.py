@@ -18,6 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from fellray.platform.local import PLAIN, LocalRule
 from fellray.platform.slabs import Stack, gram, mix
 
 Source = Literal["update", "raw"]
@@ -116,6 +117,10 @@ class Method(BaseModel):
     def compares(self) -> Collection[Source]:
         """The inner products that `plan` looks at; each costs about half of what mixing costs."""
         return ("update", "raw")
+
+    def local(self) -> LocalRule:
+        """How clients train in a round: plainly, unless the method says otherwise."""
+        return PLAIN
 
     def plan(self, meta: Meta) -> Plan:
         """The mixing matrix of this round."""

@@ -14,25 +14,21 @@ import torch
 from pydantic import Field, PrivateAttr, ValidationError
 
 from fellray.platform.aggregation import Meta, Method, Plan, Source
+from fellray.platform.averaging import Averaging
+from fellray.platform.ditto import Ditto
 from fellray.platform.errors import FellrayError
+from fellray.platform.fedamp import FedAmp
+from fellray.platform.fedprox import FedProx
 from fellray.platform.fellrec import Fellrec
+from fellray.platform.ffa_lora import FfaLora
+from fellray.platform.local import LocalRule
+from fellray.platform.scaffold import Scaffold
 
 
-class FedAvg(Method):
+class FedAvg(Averaging):
     """McMahan et al. 2017: everybody receives the same mean."""
 
     kind: Literal["fedavg"] = "fedavg"
-    weighting: Literal["uniform", "samples"] = "uniform"
-    """Every client counts the same, or by the histories it read this round."""
-
-    def compares(self) -> Collection[Source]:
-        """Nobody with anybody."""
-        return ()
-
-    def plan(self, meta: Meta) -> Plan:
-        """One constant row."""
-        weights = torch.ones_like(meta.samples_C) if self.weighting == "uniform" else meta.samples_C
-        return Plan((weights / weights.sum()).repeat(len(weights), 1), common=True)
 
 
 class Local(Method):
@@ -90,6 +86,10 @@ class FromFile(Method):
         """As the user's class says."""
         return self._method.compares()
 
+    def local(self) -> LocalRule:
+        """As the user's class says."""
+        return self._method.local()
+
     def plan(self, meta: Meta) -> Plan:
         """As the user's class says."""
         return self._method.plan(meta)
@@ -123,6 +123,15 @@ class FromFile(Method):
 
 
 AnyMethod = Annotated[
-    Fellrec | FedAvg | Local | Central | FromFile,
+    Fellrec
+    | FedAvg
+    | FedProx
+    | Scaffold
+    | Ditto
+    | FedAmp
+    | FfaLora
+    | Local
+    | Central
+    | FromFile,
     Field(discriminator="kind"),
 ]
