@@ -391,8 +391,7 @@ class Plant:
         return advance_server_control(before_1P, start_1P, mean_1P, weights_C, registered)
 
     def _sent_at(self, round: int, clients: Sequence[str], kind: str | None = None) -> Tensor:
-        """The clients' sent weights at a committed round [C, P], or another vector of that length.
-        """
+        """The clients' sent weights at a committed round [C, P], or what else is so long."""
         kind = kind or self._rule.sent
         names = [f"client.{kind}", f"trunk.{kind}"]
         wanted = {"all": names, "trunk_only": names[1:]}.get(self._config.train.share, [])

@@ -205,9 +205,7 @@ class Bank:
         self.moment1_SP = torch.zeros(moving, size, device=device)
         self.moment2_SP = torch.zeros(moving, size, device=device)
         self.steps_S = torch.zeros(trained, dtype=torch.int64, device=device)
-        self.beside = {
-            kind: torch.zeros(trained, size, device=device) for kind in self.rule.kinds
-        }
+        self.beside = {kind: torch.zeros(trained, size, device=device) for kind in self.rule.kinds}
         """What the rule keeps [S, P], by kind."""
         began = trained if self.rule.remembers_start else 0
         self._start_SP = torch.zeros(began, size, device=device)
@@ -266,10 +264,14 @@ class Bank:
             return
         assert self._train is not None
         place = _place(slots_s)
-        held = (self.beside[CONTROL], self.beside[SERVER_CONTROL], self._start_SP, self.values_SP)
-        parts = [tensor[place] for tensor in held]
-        rate = self._train.learning_rate
-        self.beside[CONTROL][place] = advance_control(*parts, self.steps_S[place], rate)
+        self.beside[CONTROL][place] = advance_control(
+            self.beside[CONTROL][place],
+            self.beside[SERVER_CONTROL][place],
+            self._start_SP[place],
+            self.values_SP[place],
+            self.steps_S[place],
+            self._train.learning_rate,
+        )
 
     def step(self, slots_s: Tensor) -> None:
         """One step of distinct slots only; nobody else changes by a bit.

@@ -61,6 +61,11 @@ class LocalRule:
         return (mixture, SERVER_CONTROL) if self.controls else (mixture,)
 
     @property
+    def vectors(self) -> int:
+        """How many vectors of the weights' length a client that trains needs for the rule."""
+        return len(self.kinds) + self.remembers_start
+
+    @property
     def remembers_start(self) -> bool:
         """Whether a step or the end of a round looks at the weights of the round's start."""
         return self.controls or (self.pull > 0 and not self.anchored)

@@ -123,15 +123,6 @@ class FromFile(Method):
 
 
 AnyMethod = Annotated[
-    Fellrec
-    | FedAvg
-    | FedProx
-    | Scaffold
-    | Ditto
-    | FedAmp
-    | FfaLora
-    | Local
-    | Central
-    | FromFile,
+    Fellrec | FedAvg | FedProx | Scaffold | Ditto | FedAmp | FfaLora | Local | Central | FromFile,
     Field(discriminator="kind"),
 ]
