@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fellray.actors.world import Catalogue
-from fellray.platform.adapters import Bank, find_b, start
+from fellray.platform.adapters import Bank, find_columns, name_blocks, start
 from fellray.platform.allocator import give_back_freed_memory
 from fellray.platform.config import RunConfig
 from fellray.platform.device import own_device
@@ -95,8 +95,6 @@ class Client:
         sites = parts.cut.outer
         lora, rule = config.model.lora, config.method.local()
         self._rule = rule
-        self._given = find_b(sites, lora.r) if rule.freezes_a else None
-        """The columns of a client's row that travel; None: all."""
         self._slots = Slots(
             lambda slots: Bank(sites, lora, config.train, slots, device, rule),
             "client",
@@ -107,6 +105,8 @@ class Client:
         self._ends = (bottom, top, catalogue.tokens.pad)
         self._ledger = Ledger()
         self._span = Span(remote, self._ledger)
+        self._sent = find_columns(name_blocks(sites, lora.r), config.method.sends)
+        """The columns of a row that leave this process; None: all."""
         self._seeded = start(sites, lora, config.seed)
         self._fitted = self._installed = -1
         self._staged: tuple[Staged, ...] = ()
@@ -159,9 +159,9 @@ class Client:
             for learner, loss, finite in zip(clients, losses, usable, strict=True)
             if (reason := _refuse(loss, finite))
         }
-        if self._given is not None:
-            whole = whole[:, self._given]
         sent = whole if share else whole[:, :0]
+        if share and self._sent is not None:
+            sent = whole[:, self._sent]
         for learner, values, loss in zip(clients, sent, losses, strict=True):
             self._ledger.enter(learner, "adapter_up", values.numpy())
             self._ledger.enter(learner, "loss", np.array(loss))
@@ -194,7 +194,7 @@ class Client:
             else:
                 for client, values in zip(clients, theta, strict=True):
                     self._ledger.enter(client, "adapter_down", values)
-            self._slots.replace(clients, from_dlpack(theta), self._given)
+            self._slots.replace(clients, from_dlpack(theta), self._sent)
         accepted = [c for c in clients if c not in installation.refused]
         own = not (mixed and installation.common)
         self._staged = self._slots.stage(round, self._holder, accepted, own)

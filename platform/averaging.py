@@ -4,17 +4,14 @@ It must not know which methods average, nor what a mean is used for.
 """
 
 from collections.abc import Collection
-from typing import Literal
 
-import torch
-
-from fellray.platform.aggregation import Meta, Method, Plan, Source
+from fellray.platform.aggregation import Meta, Method, Plan, Source, Weighting, mean_row
 
 
 class Averaging(Method):
     """What FedAvg and its relatives have in common."""
 
-    weighting: Literal["uniform", "samples"] = "uniform"
+    weighting: Weighting = "uniform"
     """Every client counts the same, or by the histories it read this round."""
 
     def compares(self) -> Collection[Source]:
@@ -23,5 +20,5 @@ class Averaging(Method):
 
     def plan(self, meta: Meta) -> Plan:
         """One constant row."""
-        weights = torch.ones_like(meta.samples_C) if self.weighting == "uniform" else meta.samples_C
-        return Plan((weights / weights.sum()).repeat(len(weights), 1), common=True)
+        row_C = mean_row(meta, self.weighting)
+        return Plan(row_C.repeat(len(row_C), 1), common=True)

@@ -23,3 +23,7 @@ class FfaLora(Averaging):
     def local(self) -> LocalRule:
         """Only B trains."""
         return LocalRule(freezes_a=True)
+
+    def sends(self, block: str) -> bool:
+        """B alone: everybody has A."""
+        return block.endswith(".lora_B")

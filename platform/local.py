@@ -35,7 +35,7 @@ class LocalRule:
     """The anchor trains as well, first and without a pull, and what it comes to is sent in place of
     the weights, which are pulled to it as it was."""
     freezes_a: bool = False
-    """Only the adapters' B train and are sent; A stays the shared seeded start."""
+    """Only the adapters' B train; A stays the seeded start that all clients share."""
     controls: bool = False
     """Every step's gradient g becomes g - c_i + c, with SCAFFOLD's control variates."""
 

@@ -18,11 +18,16 @@ from fellray.platform.averaging import Averaging
 from fellray.platform.ditto import Ditto
 from fellray.platform.errors import FellrayError
 from fellray.platform.fedamp import FedAmp
+from fellray.platform.fedex_lora import FedExLoraBounded
+from fellray.platform.fedopt import FedOpt
 from fellray.platform.fedprox import FedProx
+from fellray.platform.fedsa_lora import FedSaLora
 from fellray.platform.fellrec import Fellrec
 from fellray.platform.ffa_lora import FfaLora
 from fellray.platform.local import LocalRule
+from fellray.platform.qffl import QFfl
 from fellray.platform.scaffold import Scaffold
+from fellray.platform.shrinkage import Shrinkage
 
 
 class FedAvg(Averaging):
@@ -90,6 +95,22 @@ class FromFile(Method):
         """As the user's class says."""
         return self._method.local()
 
+    def compares_layers(self) -> bool:
+        """As the user's class says."""
+        return self._method.compares_layers()
+
+    def begins_alike(self) -> bool:
+        """As the user's class says."""
+        return self._method.begins_alike()
+
+    def mixes_products(self) -> bool:
+        """As the user's class says."""
+        return self._method.mixes_products()
+
+    def sends(self, block: str) -> bool:
+        """As the user's class says."""
+        return self._method.sends(block)
+
     def plan(self, meta: Meta) -> Plan:
         """As the user's class says."""
         return self._method.plan(meta)
@@ -123,6 +144,20 @@ class FromFile(Method):
 
 
 AnyMethod = Annotated[
-    Fellrec | FedAvg | FedProx | Scaffold | Ditto | FedAmp | FfaLora | Local | Central | FromFile,
+    Fellrec
+    | FedAvg
+    | FedProx
+    | Scaffold
+    | Ditto
+    | FedAmp
+    | FfaLora
+    | FedOpt
+    | QFfl
+    | FedSaLora
+    | FedExLoraBounded
+    | Shrinkage
+    | Local
+    | Central
+    | FromFile,
     Field(discriminator="kind"),
 ]

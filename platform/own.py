@@ -119,6 +119,11 @@ def read_own(config: RunConfig) -> Own:
         {c: value for c, value in own.get(name, {}).items() if seats.get(c) == (c,)}
         for name in ("rank", "cut")
     )
+    if ranks and config.method.mixes_products():
+        raise FellrayError(
+            f"{path}: rank is each client's own, and method.kind={config.method.kind} mixes the "
+            "products of A and B, which needs one; leave the column out, or take another method"
+        )
     if cuts and config.train.share == "trunk_only":
         raise FellrayError(
             f"{path}: cut is each client's own, and train.share=trunk_only mixes what the server "

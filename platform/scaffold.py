@@ -7,9 +7,7 @@ Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Lea
 from collections.abc import Collection
 from typing import Literal
 
-import torch
-
-from fellray.platform.aggregation import Meta, Method, Plan, Source
+from fellray.platform.aggregation import Meta, Method, Plan, Source, mean_row
 from fellray.platform.local import LocalRule
 
 
@@ -34,5 +32,5 @@ class Scaffold(Method):
 
     def plan(self, meta: Meta) -> Plan:
         """One constant row."""
-        count = len(meta.clients)
-        return Plan(torch.full((count, count), 1 / max(1, count), dtype=torch.float64), common=True)
+        row_C = mean_row(meta, "uniform")
+        return Plan(row_C.repeat(len(row_C), 1), common=True)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fellray.actors.plant import Plant
-from fellray.platform.adapters import Bank, Site, find_b, views
+from fellray.platform.adapters import Bank, Site, find_columns, name_blocks, views
 from fellray.platform.config import LoraSpec, RunConfig, TrainConfig, parse
 from fellray.platform.errors import FellrayError
 from fellray.platform.ledger import total
@@ -272,7 +272,7 @@ def test_a_frozen_a_has_no_step_and_no_part_in_the_clip() -> None:
     bank.set_ranks(torch.arange(2), [3, 2])
     bank.reset(torch.arange(2), {"values": numbers(2, WIDTH // 2 * 3, seed=9)})
     held = bank.values_SP.clone()
-    columns = find_b(SITES, 3)
+    columns = find_columns(name_blocks(SITES, 3), lambda block: block.endswith("lora_B"))
     bare = Bank(SITES, LoraSpec(r=3), train, 2)
     bare.set_ranks(torch.arange(2), [3, 2])
     bare.reset(torch.arange(2), {"values": held})
