@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fellray.actors.world import Catalogue
-from fellray.platform.adapters import Bank, find_columns, finite_rows, name_blocks, start
+from fellray.platform.adapters import Bank, find_columns, name_blocks, start
 from fellray.platform.allocator import give_back_freed_memory
 from fellray.platform.config import RunConfig
 from fellray.platform.device import own_device
@@ -93,9 +93,10 @@ class Client:
         parts = cut_model(backbone, config.model)
         bottom, top = parts.bottom.to(device), parts.top.to(device)
         sites = parts.cut.outer
-        lora = config.model.lora
+        lora, rule = config.model.lora, config.method.local()
+        self._rule = rule
         self._slots = Slots(
-            lambda slots: Bank(sites, lora, config.train, slots, device),
+            lambda slots: Bank(sites, lora, config.train, slots, device, rule),
             "client",
             config.train.moments == "keep",
             rounds,
@@ -136,6 +137,10 @@ class Client:
         seconds: list[float] = []
         lives = set()
         for learners in deal(clients, self._config.clients.slots):
+            if self._rule.twin:
+                lease, _, _ = self._train(round, learners, True)
+                self._slots.finish(learners)
+                lives.add(lease.server)
             lease, own, counted = self._train(round, learners)
             self._slots.finish(learners)
             if len(clients) > len(learners):  # else it grows from wave to wave
@@ -148,10 +153,10 @@ class Client:
             losses += own
             samples += counted
         clients = tuple(clients[: len(losses)])
-        whole = self._slots.values(clients)
+        whole, usable = self._slots.report(clients)
         refused = {
             learner: reason
-            for learner, loss, finite in zip(clients, losses, finite_rows(whole), strict=True)
+            for learner, loss, finite in zip(clients, losses, usable, strict=True)
             if (reason := _refuse(loss, finite))
         }
         sent = whole if share else whole[:, :0]
@@ -189,11 +194,7 @@ class Client:
             else:
                 for client, values in zip(clients, theta, strict=True):
                     self._ledger.enter(client, "adapter_down", values)
-            values = from_dlpack(theta)
-            if self._sent is not None:
-                values, received = self._slots.values(clients), values
-                values[:, self._sent] = received
-            self._slots.replace(clients, values)
+            self._slots.replace(clients, from_dlpack(theta), self._sent)
         accepted = [c for c in clients if c not in installation.refused]
         own = not (mixed and installation.common)
         self._staged = self._slots.stage(round, self._holder, accepted, own)
@@ -265,11 +266,13 @@ class Client:
         """Stage round 0: the one seeded start that every client shares."""
         return self._slots.stage_start(self._seeded)
 
-    def _train(self, round: int, learners: tuple[str, ...]) -> tuple[Lease, list[float], list[int]]:
-        """One round of a few learners side by side: losses and samples."""
-        leave = self._span.remote.begin(self._config.name, round, learners)
+    def _train(
+        self, round: int, learners: tuple[str, ...], twin: bool = False
+    ) -> tuple[Lease, list[float], list[int]]:
+        """One round of a few learners side by side, or of their anchors: losses and samples."""
+        leave = self._span.remote.begin(self._config.name, round, learners, twin)
         slots = self._slots.hold(round - 1, learners).to(self._device)
-        self._slots.train(learners)
+        self._slots.train(learners, twin)
         lease = leave()
         crews = zip(self._sit(learners), slots.split(self._crew_size(learners)), strict=True)
         found = take_turns(self._train_crew(desk, own, round, lease) for desk, own in crews)

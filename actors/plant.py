@@ -31,6 +31,7 @@ from fellray.platform.errors import FellrayError
 from fellray.platform.faults import Stop, decide
 from fellray.platform.handover import METHOD
 from fellray.platform.host import InProcess
+from fellray.platform.local import SERVER_CONTROL, advance_server_control
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import Damaged, Installation, LedgerRow, StaleLease, Update
 from fellray.platform.metrics import Score
@@ -39,6 +40,7 @@ from fellray.platform.own import ALIKE, Own
 from fellray.platform.rounds import EVERYONE, Rounds
 from fellray.platform.sampling import Sampler
 from fellray.platform.server_step import Snapshot, State
+from fellray.platform.slabs import mix
 from fellray.platform.slots import WRITTEN
 from fellray.platform.span import Remote
 from fellray.platform.split import plan_cut
@@ -82,8 +84,11 @@ class Plant:
             sum(site.num_parameters(lora.r) for site in own) for own in (ends, self._sent_sites)
         )
         self._blocks = name_blocks(self._sent_sites, lora.r)
+        self._rule = config.method.local()
         self._sent = find_columns(name_blocks(ends, lora.r), config.method.sends)
         """The columns of a client's row that reach the driver; None: all."""
+        self._frozen_P = self._freeze() if self._rule.freezes_a else None
+        """Where A stands its frozen numbers, elsewhere NaN."""
         self._events: list[str] = []
         self._start_restored = False
 
@@ -163,11 +168,12 @@ class Plant:
         learners = [c for update in updates for c in update.clients]
         width, whole = self._client_columns, np.empty((len(learners), self._columns), np.float32)
         answered = self._servers.report(updates, width < self._columns)
+        reported = [update.theta_SP for update in updates]
         if self._sent is None:
-            np.concatenate([update.theta_SP for update in updates], out=whole[:, :width])
+            np.concatenate(reported, out=whole[:, :width])
         else:
-            whole[:, :width] = 0.0
-            whole[:, self._sent.numpy()] = np.concatenate([update.theta_SP for update in updates])
+            whole[:, :width] = 0.0 if self._frozen_P is None else self._frozen_P[:width]
+            whole[:, self._sent.numpy()] = np.concatenate(reported)
         served = answered()
         theta, trunks = torch.from_numpy(whole), [trunk for _, trunk in served]
         if self._middle.empty:
@@ -185,7 +191,7 @@ class Plant:
         samples = {c: n for u in updates for c, n in zip(u.clients, u.samples, strict=True)}
         accepted = [c for c in learners if c not in refused]
         # what Ray holds of the answers is as much again
-        del answers, updates, answered, served, trunks
+        del answers, updates, reported, answered, served, trunks
         if refused:
             theta = theta[[i for i, c in enumerate(learners) if c not in refused]]
         compared = self._config.method.compares()
@@ -224,19 +230,25 @@ class Plant:
         # who is refused has no row; any will do, nobody reads it
         row = {c: i for i, c in enumerate(accepted)} | dict.fromkeys(refused, 0)
         took_part = tuple(sorted(row))
+        if self._frozen_P is not None:  # a mean of equal numbers may be another one
+            mixed_CP = mixed_CP[:1] if common else mixed_CP
+            mixed_CP = torch.where(self._frozen_P.isnan(), mixed_CP, self._frozen_P)
         theta_1P = mixed_CP[:1]
         if not common:
             theta_1P = theta_1P.clone()
             self._cut_(accepted, mixed_CP)
         sent = mixed_CP if len(accepted) else mixed_CP.new_zeros(1, mixed_CP.shape[1])
+        control_1P = self._advance_control(reports, common)
 
         def installation(clients: Sequence[str], at_server: bool) -> Installation:
             rows = [0] if common else [row[c] for c in clients]
             cuts = None if common or self._middle.empty else self._own.cuts_of(clients)
-            part = self._part(sent, rows, at_server, cuts)
+            given = self._part(sent, rows, at_server, cuts)
             if not at_server and self._sent is not None:
-                part = part[:, self._sent]
-            theta = part.numpy()
+                given = given[:, self._sent]
+            if control_1P is not None:
+                given = torch.cat([given, self._part(control_1P, [0], at_server, None)], 1)
+            theta = given.numpy()
             if common:
                 theta = np.broadcast_to(theta, (len(clients), theta.shape[1]))
             here = tuple(c for c in clients if c in refused)
@@ -252,7 +264,7 @@ class Plant:
             self._servers.shared_gradient(round, accepted) if shared else None,
         )
         if common:
-            driver_files = [self._stage_rows(round, "everyone", [EVERYONE], theta_1P)]
+            driver_files = [self._stage_rows(round, "everyone", [EVERYONE], theta_1P, control_1P)]
         else:
             driver_files = self._stage_others(round, accepted, everyones, theta_1P)
         files = [*client_files(), *server_files(), *driver_files, method_files]
@@ -359,10 +371,37 @@ class Plant:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _sent_at(self, round: int, clients: Sequence[str]) -> Tensor:
-        """The clients' sent weights at a committed round [C, P]."""
-        kinds = {"all": ["client.values", "trunk.values"], "trunk_only": ["trunk.values"]}
-        wanted = kinds.get(self._config.train.share, [])
+    def _advance_control(self, reports: Reports, common: bool) -> Tensor | None:
+        """The servers' control variate after the round [1, P]; None where there is none, or nothing
+        to move it.
+
+        Raises:
+            FellrayError: the method's plan is not one for everyone.
+        """
+        meta = reports.meta
+        if not self._rule.controls or not meta.clients:
+            return None
+        if not common:
+            raise FellrayError(
+                "control variates are for a mixture that is everyone's: `plan` must answer "
+                "Plan(..., common=True), or `local` a rule without controls"
+            )
+        train, some = self._config.train, meta.clients[:1]
+        steps_C = (meta.samples_C / train.batch_size).ceil()
+        weights_C = 1 / (steps_C * train.learning_rate)
+        mean_1P = torch.empty(1, self._columns)
+        mix((weights_C / weights_C.sum()).repeat(len(weights_C), 1), reports.theta_CP, mean_1P)
+        before_1P, start_1P = (
+            self._sent_at(meta.round - 1, some, kind) for kind in (SERVER_CONTROL, "values")
+        )
+        registered = len(self._learners)
+        return advance_server_control(before_1P, start_1P, mean_1P, weights_C, registered)
+
+    def _sent_at(self, round: int, clients: Sequence[str], kind: str | None = None) -> Tensor:
+        """The clients' sent weights at a committed round [C, P], or what else is so long."""
+        kind = kind or self._rule.sent
+        names = [f"client.{kind}", f"trunk.{kind}"]
+        wanted = {"all": names, "trunk_only": names[1:]}.get(self._config.train.share, [])
         if not wanted or not clients:
             return torch.empty(len(clients), 0)
         few, found = deal(clients, WRITTEN), torch.empty(0, 0)
@@ -383,7 +422,7 @@ class Plant:
     def _start_of(self, round: int, clients: Sequence[str]) -> Tensor:
         """What the clients' sent weights were at the start of a round [C, P]."""
         start_CP = self._sent_at(round - 1, clients)
-        if self._sent is not None:
+        if self._sent is not None and self._frozen_P is None:
             stays_P = torch.ones(self._client_columns, dtype=torch.bool)
             stays_P[self._sent] = False
             start_CP[:, : self._client_columns][:, stays_P] = 0.0
@@ -419,7 +458,7 @@ class Plant:
         Raises:
             ValueError: the plan mixes it.
         """
-        if self._sent is None:
+        if self._sent is None or self._frozen_P is not None:
             return
         matrices = {id(part.mixing_CC): part.mixing_CC for part in plan.blocks.values()}
         matrices[id(plan.mixing_CC)] = plan.mixing_CC
@@ -432,6 +471,16 @@ class Plant:
                     f"clients do not send block {name!r}, and the plan mixes it; give it the "
                     "identity"
                 )
+
+    def _freeze(self) -> Tensor:
+        """A row of what is sent [P]: A's frozen numbers, and NaN where B stands."""
+        assert self._config.method.begins_alike(), "a frozen A is one for all"
+        lora = self._config.model.lora
+        frozen_P = start(self._sent_sites, lora, self._config.seed)
+        for name, columns in self._blocks.items():
+            if name.endswith(".lora_B"):
+                frozen_P[columns] = torch.nan
+        return frozen_P
 
     def _cut_(self, clients: Sequence[str], sent_CP: Tensor) -> None:
         """Leave each of the clients' sent rows what its own rank has, in place."""
@@ -479,15 +528,16 @@ class Plant:
         """
         if not columns:
             return []
+        kind = self._rule.received[0]
         owners = {
             owner
-            for name in ("client.values", "trunk.values")
+            for name in (f"client.{kind}", f"trunk.{kind}")
             for owner in self._rounds.owners(round - 1, name)
         }
         others = sorted((owners & set(self._learners)) - set(accepted))
         files: list[tuple[Staged, ...]] = []
         for at, some in enumerate([(EVERYONE,), *deal(others, WRITTEN)]):
-            rows = self._sent_at(round - 1, some)
+            rows = self._sent_at(round - 1, some, kind)
             for own in columns:
                 rows[:, own] = theta_1P[:, own]
             self._cut_(some, rows)
@@ -495,16 +545,24 @@ class Plant:
         return files
 
     def _stage_rows(
-        self, round: int, holder: str, clients: Sequence[str], sent_CP: Tensor
+        self,
+        round: int,
+        holder: str,
+        clients: Sequence[str],
+        sent_CP: Tensor,
+        control_CP: Tensor | None = None,
     ) -> tuple[Staged, ...]:
-        """Whole rows as pages; everyone's has what anybody might hold."""
+        """Whole rows as pages of what clients receive; everyone's has what anybody might hold."""
         if not sent_CP.shape[1]:
             return ()
         whole = self._middle.empty or list(clients) == [EVERYONE]
         cuts, rows = None if whole else self._own.cuts_of(clients), list(range(len(clients)))
-        tensors = {"trunk.values": self._part(sent_CP, rows, True, cuts)}
-        if self._client_columns:
-            tensors["client.values"] = self._part(sent_CP, rows, False, cuts)
+        given = [sent_CP] if control_CP is None else [sent_CP, control_CP]
+        tensors = {}
+        for kind, rows_CP in zip(self._rule.received, given, strict=False):
+            tensors[f"trunk.{kind}"] = self._part(rows_CP, rows, True, cuts)
+            if self._client_columns:
+                tensors[f"client.{kind}"] = self._part(rows_CP, rows, False, cuts)
         return (self._rounds.stage(round, holder, clients, tensors),)
 
     def _expect(self, round: int, answers: Sequence[tuple[Staged, ...]]) -> list[Staged]:

@@ -36,10 +36,12 @@ class RayRemote:
         """See `Remote`."""
         self._server = self._servers[server]
 
-    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Callable[[], Lease]:
+    def begin(
+        self, run: str, round: int, clients: tuple[str, ...], twin: bool = False
+    ) -> Callable[[], Lease]:
         """See `Remote`."""
         self._sent.clear()  # of a round that was given up
-        asked = self._server.begin.remote(run, round, clients)
+        asked = self._server.begin.remote(run, round, clients, twin)
 
         def leave() -> Lease:
             lease: Lease = _wait(asked)

@@ -69,9 +69,11 @@ class Server:
             make_host, config, learners, backbone, rounds, index, own
         ).result()
 
-    async def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
+    async def begin(
+        self, run: str, round: int, clients: tuple[str, ...], twin: bool = False
+    ) -> Lease:
         """See `TrunkHost.begin`."""
-        lease: Lease = await self._call(self._host.begin, run, round, clients)
+        lease: Lease = await self._call(self._host.begin, run, round, clients, twin)
         self._telemetry.begin(round, clients)
         return lease
 

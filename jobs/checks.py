@@ -175,7 +175,8 @@ def check_memory(config: RunConfig, clients: int | None, available: int) -> Find
     if config.clients.per_actor == "auto":
         return Finding(name, "ok", f"{have}; clients.per_actor=auto is measured before the run")
     per_actor = config.clients.together
-    slots = clients * (count_parameters(config) or 0) * BYTES_PER_PARAMETER
+    each = BYTES_PER_PARAMETER + 4 * config.method.local().vectors
+    slots = clients * (count_parameters(config) or 0) * each
     actors = -(-clients // per_actor)
     need = (actors + 2) * PROCESS + slots  # the server and the driver are processes too
     found = f"{have}, about {need / 2**30:.1f} GiB for {actors} client actors of {per_actor}"

@@ -44,7 +44,7 @@ model:
   top: 1                       # so do the last ones
   lora: {{r: 8, lora_alpha: 16, target_modules: [query, value]}}
 
-method: {{kind: fellrec}}        # fedavg, local, central, or file (your own)
+method: {{kind: fellrec}}        # or fedavg, fedprox, ditto, local, ...: see README
 
 train:
   rounds: 10

@@ -56,10 +56,12 @@ class Timed:
         """See `Remote`."""
         self._remote.choose(server)
 
-    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Callable[[], Lease]:
+    def begin(
+        self, run: str, round: int, clients: tuple[str, ...], twin: bool = False
+    ) -> Callable[[], Lease]:
         """See `Remote`."""
         with self._clock():
-            asked = self._remote.begin(run, round, clients)
+            asked = self._remote.begin(run, round, clients, twin)
 
         def leave() -> Lease:
             with self._clock():

@@ -57,10 +57,12 @@ GOAL, FLAT = 10.0, 0.1
 class Idle(Client):
     """A client whose local training is no step at all."""
 
-    def _train(self, round: int, learners: tuple[str, ...]) -> tuple[Lease, list[float], list[int]]:
-        leave = self._span.remote.begin(self._config.name, round, learners)
+    def _train(
+        self, round: int, learners: tuple[str, ...], twin: bool = False
+    ) -> tuple[Lease, list[float], list[int]]:
+        leave = self._span.remote.begin(self._config.name, round, learners, twin)
         slots = self._slots.hold(round - 1, learners)
-        self._slots.train(learners)
+        self._slots.train(learners, twin)
         self._slots.bank.values_SP[slots] += 1e-3
         return leave(), [1.0] * len(learners), [1] * len(learners)
 

@@ -206,7 +206,8 @@ def _conclude(config: RunConfig, world: World, one: Taken, many: Taken, rest_byt
 
     def waiting(sides: Sequence[str]) -> float:
         sites = [site for side in sides for site in cut.sites[side]]
-        return BYTES_PER_PARAMETER * sum(site.num_parameters(lora.r) for site in sites)
+        each = BYTES_PER_PARAMETER + 4 * config.method.local().vectors
+        return each * sum(site.num_parameters(lora.r) for site in sites)
 
     tokens, catalogue = world.catalogue.tokens, world.catalogue
     frozen = [*world.backbone.arrays.values(), catalogue.vectors_Id, catalogue.popularity_I]

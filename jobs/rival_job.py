@@ -190,6 +190,7 @@ def _refuse(config: RunConfig, world: World) -> None:
     encoder = world.backbone.config
     wrong = {
         "model.name": encoder["model_type"] != "bert" or encoder["hidden_act"] != "gelu",
+        "train.optimizer": config.train.optimizer != "adamw",
         "train.clip": config.train.clip is not None,
         "train.moments": config.train.moments != "reset",
         "train.share": config.train.share != "all",

@@ -134,10 +134,12 @@ class TimedServer(Server):
         self._clocked = clocked
         self._ready_at = time.time()
 
-    async def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Lease:
+    async def begin(
+        self, run: str, round: int, clients: tuple[str, ...], twin: bool = False
+    ) -> Lease:
         """See `Server.begin`."""
         began = time.perf_counter()
-        lease = await super().begin(run, round, clients)
+        lease = await super().begin(run, round, clients, twin)
         self._clocked.times.stayed += time.perf_counter() - began
         return lease
 

@@ -18,6 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from fellray.platform.local import PLAIN, LocalRule
 from fellray.platform.server_step import ServerStep
 from fellray.platform.slabs import Stack, gram, mix
 
@@ -126,6 +127,10 @@ class Method(BaseModel):
         """The inner products that `plan` looks at; each costs about half of what mixing costs."""
         return ("update", "raw")
 
+    def local(self) -> LocalRule:
+        """How clients train in a round: plainly, unless the method says otherwise."""
+        return PLAIN
+
     def compares_layers(self) -> bool:
         """Whether `plan` looks at `Meta.layers`: a matrix [C, C] more for each of them."""
         return False
@@ -142,7 +147,7 @@ class Method(BaseModel):
         """Whether clients send this block of the layers that they hold, and receive it.
 
         One that they do not stands as zeros in `Reports.theta_CP`, and `plan` has to give it the
-        identity: it is its client's alone.
+        identity: it is its client's alone. Or it is frozen and stands there as everybody has it.
         """
         return True
 

@@ -181,10 +181,14 @@ class TrainConfig(Config):
     """Training histories one client reads in one round."""
     batch_size: int = Field(default=16, ge=1)
     """Histories in one local step of one client."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """What takes a client's steps. `sgd` is theta - learning_rate * gradient, without momentum: for
+    methods that are stated for it (scaffold needs it). It wants a larger learning rate than AdamW.
+    """
     learning_rate: float = Field(default=3e-3, gt=0)
-    """AdamW's learning rate."""
+    """The optimizer's learning rate."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW's first decay."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -192,12 +196,21 @@ class TrainConfig(Config):
     eps: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""
     clip: float | None = Field(default=None, gt=0)
-    """L2 bound on one client's gradient in a step, client and trunk side each; none by default."""
+    """L2 bound on one client's gradient in a step, client and trunk side each; none by default. It
+    bounds the loss's gradient; what a method corrects it by is added after."""
     moments: Literal["reset", "keep"] = "reset"
     """What AdamW's moments do when a round ends: start anew (default) or stay with the client."""
     share: Literal["all", "trunk_only", "none"] = "all"
     """What a client gives to the mixture: all its adapters; only the trunk's, which the server
     holds anyway; or none (then only the loss is sent)."""
+
+    @model_validator(mode="after")
+    def _keeps_what_there_is(self) -> Self:
+        if self.moments == "keep" and self.optimizer != "adamw":
+            raise ValueError(
+                f"moments keep is for optimizer adamw, {self.optimizer} has none: use reset"
+            )
+        return self
 
 
 class SamplingConfig(Config):
@@ -387,9 +400,13 @@ def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunCo
 def parse(tree: dict[str, Any], source: str) -> RunConfig:
     """A checked config from plain data; `source` is named in the error."""
     try:
-        return RunConfig.model_validate(tree)
+        config = RunConfig.model_validate(tree)
     except ValidationError as error:
         raise FellrayError(_explain(error, source)) from None
+    train = config.train
+    if why := config.method.local().refuse(train.optimizer, train.moments, train.share):
+        raise FellrayError(f"{source}: method.kind={config.method.kind} {why}")
+    return config
 
 
 def dump(config: RunConfig) -> str:

@@ -42,7 +42,7 @@ def _copy(config: RunConfig, old: Rounds, new: Rounds, round: int) -> list[Stage
     staged: list[Staged] = []
     for part in ("client", "trunk"):
         of_owners: dict[tuple[str, ...], list[str]] = {}
-        for name in state_names(part, config.train.moments == "keep"):
+        for name in state_names(part, config.train.moments == "keep", config.method.local()):
             owners = old.owners(round, name)
             since = old.page_rounds(round, owners, name) if owners else []
             mine = tuple(c for c, at in zip(owners, since, strict=True) if at > 0 or not round)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from fellray.platform.adapters import Bank, GradientSum, Site, finite_rows, start
+from fellray.platform.adapters import Bank, GradientSum, Site, start
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.faults import committed
@@ -79,9 +79,10 @@ class TrunkHost:
         self._life = uuid.uuid4().hex
         self._learners = frozenset(learners) if isinstance(learners, Sequence) else learners
         self._sites = sites
-        lora = config.model.lora
+        lora, rule = config.model.lora, config.method.local()
+        self._rule = rule
         self._slots = Slots(
-            lambda slots: Bank(sites, lora, config.train if trains else None, slots, device),
+            lambda slots: Bank(sites, lora, config.train if trains else None, slots, device, rule),
             "trunk",
             config.train.moments == "keep",
             rounds,
@@ -99,15 +100,24 @@ class TrunkHost:
         self._installed = -1
         self._staged: tuple[Staged, ...] = ()
 
-    def begin(self, run: str, round: int, clients: Sequence[str]) -> Lease:
+    def begin(self, run: str, round: int, clients: Sequence[str], twin: bool = False) -> Lease:
         """Roll the clients back to the start of `round` and let them train it.
 
         Whatever an earlier try of this round left behind, a dead actor's half round say, is gone,
         and what still arrives from it is refused.
+
+        Args:
+            twin: it is their anchors that train; where the method's rule has them train, they do so
+                first.
+
+        Raises:
+            StaleLease: the anchors were trained in another life of this server.
         """
+        if self._rule.twin and not twin and not self._slots.have_twins(clients):
+            raise StaleLease("the server was restarted during the round")
         self._bring_shared(round - 1)
         slots = self._slots.hold(round - 1, clients)
-        self._slots.train(clients)
+        self._slots.train(clients, twin)
         self._leases += 1
         self._turns |= {client: _Turn(round, self._leases) for client in clients}
         if self._shared:
@@ -138,11 +148,11 @@ class TrunkHost:
         """
         self._check_lives(lives)
         if shared:
-            values = self._slots.values(clients)
-            return finite_rows(values), values.numpy()
+            sent, usable = self._slots.report(clients)
+            return usable, sent.numpy()
         finite: list[bool] = []
         for at in range(0, len(clients), WRITTEN):
-            finite += finite_rows(self._slots.values(clients[at : at + WRITTEN]))
+            finite += self._slots.report(clients[at : at + WRITTEN])[1]
         return finite, np.empty((len(clients), 0), np.float32)
 
     def stage_start(self) -> tuple[Staged, ...]:
@@ -407,9 +417,11 @@ class InProcess:
         """See `Remote`."""
         self._host = self._hosts[server]
 
-    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Callable[[], Lease]:
+    def begin(
+        self, run: str, round: int, clients: tuple[str, ...], twin: bool = False
+    ) -> Callable[[], Lease]:
         """See `Remote`."""
-        lease = self._host.begin(run, round, clients)
+        lease = self._host.begin(run, round, clients, twin)
         return lambda: lease
 
     def forward(self, activation: Activation) -> Answer:

@@ -13,31 +13,27 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, PrivateAttr, ValidationError
 
-from fellray.platform.aggregation import Meta, Method, Plan, Source, Weighting, mean_row
+from fellray.platform.aggregation import Meta, Method, Plan, Source
+from fellray.platform.averaging import Averaging
+from fellray.platform.ditto import Ditto
 from fellray.platform.errors import FellrayError
+from fellray.platform.fedamp import FedAmp
 from fellray.platform.fedex_lora import FedExLoraBounded
 from fellray.platform.fedopt import FedOpt
+from fellray.platform.fedprox import FedProx
 from fellray.platform.fedsa_lora import FedSaLora
 from fellray.platform.fellrec import Fellrec
+from fellray.platform.ffa_lora import FfaLora
+from fellray.platform.local import LocalRule
 from fellray.platform.qffl import QFfl
+from fellray.platform.scaffold import Scaffold
 from fellray.platform.shrinkage import Shrinkage
 
 
-class FedAvg(Method):
+class FedAvg(Averaging):
     """McMahan et al. 2017: everybody receives the same mean."""
 
     kind: Literal["fedavg"] = "fedavg"
-    weighting: Weighting = "uniform"
-    """Every client counts the same, or by the histories it read this round."""
-
-    def compares(self) -> Collection[Source]:
-        """Nobody with anybody."""
-        return ()
-
-    def plan(self, meta: Meta) -> Plan:
-        """One constant row."""
-        row_C = mean_row(meta, self.weighting)
-        return Plan(row_C.repeat(len(row_C), 1), common=True)
 
 
 class Local(Method):
@@ -95,6 +91,10 @@ class FromFile(Method):
         """As the user's class says."""
         return self._method.compares()
 
+    def local(self) -> LocalRule:
+        """As the user's class says."""
+        return self._method.local()
+
     def compares_layers(self) -> bool:
         """As the user's class says."""
         return self._method.compares_layers()
@@ -146,6 +146,11 @@ class FromFile(Method):
 AnyMethod = Annotated[
     Fellrec
     | FedAvg
+    | FedProx
+    | Scaffold
+    | Ditto
+    | FedAmp
+    | FfaLora
     | FedOpt
     | QFfl
     | FedSaLora

@@ -84,8 +84,9 @@ def read_own(config: RunConfig) -> Own:
     Raises:
         FellrayError: the file is missing, unreadable or empty, a column is missing or unknown, a
             client is missing, unknown or named twice, a value is no whole number (of 1 or more, a
-            cut may be 0), a rank is above `model.lora.r`, or there are cuts and `train.share` is
-            trunk_only; or the data is not prepared.
+            cut may be 0), a rank is above `model.lora.r`, there are cuts and `train.share` is
+            trunk_only, or there are ranks and the method has control variates; or the data is not
+            prepared.
     """
     path = config.clients.own
     if path is None:
@@ -128,6 +129,11 @@ def read_own(config: RunConfig) -> Own:
             f"{path}: cut is each client's own, and train.share=trunk_only mixes what the server "
             "holds of everybody, which then differs; set train.share to all or none, or leave the "
             "column out"
+        )
+    if ranks and config.method.local().controls:
+        raise FellrayError(
+            f"{path}: rank is each client's own, and method.kind={config.method.kind} compares the "
+            "steps of all clients column by column; leave the column out, or take another method"
         )
     if cuts:
         cuts = {learner: cuts.get(learner, config.model.cut) for learner in seats}

@@ -13,8 +13,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fellray.platform.adapters import Bank, state_names
+from fellray.platform.adapters import Bank, finite_rows, state_names
 from fellray.platform.faults import committed
+from fellray.platform.local import ANCHOR
 from fellray.platform.manifest import Staged
 from fellray.platform.own import ALIKE, Own
 from fellray.platform.rounds import EVERYONE, Rounds
@@ -50,7 +51,8 @@ class Slots:
         self._make = make
         self._part = part
         self._moments = moments
-        self._names = state_names(part, moments)
+        self._rule = self.bank.rule
+        self._names = state_names(part, moments, self._rule)
         self._rounds = rounds
         self._slot: dict[str, int] = {}
         """Longest unused first."""
@@ -60,6 +62,8 @@ class Slots:
         """Clients that `hold` had to read so far."""
         self._trained: dict[str, dict[str, Tensor]] = {}
         """What became of those who left their slots, by kind; on the CPU."""
+        self._twins: dict[str, Tensor | None] = {}
+        """What became of their anchors; None: these are being trained."""
 
     def hold(self, round: int, clients: Sequence[str]) -> Tensor:
         """The slots [s] of distinct clients, each at its state of a round.
@@ -87,11 +91,22 @@ class Slots:
         """The slots [s] of clients that are held, whatever their rows are now."""
         return torch.tensor([self._slot[c] for c in clients], dtype=torch.int64)
 
-    def train(self, clients: Sequence[str]) -> None:
-        """Their rows are no page's from now on."""
+    def train(self, clients: Sequence[str], twin: bool = False) -> None:
+        """Their rows are no page's from now on.
+
+        Args:
+            twin: their anchors train first; `finish`, `hold` and `train` follow for the values.
+        """
         for client in clients:
             self._state.pop(client, None)
             self._trained.pop(client, None)
+            if twin:
+                self._twins[client] = None
+        self.bank.begin(self.find(clients), twin)
+
+    def have_twins(self, clients: Collection[str]) -> bool:
+        """Whether the anchors of all of them were trained, and what they came to is here."""
+        return all(self._twins.get(c) is not None for c in clients)
 
     def finish(self, clients: Sequence[str]) -> None:
         """They are through with a round's training and leave their slots; again, nothing happens.
@@ -99,11 +114,19 @@ class Slots:
         What they came to is kept until `stage`, `release` or `clear`.
         """
         clients = [c for c in clients if c not in self._trained]
-        state = self.bank.state(self.find(clients), self._moments)
+        slots = self.find(clients)
+        self.bank.end(slots)
+        state = self.bank.state(slots, self._moments)
         state = {kind: tensor.cpu() for kind, tensor in state.items()}
         for row, client in enumerate(clients):
-            self._trained[client] = {kind: tensor[row] for kind, tensor in state.items()}
             del self._slot[client]
+            if client in self._twins and self._twins[client] is None:
+                self._twins[client] = state["values"][row]
+                continue
+            self._trained[client] = {kind: tensor[row] for kind, tensor in state.items()}
+            twin = self._twins.pop(client, None)
+            if twin is not None:
+                self._trained[client][ANCHOR] = twin
 
     def have_finished(self, clients: Collection[str]) -> bool:
         """Whether all of them did, and what they came to is here."""
@@ -119,10 +142,32 @@ class Slots:
         ]
         return torch.stack(rows) if rows else torch.empty(0, self.bank.values_SP.shape[1])
 
-    def replace(self, clients: Sequence[str], values_sP: Tensor) -> None:
-        """Other values for those who finished, held as they lie."""
-        for client, values in zip(clients, values_sP, strict=True):
-            self._trained[client]["values"] = values
+    def report(self, clients: Sequence[str]) -> tuple[Tensor, list[bool]]:
+        """What clients who train or have finished give to the mixture [s, P], on the CPU; and whose
+        round is finite."""
+        values_sP = self.values(clients)
+        finite = finite_rows(values_sP)
+        if self._rule.sent == "values" or not clients:
+            return values_sP, finite
+        sent_sP = torch.stack([self._trained[c][self._rule.sent] for c in clients])
+        return sent_sP, [a and b for a, b in zip(finite, finite_rows(sent_sP), strict=True)]
+
+    def replace(
+        self, clients: Sequence[str], given_sP: Tensor, columns_p: Tensor | None = None
+    ) -> None:
+        """What those who finished are given, held as it lies: the mixture, and whatever else the
+        rule says that a client receives, one beside the other.
+
+        Args:
+            columns_p: those of a client's row that are given; the others stay.
+        """
+        kinds = self._rule.received
+        for client, given in zip(clients, given_sP, strict=True):
+            held = self._trained[client]
+            for kind, part in zip(kinds, given.tensor_split(len(kinds)), strict=True):
+                held[kind] = (
+                    part if columns_p is None else held[kind].index_copy(0, columns_p, part)
+                )
 
     def stage(
         self, round: int, holder: str, clients: Sequence[str], values: bool
@@ -133,13 +178,14 @@ class Slots:
         their own nothing is written.
 
         Args:
-            values: False where everyone's page holds the values and only the moments are their own.
+            values: False where everyone's page holds what the clients received and only the rest
+                is their own.
 
         Returns:
             The files; none where there is nothing to write.
         """
         staged: list[Staged] = []
-        if not (values or self._moments):
+        if not self._written(values):
             return ()
         self.finish(clients)
         kept = frozenset(clients[:KEPT])
@@ -158,13 +204,14 @@ class Slots:
         """Write round 0: the page of all who have none of their own."""
         self.clear()
         bank, one = self._make(1), torch.tensor([0])
-        bank.reset(one, {"values": seeded_P[None]})
+        bank.reset(one, {"values": seeded_P[None], ANCHOR: seeded_P[None]})
         state = bank.state(one, self._moments)
         return self._write(0, f"start-{self._part}", (EVERYONE,), state, True)
 
     def release(self) -> None:
         """Free the rows that are no page's: nobody trains any more."""
         self._trained.clear()
+        self._twins.clear()
         self._slot = {c: slot for c, slot in self._slot.items() if c in self._state}
 
     def clear(self) -> None:
@@ -172,6 +219,7 @@ class Slots:
         self._slot.clear()
         self._state.clear()
         self._trained.clear()
+        self._twins.clear()
         self._rounds.look_again()
 
     def _write(
@@ -182,11 +230,16 @@ class Slots:
         state: Mapping[str, Tensor],
         values: bool,
     ) -> tuple[Staged, ...]:
-        kept = {k: t for k, t in state.items() if values or k != "values"}
-        if not clients or not kept:
+        names = self._written(values)
+        if not clients or not names:
             return ()
-        tensors = {f"{self._part}.{kind}": tensor for kind, tensor in kept.items()}
+        tensors = {name: state[name.removeprefix(f"{self._part}.")] for name in names}
         return (self._rounds.stage(round, holder, clients, tensors),)
+
+    def _written(self, received: bool) -> list[str]:
+        """Names of a client's own pages: with what it received, or without."""
+        given = {f"{self._part}.{kind}" for kind in self._rule.received}
+        return [name for name in self._names if received or name not in given]
 
     def _plain(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name.removeprefix(f"{self._part}."): t for name, t in tensors.items()}
@@ -223,6 +276,7 @@ class Slots:
         self.bank.set_ranks(held, old.ranks_S.tolist())
         self.bank.set_cuts(held, old.cuts_S.tolist())
         self.bank.reset(held, old.state(held, True))
+        self.bank.follow(old)
 
 
 def _deal(holder: str, clients: Sequence[str]) -> list[tuple[str, Sequence[str]]]:

@@ -31,8 +31,14 @@ class Remote(Protocol):
         """Ask this server from now on, where there are several."""
         ...
 
-    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Callable[[], Lease]:
-        """Ask to put the clients' trunk adapters to the round's start: the leave for its steps."""
+    def begin(
+        self, run: str, round: int, clients: tuple[str, ...], twin: bool = False
+    ) -> Callable[[], Lease]:
+        """Ask to put the clients' trunk adapters to the round's start: the leave for its steps.
+
+        Args:
+            twin: it is their anchors that train: see `local.LocalRule`.
+        """
         ...
 
     def forward(self, activation: Activation) -> Answer:

@@ -101,7 +101,7 @@ def test_a_misspelt_key_is_refused_and_the_nearest_named(tree: dict[str, Any], w
         ({"train": {"rounds": -1}}, "greater than or equal to 0 (got -1)"),
         ({"train": {"share": "some"}}, "'all', 'trunk_only' or 'none' (got 'some')"),
         ({"train": 3}, "mine.yaml: train: "),
-        ({"method": {"kind": "fedprox"}}, "mine.yaml: method: "),
+        ({"method": {"kind": "fedsgd"}}, "mine.yaml: method: "),
         ({"model": {"max_tokens": 40}}, "max_tokens (40) must be a multiple of pad_multiple (16)"),
         ({"model": {"pad_multiple": 12}}, "mine.yaml: model.pad_multiple: "),
         ({"name": "../up"}, "mine.yaml: name: "),

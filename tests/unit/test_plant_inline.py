@@ -135,9 +135,9 @@ def test_a_lost_servers_clients_move_and_come_back(
 
     sound = TrunkHost.begin
 
-    def begin(self: TrunkHost, run: str, round: int, clients: Sequence[str]) -> Lease:
+    def begin(self: TrunkHost, run: str, round: int, clients: Sequence[str], *args: Any) -> Lease:
         asked.append((round, self._holder, tuple(clients)))
-        return sound(self, run, round, clients)
+        return sound(self, run, round, clients, *args)
 
     monkeypatch.setattr(InlinePool, "ready", ready)
     monkeypatch.setattr(TrunkHost, "begin", begin)
@@ -503,12 +503,12 @@ def test_a_server_lost_while_clients_train_replays_the_round_to_the_same_bits(
     wanted = plain(server={"shared_adapter": True}, clients=EACH)
     begin, lives, plant = TrunkHost.begin, [1], []
 
-    def strike(self: TrunkHost, run: str, round: int, clients: Sequence[str]) -> Lease:
+    def strike(self: TrunkHost, run: str, round: int, clients: Sequence[str], *args: Any) -> Lease:
         if lives and round == 2 and "c2" in clients:
             lives.clear()
             restart_server(plant[0])
-            return begin(host_of(plant[0]), run, round, clients)
-        return begin(self, run, round, clients)
+            return begin(host_of(plant[0]), run, round, clients, *args)
+        return begin(self, run, round, clients, *args)
 
     monkeypatch.setattr(TrunkHost, "begin", strike)
     found = play(
@@ -575,8 +575,10 @@ def tape(monkeypatch: pytest.MonkeyPatch) -> Tape:
             Recorder.last = self
             found.remote = self  # type: ignore[attr-defined]
 
-        def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Callable[[], Lease]:
-            leave = super().begin(run, round, clients)
+        def begin(
+            self, run: str, round: int, clients: tuple[str, ...], twin: bool = False
+        ) -> Callable[[], Lease]:
+            leave = super().begin(run, round, clients, twin)
             found.crossed += [("begin", (run, round, clients)), ("lease", leave())]
             return leave
 

@@ -7,6 +7,7 @@ import torch
 
 from fellray.platform.adapters import Bank, Site
 from fellray.platform.config import LoraSpec, TrainConfig
+from fellray.platform.local import LocalRule
 from fellray.platform.own import ALIKE, Own
 from fellray.platform.rounds import Rounds
 from fellray.platform.slots import Slots
@@ -131,3 +132,50 @@ def test_a_bank_that_grows_keeps_everyones_rank(tmp_path: Path) -> None:
     slots.hold(0, ["a"])
     slots.hold(0, ["b", "c", "d"])
     assert slots.bank.ranks_S[slots.hold(0, ["a", "b", "c", "d"])].tolist() == [1, 2, 2, 2]
+
+
+def test_a_bank_that_grows_knows_what_is_being_trained(tmp_path: Path) -> None:
+    """Whoever begins later does not change where others are pulled to."""
+    rounds, rule = Rounds(Storage(tmp_path)), LocalRule(pull=0.5)
+    train = TrainConfig(optimizer="sgd", learning_rate=1.0)
+    slots = Slots(
+        lambda n: Bank(SITES, LoraSpec(r=1), train, n, rule=rule), "client", False, rounds
+    )
+    rounds.commit(0, slots.stage_start(SEEDED), {})
+    for few in (["a"], ["b", "c", "d"]):
+        rows = slots.hold(0, few)
+        slots.train(few)
+        slots.bank.values_SP[rows] += 4
+    slots.bank.step(slots.find(list("abcd")))
+    assert torch.equal(slots.values(list("abcd")), (SEEDED + 2).expand(4, -1))
+
+
+def test_an_anchor_trains_before_the_values(tmp_path: Path) -> None:
+    rounds, rule = Rounds(Storage(tmp_path)), LocalRule(pull=0.5, anchored=True, twin=True)
+    train = TrainConfig(optimizer="sgd", learning_rate=1.0)
+    slots = Slots(
+        lambda n: Bank(SITES, LoraSpec(r=1), train, n, rule=rule), "client", False, rounds
+    )
+    rounds.commit(0, slots.stage_start(SEEDED), {})
+    moved = {True: 8.0, False: 4.0}
+    for twin, by in moved.items():
+        rows = slots.hold(0, ["a"])
+        slots.train(["a"], twin)
+        slots.bank.values_SP[rows] += by
+        slots.bank.step(rows)
+        slots.finish(["a"])
+        assert slots.have_finished(["a"]) != twin
+    sent, finite = slots.report(["a"])
+    assert torch.equal(sent[0], SEEDED + 8), "nothing pulls it"
+    assert torch.equal(slots.values(["a"])[0], SEEDED + 2), "to the anchor as it was"
+    assert finite == [True]
+    slots.replace(["a"], SEEDED[None] + 7)
+    rounds.commit(1, slots.stage(1, "h", ["a"], True), {})
+    loaded = rounds.load(1, ["a"], ["client.values", "client.anchor"])
+    assert torch.equal(loaded["client.values"][0], SEEDED + 2)
+    assert torch.equal(loaded["client.anchor"][0], SEEDED + 7)
+    slots.hold(1, ["a"])
+    slots.train(["a"], True)
+    assert not slots.have_twins(["a"])
+    slots.release()
+    assert not slots.have_twins(["a"]), "and is forgotten with the round"

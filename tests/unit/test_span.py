@@ -273,7 +273,9 @@ class Double:
         self.backwards: list[tuple[Activation, Gradient]] = []
         self.waited: list[str] = []
 
-    def begin(self, run: str, round: int, clients: tuple[str, ...]) -> Callable[[], Lease]:
+    def begin(
+        self, run: str, round: int, clients: tuple[str, ...], twin: bool = False
+    ) -> Callable[[], Lease]:
         return lambda: Lease("double", 1)
 
     def forward(self, activation: Activation) -> Answer:
