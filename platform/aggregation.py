@@ -93,6 +93,10 @@ class Method(BaseModel):
         """The inner products that `plan` looks at; each costs about half of what mixing costs."""
         return ("update", "raw")
 
+    def reads_losses(self) -> bool:
+        """Whether `plan` looks at the losses. Where clients do not send them, they are NaN."""
+        return True
+
     def plan(self, meta: Meta) -> Plan:
         """The mixing matrix of this round."""
         raise NotImplementedError

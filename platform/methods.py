@@ -29,6 +29,10 @@ class FedAvg(Method):
         """Nobody with anybody."""
         return ()
 
+    def reads_losses(self) -> bool:
+        """No."""
+        return False
+
     def plan(self, meta: Meta) -> Plan:
         """One constant row."""
         weights = torch.ones_like(meta.samples_C) if self.weighting == "uniform" else meta.samples_C
@@ -43,6 +47,10 @@ class Local(Method):
     def compares(self) -> Collection[Source]:
         """Nobody with anybody."""
         return ()
+
+    def reads_losses(self) -> bool:
+        """No."""
+        return False
 
     def plan(self, meta: Meta) -> Plan:
         """The identity."""
@@ -64,6 +72,10 @@ class Central(Method):
     def compares(self) -> Collection[Source]:
         """Nobody with anybody."""
         return ()
+
+    def reads_losses(self) -> bool:
+        """No."""
+        return False
 
     def plan(self, meta: Meta) -> Plan:
         """The identity."""
@@ -89,6 +101,10 @@ class FromFile(Method):
     def compares(self) -> Collection[Source]:
         """As the user's class says."""
         return self._method.compares()
+
+    def reads_losses(self) -> bool:
+        """As the user's class says."""
+        return self._method.reads_losses()
 
     def plan(self, meta: Meta) -> Plan:
         """As the user's class says."""

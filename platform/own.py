@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from fellray.platform.config import RunConfig
+from fellray.platform.config import NoPrivacy, RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.shards import Dataset
 from fellray.platform.sources import find_delimiter
@@ -118,6 +118,12 @@ def read_own(config: RunConfig) -> Own:
         {c: value for c, value in own.get(name, {}).items() if seats.get(c) == (c,)}
         for name in ("rank", "cut")
     )
+    if (ranks or cuts) and not isinstance(config.privacy, NoPrivacy):
+        raise FellrayError(
+            f"{path}: rank or cut is each client's own, and privacy.kind={config.privacy.kind} "
+            "puts noise on whole updates, also where such a client has nothing; leave the columns "
+            "out, or privacy"
+        )
     if cuts and config.train.share == "trunk_only":
         raise FellrayError(
             f"{path}: cut is each client's own, and train.share=trunk_only mixes what the server "
