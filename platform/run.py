@@ -129,7 +129,7 @@ class Run:
             That of metrics.jsonl.
         """
         now, spending = time.monotonic(), self.spending
-        row = {"round": round, "seconds": round_seconds(now - self._clock)}
+        row: dict[str, Any] = {"round": round, "seconds": round_seconds(now - self._clock)}
         row |= _describe(outcome) | {
             "bytes": sum(entry.bytes for entry in ledger),
             "bytes_by_kind": total(ledger),
