@@ -222,16 +222,21 @@ class Spending:
         return compute_epsilon(self._multiplier, self._stage.delta, rounds)
 
 
-def open_account(config: RunConfig, rows: Iterable[Mapping[str, Any]] = ()) -> Spending:
+def open_account(
+    config: RunConfig, rows: Iterable[Mapping[str, Any]] = (), continues: bool = False
+) -> Spending:
     """The spending of a run after the rounds that its records tell of.
 
     Args:
         rows: of metrics.jsonl, each round once.
+        continues: the run began with the state of another one, whose rounds are not in `rows`.
 
     """
     unit: Unit = "user" if config.data.partition.kind == "per_user" else "client"
-    noised = not isinstance(config.privacy, NoPrivacy)
-    spending = Spending(config.privacy, unit, sent_besides(config) if noised else ())
+    besides = () if isinstance(config.privacy, NoPrivacy) else sent_besides(config)
+    if continues:
+        besides += ("the run goes on from another one, whose rounds are not counted here",)
+    spending = Spending(config.privacy, unit, besides)
     for row in rows:
         spending.take_part([*row.get("losses", ()), *row.get("late", ())])
     return spending

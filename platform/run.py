@@ -34,6 +34,7 @@ from fellray.platform.ledger import total
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import Damaged, LedgerRow
 from fellray.platform.metrics import Score, balance
+from fellray.platform.origin import read_origin
 from fellray.platform.own import ALIKE, Own, read_own
 from fellray.platform.promotion import read_promotion
 from fellray.platform.rounds import Rounds
@@ -89,7 +90,8 @@ class Run:
     def spending(self) -> Spending:
         """What its clients have spent of their privacy, up to the last recorded round."""
         rows = {row["round"]: row for row in self.journal.rows("metrics")}
-        return open_account(self.config, rows.values())
+        continues = read_origin(self.storage) is not None
+        return open_account(self.config, rows.values(), continues)
 
     def to_go(self) -> range:
         """Rounds still to be trained: those after the last committed one."""

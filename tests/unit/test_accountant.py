@@ -224,6 +224,15 @@ def test_a_run_that_is_split_states_none_and_its_records_restore_what_was_spent(
     assert sent_besides(RunConfig())
 
 
+def test_a_run_that_goes_on_from_another_does_not_count_its_rounds_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fellray.platform.accountant.sent_besides", lambda _: ())
+    config = parse({"method": {"kind": "fedavg"}, "privacy": {"clip": 0.5, "sigma": 4}}, "test")
+    assert open_account(config).epsilon == 0.0
+    assert open_account(config, continues=True).epsilon is None
+
+
 def test_a_method_that_reads_losses_needs_them_noised() -> None:
     with pytest.raises(FellrayError, match=r"method fellrec looks at .* privacy\.loss_clip"):
         parse({"privacy": {"clip": 1, "sigma": 1}}, "test")
