@@ -213,9 +213,14 @@ def test_no_epsilon_where_something_else_leaves_or_nothing_is_clipped() -> None:
 
 def test_a_run_that_is_split_states_none_and_its_records_restore_what_was_spent() -> None:
     config = parse({"method": {"kind": "fedavg"}, "privacy": {"clip": 0.5, "sigma": 4}}, "test")
-    rows = [{"round": 0}, {"losses": {"a": None, "b": None}, "late": ["c"]}, {"losses": {"a": 1.0}}]
+    rows = [
+        {"round": 0},
+        {"losses": {"a": None, "b": None}, "late": ["c"]},
+        {"losses": {"a": 1.0}, "late": ["c"]},
+        {"losses": {"b": 1.0, "c": 1.0}},
+    ]
     spending = open_account(config, rows)
-    assert spending.most == 2
+    assert spending.most == 3, "who was late has sent its update too"
     assert spending.epsilon is None
     assert "activations" in spending.tree()["no_epsilon_because"][0]
     assert spending.tree()["unit"] == "client"
