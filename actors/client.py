@@ -22,7 +22,7 @@ from torch.utils.dlpack import from_dlpack
 from fellray.actors.world import Catalogue
 from fellray.platform.adapters import Bank, find_columns, name_blocks, start
 from fellray.platform.allocator import give_back_freed_memory
-from fellray.platform.config import RunConfig
+from fellray.platform.config import NoPrivacy, RunConfig
 from fellray.platform.device import own_device
 from fellray.platform.encoder import Backbone
 from fellray.platform.ledger import Ledger
@@ -38,6 +38,7 @@ from fellray.platform.messages import (
 )
 from fellray.platform.metrics import Evaluator, Score
 from fellray.platform.own import ALIKE, Own
+from fellray.platform.privacy import find_key, privatise, privatise_losses
 from fellray.platform.reader import Batch, Reader
 from fellray.platform.retrieval import Scorer, mean_losses
 from fellray.platform.rounds import Rounds
@@ -107,6 +108,9 @@ class Client:
         self._span = Span(remote, self._ledger)
         self._sent = find_columns(name_blocks(sites, lora.r), config.method.sends)
         """The columns of a row that leave this process; None: all."""
+        self._key = find_key(config)
+        self._started: dict[str, Tensor] = {}
+        """The values at the round's start, where the upload is made private."""
         self._seeded = start(sites, lora, config.seed)
         self._fitted = self._installed = -1
         self._staged: tuple[Staged, ...] = ()
@@ -131,6 +135,7 @@ class Client:
         self._ledger.void()
         self._slots.release()
         self._fitted = round
+        self._started.clear()
         share = self._config.train.share == "all"
         losses: list[float] = []
         samples: list[int] = []
@@ -159,12 +164,15 @@ class Client:
             for learner, loss, finite in zip(clients, losses, usable, strict=True)
             if (reason := _refuse(loss, finite))
         }
-        sent = whole if share else whole[:, :0]
+        plain = isinstance(self._config.privacy, NoPrivacy)
+        sent, losses = self._make_private(round, clients, whole, losses, refused)
+        sent = sent if share else sent[:, :0]
         if share and self._sent is not None:
-            sent = whole[:, self._sent]
+            sent = sent[:, self._sent]
         for learner, values, loss in zip(clients, sent, losses, strict=True):
             self._ledger.enter(learner, "adapter_up", values.numpy())
-            self._ledger.enter(learner, "loss", np.array(loss))
+            if plain or not math.isnan(loss):  # a NaN is a loss that is not sent
+                self._ledger.enter(learner, "loss", np.array(loss))
         return Update(
             tuple(sorted(lives)),
             clients,
@@ -273,12 +281,41 @@ class Client:
         leave = self._span.remote.begin(self._config.name, round, learners, twin)
         slots = self._slots.hold(round - 1, learners).to(self._device)
         self._slots.train(learners, twin)
+        if not isinstance(self._config.privacy, NoPrivacy):
+            self._started |= dict(zip(learners, self._slots.values(learners), strict=True))
         lease = leave()
         crews = zip(self._sit(learners), slots.split(self._crew_size(learners)), strict=True)
         found = take_turns(self._train_crew(desk, own, round, lease) for desk, own in crews)
         weighted, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
         losses: list[float] = (weighted / rows).tolist()
         return lease, losses, [int(n) for n in rows.tolist()]
+
+    def _make_private(
+        self,
+        round: int,
+        clients: Sequence[str],
+        whole_SP: Tensor,
+        losses: list[float],
+        refused: Mapping[str, str],
+    ) -> tuple[Tensor, list[float]]:
+        """What is sent of the clients' values and losses: all, where no stage is set.
+
+        Of who is refused nothing but the start is.
+        """
+        stage = self._config.privacy
+        if isinstance(stage, NoPrivacy):
+            return whole_SP, losses
+        start_SP = torch.stack([self._started.pop(c) for c in clients]) if clients else whole_SP
+        sent_SP = start_SP.clone()
+        rows = [i for i, client in enumerate(clients) if client not in refused]
+        names = [clients[i] for i in rows]
+        delta_SP = whole_SP[rows].double() - start_SP[rows].double()
+        sent_SP[rows] += privatise(delta_SP, stage, self._key, round, names)
+        sent = [math.nan] * len(losses)
+        noised = privatise_losses([losses[i] for i in rows], stage, self._key, round, names)
+        for row, loss in zip(rows, noised, strict=True):
+            sent[row] = loss
+        return sent_SP, sent
 
     def _train_crew(
         self, desk: Desk, slots: Tensor, round: int, lease: Lease

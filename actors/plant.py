@@ -26,7 +26,7 @@ from fellray.actors.servers import Servers, check_servers
 from fellray.actors.world import World
 from fellray.platform.adapters import cut_, find_columns, name_blocks, start, views
 from fellray.platform.aggregation import Plan, Reports, describe, name_layers, split_columns
-from fellray.platform.config import RunConfig
+from fellray.platform.config import NoPrivacy, RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.faults import Stop, decide
 from fellray.platform.handover import METHOD
@@ -622,7 +622,10 @@ def _client_args(
     """Constructor arguments of every client actor; what is equal for all is shared once."""
     # workers may stand in another folder than the driver
     here = config.data.model_copy(update={"path": config.data.path.absolute()})
-    config = config.model_copy(update={"data": here})
+    privacy = config.privacy
+    if not isinstance(privacy, NoPrivacy) and privacy.key is not None:
+        privacy = privacy.model_copy(update={"key": privacy.key.absolute()})
+    config = config.model_copy(update={"data": here, "privacy": privacy})
     backbone = share(f"client {world.key(config)}", world.client_side(config))
     catalogue = share(f"catalogue {world.key(config)}", world.catalogue)
     hosts = deal(sorted(world.seats), config.clients.together)

@@ -122,6 +122,7 @@ def plan(config: ConfigFile, overrides: Overrides = None) -> None:
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train federated; an interrupted run goes on where it stopped."""
+    from fellray.jobs.finish import exit_status
     from fellray.jobs.train import train as run
     from fellray.platform.config import load
 
@@ -129,10 +130,14 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     with interruptible("the same command goes on after the last round that was printed"):
         summary = run(loaded)
     show_summary(summary)
+    if summary["privacy"]["mechanism"] != "none":
+        tell(f"Privacy: {summary['privacy']['statement']}")
     folder = f"{loaded.storage}/{loaded.name}"
     client = next(iter(summary["per_client"]))
     tell(f"Report: {folder}/report.html")
     tell(f'Next: fellray recommend {quote(folder)} --client {client} --history "a title; another"')
+    if status := exit_status(summary):
+        raise typer.Exit(status)
 
 
 @app.command()

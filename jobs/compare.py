@@ -86,7 +86,7 @@ def _variant(config: RunConfig, method: str, seed: int) -> RunConfig:
 def find_finished(config: RunConfig) -> dict[str, Any] | None:
     """The summary of a run that was trained to its end with this very config."""
     run = Run(config)
-    if run.to_go() or not run.storage.exists("summary.json"):
+    if not run.is_finished():
         return None
     if run.storage.read("config.json").decode() != configs.dump(config):
         return None  # training it will say what differs

@@ -91,6 +91,8 @@ def _parts(row: Mapping[str, Any]) -> list[str]:
     if "validation" in row:
         parts.append(f"NDCG@10 {row['validation'].get('ndcg@10', 0.0):.4f}")
         parts.append(f"worst {row['worst_ndcg@10']:.4f}")
+    if (privacy := row.get("privacy", {})).get("epsilon") is not None:
+        parts.append(f"epsilon {privacy['epsilon']:.2f} at delta {privacy['delta']:g}")
     parts.append(f"{row['bytes'] / 1e6:.0f} MB")
     if "samples_per_second" in row:
         parts.append(f"{row['samples_per_second']:.0f} hist/s")

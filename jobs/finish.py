@@ -1,5 +1,6 @@
 """The end of a run: the test at its best round, the summary, the report, the exported adapters."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from fellray.actors.plant import Plant
@@ -10,11 +11,16 @@ from fellray.platform.report import render
 from fellray.platform.run import COSTS, Run, summarise
 
 VALIDATION, TEST = 1, 2
+SPENT = 3
+"""Exit status of a run that its privacy budget ended."""
 
 
 def finish(run: Run, plant: Plant, world: World, display: Display) -> dict[str, Any]:
     """Test the best round, write `summary.json`, `report.html` and `adapters/`; the summary."""
     best = run.best_round()
+    if run.spending.stop:
+        display.warn([run.spending.stop])
+        run.events.append(run.spending.stop)
     display.say(f"testing round {best}")
     summary = plant.replayed(_test, run, world, best)
     events = plant.take_events()
@@ -25,6 +31,11 @@ def finish(run: Run, plant: Plant, world: World, display: Display) -> dict[str, 
     run.journal.write_json("summary.json", summary)
     write_report(run)
     return summary
+
+
+def exit_status(summary: Mapping[str, Any]) -> int:
+    """0, or `SPENT`: the run is whole, but has fewer rounds than were asked for."""
+    return 0 if summary["privacy"]["stopped_before"] is None else SPENT
 
 
 def _test(plant: Plant, run: Run, world: World, best: int) -> dict[str, Any]:

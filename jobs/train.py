@@ -9,7 +9,7 @@ from fellray.actors.session import connect
 from fellray.actors.telemetry import RunTelemetry
 from fellray.actors.world import survey
 from fellray.jobs.display import Display
-from fellray.jobs.finish import finish
+from fellray.jobs.finish import exit_status, finish
 from fellray.jobs.plan import settle
 from fellray.platform import config as configs
 from fellray.platform.aggregation import reduce
@@ -42,7 +42,7 @@ def train(config: RunConfig) -> dict[str, Any]:
             scores = plant.replayed(Plant.evaluate, t, 1, config.evaluation.max_users)
             outcome = Outcome((), scores)
             display.show(run.record(t, outcome, plant.close_ledger(), plant.take_events()))
-        for t in run.to_go():
+        for t in run.spending.affordable(run.to_go(), plant.sample):
             outcome = plant.replayed(one_round, t, config)
             row = run.commit(t, outcome, plant.close_ledger(), plant.take_events())
             display.show(row)
@@ -50,11 +50,11 @@ def train(config: RunConfig) -> dict[str, Any]:
         return finish(run, plant, world, display)
 
 
-def main() -> None:
+def main() -> int:
     """`python jobs/train.py CONFIG [key=value ...]`, also under `ray job submit`."""
     path, *overrides = sys.argv[1:]
-    train(configs.load(path, overrides))
+    return exit_status(train(configs.load(path, overrides)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -127,6 +127,10 @@ class Method(BaseModel):
         """The inner products that `plan` looks at; each costs about half of what mixing costs."""
         return ("update", "raw")
 
+    def reads_losses(self) -> bool:
+        """Whether `plan` looks at the losses. Where clients do not send them, they are NaN."""
+        return True
+
     def local(self) -> LocalRule:
         """How clients train in a round: plainly, unless the method says otherwise."""
         return PLAIN

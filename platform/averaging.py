@@ -18,6 +18,10 @@ class Averaging(Method):
         """Nobody with anybody."""
         return ()
 
+    def reads_losses(self) -> bool:
+        """No."""
+        return False
+
     def plan(self, meta: Meta) -> Plan:
         """One constant row."""
         row_C = mean_row(meta, self.weighting)

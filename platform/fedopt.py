@@ -82,6 +82,10 @@ class FedOpt(Method):
         """Nobody with anybody."""
         return ()
 
+    def reads_losses(self) -> bool:
+        """No."""
+        return False
+
     def plan(self, meta: Meta) -> Plan:
         """One constant row, and the server's step from the round's start."""
         row_C = mean_row(meta, self.weighting)

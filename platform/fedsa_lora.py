@@ -38,6 +38,10 @@ class FedSaLora(Method):
         """All but the B of a site."""
         return not block.endswith(".lora_B")
 
+    def reads_losses(self) -> bool:
+        """No."""
+        return False
+
     def plan(self, meta: Meta) -> Plan:
         """One constant row for A, the identity for B."""
         row_C = mean_row(meta, self.weighting)

@@ -99,7 +99,7 @@ class Update:
     """fp32: the client-side adapters that the method may mix; no columns where nothing is shared.
     """
     losses: tuple[float, ...]
-    """Mean training loss per client."""
+    """Mean training loss per client, noised where the run says so; NaN: it is not sent."""
     samples: tuple[int, ...]
     """Histories read per client."""
     seconds: tuple[float, ...]

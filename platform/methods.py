@@ -45,6 +45,10 @@ class Local(Method):
         """Nobody with anybody."""
         return ()
 
+    def reads_losses(self) -> bool:
+        """No."""
+        return False
+
     def plan(self, meta: Meta) -> Plan:
         """The identity."""
         return Plan(torch.eye(len(meta.clients), dtype=torch.float64))
@@ -65,6 +69,10 @@ class Central(Method):
     def compares(self) -> Collection[Source]:
         """Nobody with anybody."""
         return ()
+
+    def reads_losses(self) -> bool:
+        """No."""
+        return False
 
     def plan(self, meta: Meta) -> Plan:
         """The identity."""
@@ -110,6 +118,10 @@ class FromFile(Method):
     def sends(self, block: str) -> bool:
         """As the user's class says."""
         return self._method.sends(block)
+
+    def reads_losses(self) -> bool:
+        """As the user's class says."""
+        return self._method.reads_losses()
 
     def plan(self, meta: Meta) -> Plan:
         """As the user's class says."""

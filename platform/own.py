@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from fellray.platform.config import RunConfig
+from fellray.platform.config import NoPrivacy, RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.shards import Dataset
 from fellray.platform.sources import find_delimiter
@@ -123,6 +123,12 @@ def read_own(config: RunConfig) -> Own:
         raise FellrayError(
             f"{path}: rank is each client's own, and method.kind={config.method.kind} mixes the "
             "products of A and B, which needs one; leave the column out, or take another method"
+        )
+    if (ranks or cuts) and not isinstance(config.privacy, NoPrivacy):
+        raise FellrayError(
+            f"{path}: rank or cut is each client's own, and privacy.kind={config.privacy.kind} "
+            "puts noise on whole updates, also where such a client has nothing; leave the columns "
+            "out, or privacy"
         )
     if cuts and config.train.share == "trunk_only":
         raise FellrayError(

@@ -39,7 +39,8 @@ def render(
         summary: `run`, `method`, `seed`, `rounds`, `best_round`, `clients` (a count or ids),
             `test` and `validation` (metric -> pooled value), `per_client` (client -> metric ->
             value, and `users`), `balance` (of test NDCG@10), `bytes`, `hashes`, `popularity`,
-            `prior`, `untrained` (metric -> test value), `data`, `model`, `environment`, `events`.
+            `prior`, `untrained` (metric -> test value), `privacy` (as `Spending.tree`), `data`,
+            `model`, `environment`, `events`.
             What is missing is left out of the page.
         metrics: rows of metrics.jsonl; of several rows of one round the last counts.
         config: the resolved config.
@@ -54,6 +55,7 @@ def render(
         show_rounds(summary, rows),
         _clients(summary),
         _traffic(summary, rows),
+        _privacy(summary),
         _happened(summary, rows),
         _client_cost(costs) if costs else "",
         _provenance(summary),
@@ -209,6 +211,19 @@ def _traffic(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> H
         "Bytes moved",
         tag("p", f"What the clients sent and received, by kind, from the ledger.{per} {CROSSINGS}"),
         tabulate(["kind", "size", "bytes", "share", "per client-round"], cells),
+    )
+
+
+def _privacy(summary: Mapping[str, Any]) -> Html:
+    privacy = summary.get("privacy") or {}
+    if privacy.get("mechanism", "none") == "none":
+        return Html()
+    known = {name: value for name, value in privacy.items() if value not in (None, [])}
+    statement = str(known.pop("statement"))
+    return section(
+        "Differential privacy",
+        tag("p", statement[:1].upper() + statement[1:] + "."),
+        list_facts({name.replace("_", " "): value for name, value in known.items()}),
     )
 
 

@@ -18,20 +18,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any, TypeVar
 
 import fellray
 from fellray.platform import config as configs
+from fellray.platform.accountant import Spending, open_account
 from fellray.platform.adapters import state_names
 from fellray.platform.aggregation import Plan, Reports
-from fellray.platform.config import RunConfig
+from fellray.platform.config import NoPrivacy, RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.journal import Journal
 from fellray.platform.ledger import total
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import Damaged, LedgerRow
 from fellray.platform.metrics import Score, balance
+from fellray.platform.origin import read_origin
 from fellray.platform.own import ALIKE, Own, read_own
 from fellray.platform.promotion import read_promotion
 from fellray.platform.rounds import Rounds
@@ -83,6 +86,13 @@ class Run:
         self.events: list[str] = []
         """What was found damaged and stands in no row yet."""
 
+    @cached_property
+    def spending(self) -> Spending:
+        """What its clients have spent of their privacy, up to the last recorded round."""
+        rows = {row["round"]: row for row in self.journal.rows("metrics")}
+        continues = read_origin(self.storage) is not None
+        return open_account(self.config, rows.values(), continues)
+
     def to_go(self) -> range:
         """Rounds still to be trained: those after the last committed one."""
         latest = self.rounds.latest()
@@ -120,13 +130,16 @@ class Run:
         Returns:
             That of metrics.jsonl.
         """
-        now = time.monotonic()
-        row = {"round": round, "seconds": round_seconds(now - self._clock)}
+        now, spending = time.monotonic(), self.spending
+        row: dict[str, Any] = {"round": round, "seconds": round_seconds(now - self._clock)}
         row |= _describe(outcome) | {
             "bytes": sum(entry.bytes for entry in ledger),
             "bytes_by_kind": total(ledger),
             "events": [*self.events, *events],
         }
+        if not isinstance(self.config.privacy, NoPrivacy):
+            spending.take_part([*row.get("losses", ()), *row.get("late", ())])
+            row["privacy"] = spending.row()
         self.events.clear()
         self._clock = now
         self.journal.record("metrics", [row])
@@ -134,9 +147,12 @@ class Run:
         return row
 
     def is_finished(self) -> bool:
-        """Whether its last round is trained and its summary is written."""
+        """Whether its last round is trained, or the last that its privacy budget allows, and its
+        summary is written."""
+        if not self.storage.exists("summary.json"):
+            return False
         done = (self.rounds.latest() or 0) >= self.config.train.rounds
-        return done and self.storage.exists("summary.json")
+        return done or _ran_out(self.read_json("summary.json"))
 
     def best_round(self) -> int:
         """The round with the best validation by `evaluation.select`; the earliest among equals."""
@@ -200,7 +216,7 @@ def open_run(config: RunConfig, data_sha256: str) -> Iterator[Run]:
 
     Raises:
         FellrayError: another process holds it, it was begun with another config or other data, or
-            as `read_own`.
+            as `read_own` and `Spending.check_budget`.
     """
     own = read_own(config)
     config = own.settle(config)
@@ -215,6 +231,7 @@ def open_run(config: RunConfig, data_sha256: str) -> Iterator[Run]:
         run.journal.write_json("environment.json", environment())
         run.journal.resume(run.rounds.latest())
         run.look_for_damage()
+        run.spending.check_budget()
         yield run
 
 
@@ -252,7 +269,7 @@ def _describe(outcome: Outcome) -> dict[str, Any]:
         finite = {c: loss if math.isfinite(loss) else None for c, loss in reports.losses.items()}
         counted = reports.meta.losses_C
         row |= {
-            "loss": counted.mean().item() if len(counted) else None,
+            "loss": counted.mean().item() if counted.isfinite().all() and len(counted) else None,
             "losses": finite,
             "samples": reports.samples,
             "samples_per_second": round_seconds(reports.samples / reports.seconds),
@@ -294,8 +311,8 @@ def _list_run(folder: Storage) -> list[str]:
         row = [config["method"]["kind"], str(config["seed"]), f"{done}/{wanted}"]
         if folder.is_locked("train"):
             return [*row, "", "", "", "running"]
-        if folder.exists("summary.json") and done >= wanted:
-            summary = _read_json(folder, "summary.json")
+        summary = _read_json(folder, "summary.json") if folder.exists("summary.json") else {}
+        if summary and (done >= wanted or _ran_out(summary)):
             test, worst = summary["test"][BALANCED], summary["balance"]["min"]
             return [*row, str(summary["best_round"]), f"{test:.4f}", f"{worst:.4f}", "finished"]
     except (FellrayError, KeyError, TypeError):
@@ -331,6 +348,7 @@ def summarise(
         "per_client": per_client,
         "balance": balance({c: m[BALANCED] for c, m in per_client.items() if BALANCED in m}),
         "bytes": total(ledger),
+        "privacy": run.spending.tree(),
         "hashes": run.rounds.hashes(best, HASHED, learners),
         "shared_hash": _hash_shared(run, best),
         "final_hashes": run.rounds.hashes(run.rounds.latest() or 0, HASHED, learners),
@@ -390,10 +408,16 @@ def _refuse_other(run: Run, data_sha256: str, own: Own) -> None:
         )
 
 
+def _ran_out(summary: Mapping[str, Any]) -> bool:
+    """Whether the privacy budget ended the run."""
+    return (summary.get("privacy") or {}).get("stopped_before") is not None
+
+
 _MAY_CHANGE = (
     "storage",
     "train.rounds",
     "keep_last",
+    "privacy.epsilon",
     "clients.per_actor",
     "cluster.address",
     "cluster.wait_for_nodes_s",
