@@ -15,6 +15,7 @@ from pydantic import Field, PrivateAttr, ValidationError
 
 from fellray.platform.aggregation import Meta, Method, Plan, Source
 from fellray.platform.errors import FellrayError
+from fellray.platform.fedpa import Fedpa
 from fellray.platform.fellrec import Fellrec
 
 
@@ -123,6 +124,6 @@ class FromFile(Method):
 
 
 AnyMethod = Annotated[
-    Fellrec | FedAvg | Local | Central | FromFile,
+    Fellrec | FedAvg | Local | Central | Fedpa | FromFile,
     Field(discriminator="kind"),
 ]
