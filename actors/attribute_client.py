@@ -47,8 +47,12 @@ class AttributeClient:
         groups: Mapping[str, Sequence[str]],
         rounds: Rounds,
     ):
-        """Args: index: names this actor's files. first, last: places of its clients in the data, the
-        last one excluded. groups: attribute -> the group of each of them."""
+        """Its clients are `first`..`last` - 1 in the data.
+
+        Args:
+            index: names this actor's files.
+            groups: attribute -> the group of each of its clients.
+        """
         torch.set_num_threads(config.clients.threads)
         assert isinstance(config.method, Fedpa)
         self._config, self._method = config, config.method
@@ -162,11 +166,30 @@ class AttributeClient:
             with torch.no_grad():
                 found = score(self._layout, self._backbone.layers, here, batch)
             real_SB = batch.weights_SB.bool()
-            places = np.concatenate([e - n + np.arange(n) for e, n in zip(ends_C[at], size_C[at], strict=True)])
-            logits[places], labels[places] = found[real_SB].numpy(), batch.labels_SB[real_SB].numpy()
+            places = np.concatenate(
+                [e - n + np.arange(n) for e, n in zip(ends_C[at], size_C[at], strict=True)]
+            )
+            logits[places], labels[places] = (
+                found[real_SB].numpy(),
+                batch.labels_SB[real_SB].numpy(),
+            )
         owner_N = np.repeat(np.arange(len(clients)), size_C)
         scores = score_users(logits, labels, owner_N, len(clients))
         return dict(zip(clients, scores, strict=True))
+
+    def measure_adapters(self, round: int, clients: Sequence[str]) -> dict[str, float]:
+        """The largest Frobenius norm of any of their adapter factors: `user.A`, `group.B` ..."""
+        kinds = ("user.A", "user.B", "group.A", "group.B")
+        largest = dict.fromkeys(kinds, 0.0)
+        if not clients:
+            return largest
+        own = self._pull(round, clients)
+        for name, values in own.items():
+            kind = f"{name.split('.')[0]}.{name[-1]}"
+            if kind in largest:
+                norm = float(values.flatten(1).norm(dim=1).max())
+                largest[kind] = max(largest[kind], norm)
+        return largest
 
     def close_ledger(self) -> list[LedgerRow]:
         """What was exchanged since the last call."""
@@ -215,7 +238,9 @@ class AttributeClient:
         most = self._method.batch_size
         for epoch in range(self._method.epochs):
             if size_S.max() <= most:
-                yield self._gather(clients, [b + np.arange(n) for b, n in zip(begin_S, size_S, strict=True)])
+                yield self._gather(
+                    clients, [b + np.arange(n) for b, n in zip(begin_S, size_S, strict=True)]
+                )
                 continue
             # rows that make several steps come in an order of their own in each epoch
             orders = [
@@ -251,7 +276,7 @@ def _padded(rows: int) -> int:
     return max(LEAST, 1 << (rows - 1).bit_length())
 
 
-def _side_by_side(sizes_C: np.ndarray, batch: int | None) -> Iterator[Tensor]:
+def _side_by_side(sizes_C: np.ndarray, batch: int | None) -> Iterator[np.ndarray]:
     """Places of clients who are padded to the same rows and take as many steps; few enough.
 
     Clients without rows are left out.
@@ -264,4 +289,4 @@ def _side_by_side(sizes_C: np.ndarray, batch: int | None) -> Iterator[Tensor]:
     for (width, _), members in sorted(kinds.items()):
         most = max(1, ROWS // width)
         for begin in range(0, len(members), most):
-            yield torch.tensor(members[begin : begin + most])
+            yield np.array(members[begin : begin + most])

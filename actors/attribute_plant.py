@@ -9,6 +9,7 @@ Shapes: C clients, P sent numbers of one client.
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -21,7 +22,7 @@ from fellray.actors.pool import Demand, InlinePool, Pool, RayPool, Shared, check
 from fellray.platform.adaptation import Layout
 from fellray.platform.aggregation import Plan, Reports, describe
 from fellray.platform.attribute_model import Backbone
-from fellray.platform.click_data import TEST, VALID, ClickData
+from fellray.platform.click_data import VALID, ClickData
 from fellray.platform.click_score import ClickScore
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
@@ -51,7 +52,9 @@ class AttributeWorld:
         self.sizes = data.sizes()
         made_with = data.manifest["attributes"]
         wanted = config.attributes.model_dump(mode="json")
-        if changed := sorted(k for k in wanted if k != "baseline" and made_with.get(k) != wanted[k]):
+        if changed := sorted(
+            k for k in wanted if k != "baseline" and made_with.get(k) != wanted[k]
+        ):
             raise FellrayError(
                 f"{config.data.path}: was prepared with another attributes.{changed[0]}: run "
                 "`fellray prepare` again"
@@ -184,16 +187,21 @@ class AttributePlant:
         rule, last = self._config.evaluation, self._config.train.rounds
         return self.evaluate(round, VALID) if round % rule.every == 0 or round == last else None
 
-    def test(self, round: int) -> dict[str, ClickScore]:
-        """Test scores."""
-        return self.evaluate(round, TEST)
+    def measure_adapters(self, round: int) -> dict[str, float]:
+        """The largest norm of any client's adapter factors, by `user.A` and the like."""
+        told = self._clients.map(
+            "measure_adapters", [round] * self._num_hosts, self._seated(self.learners)
+        )
+        return {name: max(norms[name] for norms in told) for name in told[0]}
 
     def hash_shared(self, round: int) -> str:
         """SHA-256 over everybody's and all groups' copies at a round."""
-        digest = hashlib.sha256(self._rounds.load(round, [EVERYONE], [COMMON])[COMMON].numpy())
+        digest = hashlib.sha256(
+            self._rounds.load(round, [EVERYONE], [COMMON])[COMMON].numpy().tobytes()
+        )
         groups = sorted({name for names in self._world.groups.values() for name in names})
         if groups:
-            digest.update(self._rounds.load(round, groups, [GROUPS])[GROUPS].numpy())
+            digest.update(self._rounds.load(round, groups, [GROUPS])[GROUPS].numpy().tobytes())
         return digest.hexdigest()
 
     def close_ledger(self) -> list[LedgerRow]:
@@ -322,5 +330,5 @@ def _client_args(
             {a: names[first:last] for a, names in world.groups.items()},
             rounds,
         )
-        for i, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False))
+        for i, (first, last) in enumerate(pairwise(bounds))
     ]

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fellray.actors.world import Catalogue
-from fellray.platform.adapters import Bank, finite_rows, start
+from fellray.platform.adapters import Bank, find_columns, finite_rows, name_blocks, start
 from fellray.platform.allocator import give_back_freed_memory
 from fellray.platform.config import RunConfig
 from fellray.platform.device import own_device
@@ -104,6 +104,8 @@ class Client:
         self._ends = (bottom, top, catalogue.tokens.pad)
         self._ledger = Ledger()
         self._span = Span(remote, self._ledger)
+        self._sent = find_columns(name_blocks(sites, lora.r), config.method.sends)
+        """The columns of a row that leave this process; None: all."""
         self._seeded = start(sites, lora, config.seed)
         self._fitted = self._installed = -1
         self._staged: tuple[Staged, ...] = ()
@@ -153,6 +155,8 @@ class Client:
             if (reason := _refuse(loss, finite))
         }
         sent = whole if share else whole[:, :0]
+        if share and self._sent is not None:
+            sent = whole[:, self._sent]
         for learner, values, loss in zip(clients, sent, losses, strict=True):
             self._ledger.enter(learner, "adapter_up", values.numpy())
             self._ledger.enter(learner, "loss", np.array(loss))
@@ -185,7 +189,11 @@ class Client:
             else:
                 for client, values in zip(clients, theta, strict=True):
                     self._ledger.enter(client, "adapter_down", values)
-            self._slots.replace(clients, from_dlpack(theta))
+            values = from_dlpack(theta)
+            if self._sent is not None:
+                values, received = self._slots.values(clients), values
+                values[:, self._sent] = received
+            self._slots.replace(clients, values)
         accepted = [c for c in clients if c not in installation.refused]
         own = not (mixed and installation.common)
         self._staged = self._slots.stage(round, self._holder, accepted, own)

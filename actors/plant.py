@@ -24,11 +24,12 @@ from fellray.actors.remote import RayRemote
 from fellray.actors.server import Server, make_host
 from fellray.actors.servers import Servers, check_servers
 from fellray.actors.world import World
-from fellray.platform.adapters import cut_, name_blocks, views
-from fellray.platform.aggregation import Plan, Reports, describe, split_columns
+from fellray.platform.adapters import cut_, find_columns, name_blocks, start, views
+from fellray.platform.aggregation import Plan, Reports, describe, name_layers, split_columns
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.faults import Stop, decide
+from fellray.platform.handover import METHOD
 from fellray.platform.host import InProcess
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import Damaged, Installation, LedgerRow, StaleLease, Update
@@ -37,6 +38,7 @@ from fellray.platform.middle import Middle
 from fellray.platform.own import ALIKE, Own
 from fellray.platform.rounds import EVERYONE, Rounds
 from fellray.platform.sampling import Sampler
+from fellray.platform.server_step import State
 from fellray.platform.slots import WRITTEN
 from fellray.platform.span import Remote
 from fellray.platform.split import plan_cut
@@ -70,6 +72,7 @@ class Plant:
         """Those who are evaluated, sorted."""
         self._pending: tuple[int, tuple[Staged, ...]] = (-1, ())
         cut, lora = plan_cut(world.backbone, config.model), config.model.lora
+        self._cut = cut
         self._own = world.own
         ends = cut.outer if config.train.share == "all" else []
         trunk = cut.sites["trunk"] if config.train.share != "none" else []
@@ -79,6 +82,8 @@ class Plant:
             sum(site.num_parameters(lora.r) for site in own) for own in (ends, self._sent_sites)
         )
         self._blocks = name_blocks(self._sent_sites, lora.r)
+        self._sent = find_columns(name_blocks(ends, lora.r), config.method.sends)
+        """The columns of a client's row that reach the driver; None: all."""
         self._events: list[str] = []
         self._start_restored = False
 
@@ -131,9 +136,10 @@ class Plant:
         return plant
 
     def stage_start(self) -> list[Staged]:
-        """Round 0: the start that all clients share, written once."""
+        """Round 0: the start that all clients share, written once, or one for each."""
         client_files = self._clients.map("stage_start")[:1]
-        return self._expect(0, [*client_files, self._servers.stage_start()])
+        common = self._servers.stage_start()
+        return self._expect(0, [*client_files, common, *self._stage_own_starts()])
 
     def fit(self, round: int, clients: Sequence[str]) -> Reports:
         """Local split training of those who take part, and what they report.
@@ -157,7 +163,11 @@ class Plant:
         learners = [c for update in updates for c in update.clients]
         width, whole = self._client_columns, np.empty((len(learners), self._columns), np.float32)
         answered = self._servers.report(updates, width < self._columns)
-        np.concatenate([update.theta_SP for update in updates], out=whole[:, :width])
+        if self._sent is None:
+            np.concatenate([update.theta_SP for update in updates], out=whole[:, :width])
+        else:
+            whole[:, :width] = 0.0
+            whole[:, self._sent.numpy()] = np.concatenate([update.theta_SP for update in updates])
         served = answered()
         theta, trunks = torch.from_numpy(whole), [trunk for _, trunk in served]
         if self._middle.empty:
@@ -185,9 +195,10 @@ class Plant:
             [losses[c] for c in accepted],
             [samples[c] for c in accepted],
             theta,
-            self._sent_at(round - 1, accepted) if "update" in compared and accepted else theta,
+            self._start_of(round, accepted) if "update" in compared and accepted else theta,
             compared,
             tuple(self._blocks),
+            layers=name_layers(self._blocks) if self._config.method.compares_layers() else {},
         )
         seconds = time.perf_counter() - began
         counted = sum(samples.values())
@@ -207,6 +218,8 @@ class Plant:
         parts = split_columns(plan, reports.blocks, self._columns) if len(accepted) else []
         everyones = [columns for part, columns in parts if part.common]
         common = 0 < len(parts) == len(everyones)
+        self._check_private(reports, plan)
+        mixed_CP, method_files = self._take_step(round, plan, accepted, common, mixed_CP)
         refused = set(reports.refused)
         # who is refused has no row; any will do, nobody reads it
         row = {c: i for i, c in enumerate(accepted)} | dict.fromkeys(refused, 0)
@@ -220,7 +233,10 @@ class Plant:
         def installation(clients: Sequence[str], at_server: bool) -> Installation:
             rows = [0] if common else [row[c] for c in clients]
             cuts = None if common or self._middle.empty else self._own.cuts_of(clients)
-            theta = self._part(sent, rows, at_server, cuts).numpy()
+            part = self._part(sent, rows, at_server, cuts)
+            if not at_server and self._sent is not None:
+                part = part[:, self._sent]
+            theta = part.numpy()
             if common:
                 theta = np.broadcast_to(theta, (len(clients), theta.shape[1]))
             here = tuple(c for c in clients if c in refused)
@@ -239,7 +255,8 @@ class Plant:
             driver_files = [self._stage_rows(round, "everyone", [EVERYONE], theta_1P)]
         else:
             driver_files = self._stage_others(round, accepted, everyones, theta_1P)
-        return self._expect(round, [*client_files(), *server_files(), *driver_files])
+        files = [*client_files(), *server_files(), *driver_files, method_files]
+        return self._expect(round, files)
 
     def sample(self, round: int) -> tuple[str, ...]:
         """Who is asked in a round."""
@@ -328,6 +345,7 @@ class Plant:
         self._start_restored = True
         self._clients.map("stage_start")
         self._servers.stage_start()
+        self._stage_own_starts()
         return [f"{damage.file} of round 0 was damaged: the start was made again"]
 
     def close(self) -> None:
@@ -362,6 +380,56 @@ class Plant:
         self._cut_(clients, found)
         return found
 
+    def _start_of(self, round: int, clients: Sequence[str]) -> Tensor:
+        """What the clients' sent weights were at the start of a round [C, P]."""
+        start_CP = self._sent_at(round - 1, clients)
+        if self._sent is not None:
+            stays_P = torch.ones(self._client_columns, dtype=torch.bool)
+            stays_P[self._sent] = False
+            start_CP[:, : self._client_columns][:, stays_P] = 0.0
+        return start_CP
+
+    def _take_step(
+        self, round: int, plan: Plan, accepted: Sequence[str], common: bool, mixed_CP: Tensor
+    ) -> tuple[Tensor, tuple[Staged, ...]]:
+        """The rows after the method's own step, and its state as a file of the round."""
+        if plan.step is None:
+            return mixed_CP, ()
+        state: State = {
+            name.removeprefix(METHOD): self._rounds.load_shared(round - 1, name)
+            for name in self._rounds.shared(round - 1)
+            if name.startswith(METHOD)
+        }
+        if accepted:
+            # everyone's page is of the largest rank, as the mixture
+            start_RP = self._start_of(round, [EVERYONE] if common else accepted)
+            rows_RP, state = plan.step.take(start_RP, mixed_CP[: len(start_RP)], state)
+            mixed_CP = rows_RP.expand(len(accepted), -1)
+        if not state:
+            return mixed_CP, ()
+        tensors = {f"{METHOD}{name}": tensor for name, tensor in state.items()}
+        return mixed_CP, (self._rounds.stage(round, "method", (), tensors),)
+
+    def _check_private(self, reports: Reports, plan: Plan) -> None:
+        """See that what clients keep is mixed with nobody's.
+
+        Raises:
+            ValueError: the plan mixes it.
+        """
+        if self._sent is None:
+            return
+        matrices = {id(part.mixing_CC): part.mixing_CC for part in plan.blocks.values()}
+        matrices[id(plan.mixing_CC)] = plan.mixing_CC
+        eye = torch.eye(len(plan.mixing_CC), dtype=torch.float64)
+        alone = {key for key, mixing_CC in matrices.items() if torch.equal(mixing_CC, eye)}
+        for name in reports.blocks:
+            mixing_CC = plan.blocks[name].mixing_CC if name in plan.blocks else plan.mixing_CC
+            if id(mixing_CC) not in alone and not self._config.method.sends(name):
+                raise ValueError(
+                    f"clients do not send block {name!r}, and the plan mixes it; give it the "
+                    "identity"
+                )
+
     def _cut_(self, clients: Sequence[str], sent_CP: Tensor) -> None:
         """Leave each of the clients' sent rows what its own rank has, in place."""
         if self._own.ranks:
@@ -384,6 +452,21 @@ class Plant:
             self._middle.clear_(part, at_server, cuts)
         return part
 
+    def _stage_own_starts(self) -> list[tuple[Staged, ...]]:
+        """A page for each learner, where the method has each begin with numbers of its own."""
+        if self._config.method.begins_alike():
+            return []
+        lora, seed = self._config.model.lora, self._config.seed
+        sides = {"client.values": self._cut.outer, "trunk.values": self._cut.sites["trunk"]}
+        files: list[tuple[Staged, ...]] = []
+        for at, some in enumerate(deal(self._learners, WRITTEN)):
+            tensors = {
+                name: torch.stack([start(sites, lora, seed, learner) for learner in some])
+                for name, sites in sides.items()
+            }
+            files.append((self._rounds.stage(0, f"own-start-{at}", some, tensors),))
+        return files
+
     def _stage_others(
         self, round: int, accepted: Sequence[str], columns: Sequence[slice], theta_1P: Tensor
     ) -> list[tuple[Staged, ...]]:
@@ -399,7 +482,7 @@ class Plant:
             for owner in self._rounds.owners(round - 1, name)
         }
         others = sorted((owners & set(self._learners)) - set(accepted))
-        files = []
+        files: list[tuple[Staged, ...]] = []
         for at, some in enumerate([(EVERYONE,), *deal(others, WRITTEN)]):
             rows = self._sent_at(round - 1, some)
             for own in columns:

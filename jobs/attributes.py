@@ -4,8 +4,7 @@ The rounds themselves are those of jobs/train.py.
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,19 @@ from fellray.platform.attribute_model import Backbone, Shape, describe_backbone
 from fellray.platform.attributes import AttributeConfig
 from fellray.platform.click_data import (
     TEST,
+    VALID,
     Clicks,
     name_tensors,
     read_clicks,
     split_clicks,
     write_clicks,
 )
-from fellray.platform.click_score import pool_clicks
 from fellray.platform.config import RunConfig
 from fellray.platform.fedpa import Fedpa
 from fellray.platform.ledger import total
 from fellray.platform.messages import LedgerRow
 from fellray.platform.pretraining import Fitted, Samples, distil, evaluate_backbone, pretrain
-from fellray.platform.run import Run, environment, open_run
+from fellray.platform.run import Run, environment, open_run, pool
 
 EXPORT = "student"
 """Name of the exported student: a safetensors file, and a JSON file that describes it."""
@@ -52,8 +51,9 @@ def prepare_attributes(config: RunConfig) -> dict[str, Any]:
     assert attributes is not None
     clicks = read_clicks(attributes, config.data)
     opened, tested = _open_samples(clicks), _client_samples(clicks, attributes)
-    rows = (tuple(f.rows for f in fs) for fs in (clicks.user_features, clicks.item_features))
-    shape = Shape(*rows, attributes.dim, attributes.layers)
+    user_rows = tuple(feature.rows for feature in clicks.user_features)
+    item_rows = tuple(feature.rows for feature in clicks.item_features)
+    shape = Shape(user_rows, item_rows, attributes.dim, attributes.layers)
     fitted = pretrain(attributes, shape, opened, config.data.seed, _tell("pre-training"))
     facts: dict[str, Any] = {
         "attributes": attributes.model_dump(mode="json"),
@@ -97,54 +97,63 @@ def show_prepared(config: RunConfig, manifest: dict[str, Any]) -> None:
     console.print(table)
 
 
-@contextmanager
-def open_attributes(config: RunConfig) -> Iterator[tuple[Run, AttributePlant, Display]]:
-    """A run on attributes with its actors, as `jobs/train.py` opens one on a language model."""
+def train_attributes(
+    config: RunConfig, play: Callable[[Run, AttributePlant, Display], None]
+) -> dict[str, Any]:
+    """Train, and then the row that the result is read beside: user embeddings alone, nothing sent.
+
+    Args:
+        play: turns the rounds.
+
+    Returns:
+        The summary.
+    """
     world = AttributeWorld(config)
+    with connect(config, len(deal(world.clients, config.clients.together))):
+        summary = _train(config, world, play)
+        if (alone := _alone(config)) is not None:
+            beside = _train(alone, AttributeWorld(alone), play)
+            summary["embedding_only"] = beside["test"]
+            Run(config).journal.write_json("summary.json", summary)
+    return summary
+
+
+def _train(
+    config: RunConfig,
+    world: AttributeWorld,
+    play: Callable[[Run, AttributePlant, Display], None],
+) -> dict[str, Any]:
     with (
         open_run(config, world.data_sha256) as run,
-        connect(config, len(deal(world.clients, config.clients.together))),
         AttributePlant.on_ray(config, world, run.rounds) as plant,
         Display(config, str(run.storage), run.to_go(), run.events) as display,
     ):
-        yield run, plant, display
+        play(run, plant, display)
+        display.say("testing")
+        summary = plant.replayed(summarise_attributes, run, world)
+        run.journal.write_json("summary.json", summary)
+    return summary
 
 
-def finish_attributes(
-    run: Run,
-    plant: AttributePlant,
-    display: Display,
-    train: Callable[[RunConfig], dict[str, Any]],
-) -> dict[str, Any]:
-    """Test the best round and write `summary.json`; the summary.
-
-    Args:
-        train: trains the row that a result is read beside: user embeddings alone, nothing sent.
-    """
-    config, best = run.config, run.best_round()
-    display.say(f"testing round {best}")
-    world = AttributeWorld(config)
-    test, validation = (plant.replayed(_score, best, split) for split in ("test", "valid"))
-    untrained = plant.replayed(_score, 0, "test")
+def summarise_attributes(plant: AttributePlant, run: Run, world: AttributeWorld) -> dict[str, Any]:
+    """A run in numbers, its best round tested."""
+    config, best, last = run.config, run.best_round(), run.rounds.latest() or 0
     ledger = [
         LedgerRow(**{k: v for k, v in row.items() if k != "round"})
         for row in run.journal.rows("ledger")
     ]
-    last = run.rounds.latest() or 0
-    alone = _alone(config)
-    summary = {
+    return {
         "run": config.name,
         "method": config.method.kind,
         "seed": config.seed,
         "rounds": last,
         "best_round": best,
         "clients": len(plant.learners),
-        "test": test,
-        "validation": validation,
-        "untrained": untrained,
-        **({"embedding_only": train(alone)["test"]} if alone else {}),
+        "test": pool(plant.evaluate(best, TEST)),
+        "validation": pool(plant.evaluate(best, VALID)),
+        "untrained": pool(plant.evaluate(0, TEST)),
         "counts": world.layout.count(),
-        "adapter_norms": measure_adapters(run, plant, best),
+        "adapter_norms": plant.measure_adapters(best),
         "groups": {a: len(set(names)) for a, names in world.groups.items()},
         "bytes": total(ledger),
         "hashes": run.rounds.hashes(best, [PRIVATE], plant.learners),
@@ -160,8 +169,6 @@ def finish_attributes(
         "environment": environment(),
         "events": [e for row in run.journal.rows("metrics") for e in row["events"]] + run.events,
     }
-    run.journal.write_json("summary.json", summary)
-    return summary
 
 
 def show_attributes(summary: dict[str, Any]) -> None:
@@ -172,21 +179,11 @@ def show_attributes(summary: dict[str, Any]) -> None:
             name = summary["method"] if row == "test" else row.replace("_", " ")
             table.add_row(name, *(f"{values[m]:.4f}" if m in values else "" for m in METRICS))
     console.print(table)
-    norms = summary["adapter_norms"]
-    console.print(f"largest adapter norms: user {norms['user']:.3g}, group {norms['group']:.3g}")
-    for name, values in (("embedding only", "embedding_only"),):
-        if values in summary and summary["test"]["auc"] < summary[values]["auc"]:
-            console.print(f"{name}, with nothing sent, is higher than the method on this data")
-
-
-def measure_adapters(run: Run, plant: AttributePlant, round: int) -> dict[str, float]:
-    """The largest norm of any product A B of a user's adapters, and of any group's."""
-    return plant.adapter_norms(round)
-
-
-def _score(plant: AttributePlant, round: int, split: str) -> dict[str, float]:
-    scores = plant.test(round) if split == "test" else plant.evaluate(round, 1)
-    return pool_clicks(list(scores.values())).means()
+    norms = [f"{name} {value:.3g}" for name, value in summary["adapter_norms"].items()]
+    console.print(f"largest norms of any adapter: {', '.join(norms)}")
+    beside = summary.get("embedding_only", {}).get("auc", 0.0)
+    if beside >= summary["test"]["auc"]:
+        console.print("User embeddings alone, with nothing sent, do as well on this data.")
 
 
 def _alone(config: RunConfig) -> RunConfig | None:
@@ -198,9 +195,7 @@ def _alone(config: RunConfig) -> RunConfig | None:
     rates = config.method.rates.model_copy(
         update=dict.fromkeys(("user", "group", "gate", "output"), 0.0)
     )
-    method = config.method.model_copy(
-        update={"rates": rates, "as_published": False, "groups": (), "decay": 1.0}
-    )
+    method = config.method.model_copy(update={"rates": rates, "as_published": False, "groups": ()})
     attributes = config.attributes.model_copy(update={"baseline": False})
     name = f"{config.name}-embedding-only"
     return config.model_copy(update={"name": name, "method": method, "attributes": attributes})

@@ -146,7 +146,7 @@ class Layout:
                 return backbone.output
             if name.startswith("gate"):
                 wide = part.shape[0] - 1
-                random = (torch.rand(part.shape, generator=draw) * 2 - 1) * wide**-0.5
+                random: Tensor = (torch.rand(part.shape, generator=draw) * 2 - 1) * wide**-0.5
                 if published or name.endswith("1"):
                     return random
                 constant = torch.zeros(part.shape)
@@ -207,14 +207,14 @@ def score(
 def unpack(parts: Sequence[Part], flat_SP: Tensor) -> dict[str, Tensor]:
     """Rows of numbers as the parts they are made of, [S, ...] each."""
     pieces = flat_SP.split([p.size for p in parts], 1)
-    return {
-        p.name: piece.reshape(-1, *p.shape) for p, piece in zip(parts, pieces, strict=True)
-    }
+    return {p.name: piece.reshape(-1, *p.shape) for p, piece in zip(parts, pieces, strict=True)}
 
 
 def pack(parts: Sequence[Part], own: Mapping[str, Tensor]) -> Tensor:
     """Parts as rows of numbers [S, P]."""
-    return torch.cat([own[p.name].flatten(1) for p in parts], 1)
+    # cat takes no empty list
+    nothing = next(iter(own.values())).new_empty(len(next(iter(own.values()))), 0)
+    return torch.cat([nothing, *(own[p.name].flatten(1) for p in parts)], 1)
 
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8

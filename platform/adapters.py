@@ -11,7 +11,7 @@ Shapes: S slots (clients), s slots asked for, N rows of a step, P parameters of 
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,15 +65,19 @@ class LoraLinear(nn.Module):
         return y
 
 
-def start(sites: Sequence[Site], spec: LoraSpec, seed: int) -> Tensor:
+def start(sites: Sequence[Site], spec: LoraSpec, seed: int, client: str = "") -> Tensor:
     """The one start that every client shares [P]: A Kaiming-uniform as in peft, B zero.
 
     Each site draws from a generator of its own, so that its numbers do not depend on where the
     model is cut.
+
+    Args:
+        client: whose start it is, where each has its own.
     """
     rows = []
     for site in sites:
-        generator = torch.Generator().manual_seed(_mix(seed, site.path))
+        name = f"{client}:{site.path}" if client else site.path
+        generator = torch.Generator().manual_seed(_mix(seed, name))
         a = torch.empty(spec.r, site.d_in)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
         rows += [a.flatten(), torch.zeros(site.d_out * spec.r)]
@@ -100,6 +104,15 @@ def name_blocks(sites: Sequence[Site], r: int) -> dict[str, slice]:
             blocks[f"{site.path}.{factor}"] = slice(at, at + r * width)
             at += r * width
     return blocks
+
+
+def find_columns(blocks: Mapping[str, slice], sent: Callable[[str], bool]) -> Tensor | None:
+    """The columns of the blocks that are sent, ascending; None: of all."""
+    kept = [columns for name, columns in blocks.items() if sent(name)]
+    if len(kept) == len(blocks):
+        return None
+    spans = [torch.arange(columns.start, columns.stop) for columns in kept]
+    return torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
 
 
 def cut_(pairs: Sequence[Pair], rows_s: Tensor, ranks_s: Tensor) -> None:

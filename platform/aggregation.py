@@ -18,10 +18,14 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from fellray.platform.server_step import ServerStep
 from fellray.platform.slabs import Stack, gram, mix
 
 Source = Literal["update", "raw"]
 """What the similarity of two clients is computed from."""
+
+Weighting = Literal["uniform", "samples"]
+"""How clients count in a mean: all the same, or by the histories they read."""
 
 NO_BLOCKS: Mapping[str, slice] = MappingProxyType({})
 
@@ -44,6 +48,9 @@ class Meta:
     blocks: tuple[str, ...] = ()
     """What a row of sent weights consists of, in its order: on a language model one site's factor
     each, named as peft names it (``encoder.layer.0.attention.self.query.lora_A``)."""
+    layers: Mapping[str, Mapping[Source, Tensor]] = field(default_factory=dict)
+    """Layer -> its part of `gram`; empty where the method does not compare layers. A layer is an
+    adapted projection with the name that its blocks have in common."""
     groups: Mapping[str, Tensor] = field(default_factory=dict)
     """Attribute -> in which of its groups each client is [C], int64; empty where none are known."""
 
@@ -55,8 +62,8 @@ class Reports:
     meta: Meta
     """Of those whose round was accepted."""
     theta_CP: Tensor
-    """Their sent weights, rows in the order of `meta.clients`; no columns where nothing is shared.
-    """
+    """Their sent weights, rows in the order of `meta.clients`; no columns where nothing is shared,
+    and zeros in blocks that stay with their clients."""
     refused: Mapping[str, str]
     """Learners that keep the state of the round's start, and why."""
     losses: Mapping[str, float]
@@ -94,6 +101,8 @@ class Plan:
     round from it. Otherwise they keep what they have."""
     blocks: Mapping[str, Mixture] = field(default_factory=dict)
     """Blocks that are mixed otherwise; `mixing_CC` and `common` hold for all others."""
+    step: ServerStep | None = None
+    """What the server makes of the round's start and the mixture; None: the mixture it is."""
 
     @property
     def own_weight_C(self) -> Tensor:
@@ -117,6 +126,22 @@ class Method(BaseModel):
         """The inner products that `plan` looks at; each costs about half of what mixing costs."""
         return ("update", "raw")
 
+    def compares_layers(self) -> bool:
+        """Whether `plan` looks at `Meta.layers`: a matrix [C, C] more for each of them."""
+        return False
+
+    def begins_alike(self) -> bool:
+        """Whether all clients share one start, or draw one each."""
+        return True
+
+    def sends(self, block: str) -> bool:
+        """Whether clients send this block of the layers that they hold, and receive it.
+
+        One that they do not stands as zeros in `Reports.theta_CP`, and `plan` has to give it the
+        identity: it is its client's alone.
+        """
+        return True
+
     def plan(self, meta: Meta) -> Plan:
         """The mixing matrix of this round."""
         raise NotImplementedError
@@ -132,6 +157,7 @@ def describe(
     sources: Collection[Source] = ("update", "raw"),
     blocks: Sequence[str] = (),
     groups: Mapping[str, Tensor] | None = None,
+    layers: Mapping[str, slice] = NO_BLOCKS,
 ) -> Meta:
     """What a plan may look at, from one snapshot of everybody's sent weights.
 
@@ -145,17 +171,50 @@ def describe(
         sources: what inner products are taken of: what the method compares.
         blocks: names of what the rows consist of, in their order.
         groups: attribute -> in which of its groups each client is.
+        layers: layer -> its columns, where inner products are taken by layer; all columns are in
+            one, and the stacks lie in memory.
     """
     assert list(clients) == sorted(clients), "rows follow the sorted client ids"
+    by_layer = {
+        name: {s: _gram_of(theta_CP, start_CP, s, columns) for s in sources}
+        for name, columns in layers.items()
+    }
+    if layers:
+        products = {s: torch.stack([by_layer[name][s] for name in layers]).sum(0) for s in sources}
+    else:
+        products = {s: gram(theta_CP, start_CP if s == "update" else None) for s in sources}
     return Meta(
         round=round,
         clients=tuple(clients),
         losses_C=torch.tensor(losses, dtype=torch.float64),
         samples_C=torch.tensor(samples, dtype=torch.float64),
-        gram={s: gram(theta_CP, start_CP if s == "update" else None) for s in sources},
+        gram=products,
         blocks=tuple(blocks),
+        layers=by_layer,
         groups=dict(groups or {}),
     )
+
+
+def name_layers(blocks: Mapping[str, slice]) -> dict[str, slice]:
+    """Neighbouring blocks of one projection as one: its name -> its columns."""
+    layers: dict[str, slice] = {}
+    for name, columns in blocks.items():
+        layer = layer_of(name)
+        first = layers.get(layer, columns)
+        assert first.start == columns.start or first.stop == columns.start, f"{layer} is split"
+        layers[layer] = slice(first.start, columns.stop)
+    return layers
+
+
+def layer_of(block: str) -> str:
+    """The projection that a block belongs to."""
+    return block.removesuffix(".lora_A").removesuffix(".lora_B")
+
+
+def mean_row(meta: Meta, weighting: Weighting) -> Tensor:
+    """What each client counts in the mean [C], fp64."""
+    weights_C = meta.samples_C if weighting == "samples" else torch.ones_like(meta.samples_C)
+    return weights_C / weights_C.sum()
 
 
 def reduce(plan: Plan, theta_CP: Tensor, blocks: Mapping[str, slice] = NO_BLOCKS) -> Tensor:
@@ -243,6 +302,18 @@ def check_rows(mixing_CC: Tensor) -> None:
             f"row {first} of the mixing matrix sums to {sum_C[first].item()}, not to one; "
             f"{int(off_C.sum())} of {len(sum_C)} rows are off"
         )
+
+
+def _gram_of(theta_CP: Stack, start_CP: Stack, source: Source, columns: slice) -> Tensor:
+    assert isinstance(theta_CP, Tensor), "by layer only in memory"
+    assert isinstance(start_CP, Tensor), "by layer only in memory"
+    return gram(theta_CP[:, columns], start_CP[:, columns] if source == "update" else None)
+
+
+def centre(gram_CC: Tensor) -> Tensor:
+    """Inner products [C, C] of what is left of the vectors without their mean."""
+    row_C = gram_CC.mean(1)
+    return gram_CC - row_C[:, None] - row_C[None, :] + row_C.mean()
 
 
 def cosine(gram_CC: Tensor) -> Tensor:

@@ -126,14 +126,18 @@ def read_backbone(
 
 
 def start_backbone(shape: Shape, draw: torch.Generator) -> Backbone:
-    """A fresh one: tables N(0, 1), matrices and biases uniform within 1 / sqrt(inputs)."""
+    """A fresh one: tables N(0, 0.1), matrices and biases uniform within 1 / sqrt(inputs).
+
+    The released code's tables are N(0, 1): with them rare values start, and stay, as loud noise.
+    """
 
     def matrix(wide: int, narrow: int) -> Tensor:
         bound = wide**-0.5
-        return (torch.rand(wide + 1, narrow, generator=draw) * 2 - 1) * bound
+        drawn: Tensor = (torch.rand(wide + 1, narrow, generator=draw) * 2 - 1) * bound
+        return drawn
 
     def tables(rows: Sequence[int]) -> tuple[Tensor, ...]:
-        return tuple(torch.randn(n, shape.dim, generator=draw) for n in rows)
+        return tuple(torch.randn(n, shape.dim, generator=draw) * 0.1 for n in rows)
 
     pairs = zip(shape.widths, shape.widths[1:], strict=False)
     users, items = tables(shape.user_rows), tables(shape.item_rows)

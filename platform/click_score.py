@@ -8,6 +8,7 @@ counts half for the AUC. This file must not know the model, nor rounds.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -122,7 +123,7 @@ def score_users(
     counts = np.bincount(user_N, minlength=users)
     auc = _auc_of_users(logit, clicked, user_N, users)
     scores = []
-    for user, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for user, (a, b) in enumerate(pairwise(bounds)):
         if not counts[user]:
             scores.append(NOTHING)
             continue

@@ -355,7 +355,7 @@ class RunConfig(Config):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     attributes: AttributeConfig | None = None
-    """Instead of `model`: a backbone of attribute embeddings and an MLP, for `method.kind=fedpa`."""
+    """Instead of `model`: attribute embeddings and an MLP, which `method.kind=fedpa` adapts."""
     method: Annotated[AnyMethod, _kind("fellrec")] = Field(default=Fellrec())
     train: TrainConfig = TrainConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -374,9 +374,7 @@ class RunConfig(Config):
                 raise ValueError(f"evaluation.select={self.evaluation.select} is for attributes")
             return self
         if not isinstance(self.method, Fedpa):
-            raise ValueError(
-                f"a run on attributes takes method.kind=fedpa, not {self.method.kind}"
-            )
+            raise ValueError(f"a run on attributes takes method.kind=fedpa, not {self.method.kind}")
         if not of_clicks:
             raise ValueError(
                 "a run on attributes is chosen by evaluation.select=auc or gauc, not "

@@ -45,12 +45,14 @@ class Feature:
         if self.bins is None:
             known = pa.array(self.values, pa.string())
             found = pc.index_in(_as_text(column), value_set=known)
-            return found.fill_null(UNSEEN).to_numpy().astype(np.int32)
+            codes: np.ndarray = found.fill_null(UNSEEN).to_numpy().astype(np.int32)
+            return codes
         _check_number(column, where, self.name)
         values = pc.cast(column, pa.float64()).fill_null(0.0).to_numpy()
         edges = np.linspace(self.bins.low, self.bins.high, self.bins.edges)
         logs = np.log1p(np.maximum(np.nan_to_num(values), 0.0))
-        return np.digitize(logs, edges).astype(np.int32)
+        binned: np.ndarray = np.digitize(logs, edges).astype(np.int32)
+        return binned
 
     def tree(self) -> dict[str, object]:
         """As plain JSON data; `read_feature` reads it."""

@@ -125,7 +125,8 @@ def mix_groups(group_C: Tensor, weights_C: Tensor) -> Tensor:
     """Who listens to whom within groups [C, C]: M[r, c] = 1{same group} w_c / the group's sum."""
     names, at_C = group_C.unique(return_inverse=True)
     rows_GC = (at_C == torch.arange(len(names))[:, None]) * weights_C
-    return (rows_GC / rows_GC.sum(1, keepdim=True))[at_C]
+    mixing_CC: Tensor = (rows_GC / rows_GC.sum(1, keepdim=True))[at_C]
+    return mixing_CC
 
 
 def form_groups(values: Sequence[str | None], least: int) -> dict[str | None, str]:

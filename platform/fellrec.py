@@ -7,13 +7,33 @@ Shapes: C clients.
 """
 
 from collections.abc import Callable, Collection
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from fellray.platform.aggregation import Meta, Method, Plan, Source, cosine
+from fellray.platform.aggregation import (
+    Meta,
+    Method,
+    Mixture,
+    Plan,
+    Source,
+    centre,
+    cosine,
+    layer_of,
+)
+
+Defect = Literal["exponent", "unused_degree", "in_place", "raw_weights", "own_start", "tiny_losses"]
+"""What the released code does otherwise than the paper means; docs/fellrec-defects.md explains."""
+PUBLISHED: frozenset[Defect] = frozenset(
+    ["exponent", "unused_degree", "in_place", "raw_weights", "own_start"]
+)
+"""Those of the released language model (BIGRec); `tiny_losses` is of the other, RecFormer."""
+
+
+PUBLISHED_SCALE = 2 / 16
+"""Of the loss that RecFormer's training hands on: micro-batches of 2 in batches of 16."""
 
 
 def loss_share(losses_C: Tensor, temperature: float) -> Tensor:
@@ -108,34 +128,87 @@ class Fellrec(Method):
     standardise_losses: bool = False
     """Ours: divide the losses by their spread first, so that one client does not take the whole
     loss share at a temperature made for another loss."""
+    centred: bool = False
+    """Ours: compare what is left of the updates (or weights) without their mean. What all clients
+    learn alike no longer makes everybody similar to everybody; two clients are then opposites."""
+    per_layer: bool = False
+    """Ours: every adapted projection has a matrix of its own, from its own similarities. The driver
+    then holds two matrices [C, C] for each."""
+    defects: tuple[Defect, ...] = ()
+    """What the released code does otherwise, one at a time: `exponent` e + 1/beta (a lost
+    parenthesis); `unused_degree`: w used only where beta is not 1; `in_place`: clients overwritten
+    one after the other, later ones mixed from what the earlier ones became; `raw_weights` compared
+    instead of updates; `own_start`: every client draws an A of its own instead of a common one;
+    `tiny_losses`: an eighth of the loss, divided by the client's number of histories, so that all
+    shares are equal (RecFormer; there of the last batch only)."""
     as_published: bool = False
-    """The released code's arithmetic: exponent e + 1/beta (a lost parenthesis), w used only where
-    beta is not 1, clients overwritten in place one after the other, raw weights compared."""
+    """All defects of the released language model: the first five."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.per_layer and "in_place" in self._defects:
+            raise ValueError(
+                "method.per_layer has one matrix for each projection and the defect in_place one "
+                "order of overwriting whole clients; set one of them"
+            )
+        return self
+
+    @property
+    def _defects(self) -> frozenset[Defect]:
+        return PUBLISHED.union(self.defects) if self.as_published else frozenset(self.defects)
+
+    @property
+    def _source(self) -> Source:
+        return "raw" if "raw_weights" in self._defects else self.similarity
 
     def compares(self) -> Collection[Source]:
         """One of the two; as published always the weights."""
-        return ["raw"] if self.as_published else [self.similarity]
+        return [self._source]
+
+    def compares_layers(self) -> bool:
+        """Where every projection has a matrix of its own."""
+        return self.per_layer
+
+    def begins_alike(self) -> bool:
+        """All but the released code."""
+        return "own_start" not in self._defects
 
     def plan(self, meta: Meta) -> Plan:
         """Mixing matrix and learning degree of round t (methods 1.2; as published: 1.3)."""
-        losses = meta.losses_C
+        defects, losses = self._defects, meta.losses_C
+        if "tiny_losses" in defects:
+            losses = losses * PUBLISHED_SCALE / meta.samples_C.clamp(min=1)
         if self.standardise_losses and len(losses) > 1:
             losses = losses / losses.std(correction=0).clamp(min=1e-12) * self.temperature
         share = loss_share(losses, self.temperature)
-        if self.as_published:
-            return self._plan_as_published(meta, share)
-        degree = learning_degree(share, self.alpha, meta.round / self.beta)
-        attention = self._attend(cosine(meta.gram[self.similarity]))
-        return Plan(mixing_matrix(attention, degree), {"learning_degree": degree})
+        published, intended = published_exponent(meta.round, self.beta), meta.round / self.beta
+        exponent = published if "exponent" in defects else intended
+        degree = learning_degree(share, self.alpha, exponent)
+        unused = self.beta == 1 and "unused_degree" in defects
+        used = torch.ones_like(degree) if unused else degree
+        notes = {"learning_degree": degree}
+        if not self.per_layer:
+            return Plan(self._mix(meta.gram[self._source], used), notes)
+        of_layer = {
+            name: Mixture(self._mix(products[self._source], used))
+            for name, products in meta.layers.items()
+        }
+        if not of_layer:  # nothing is sent
+            return Plan(self._mix(meta.gram[self._source], used), notes)
+        # of no block; the record has what clients keep of themselves on average
+        mean_CC = torch.stack([mixture.mixing_CC for mixture in of_layer.values()]).mean(0)
+        return Plan(mean_CC, notes, blocks={b: of_layer[layer_of(b)] for b in meta.blocks})
 
-    def _plan_as_published(self, meta: Meta, share: Tensor) -> Plan:
-        degree = learning_degree(share, self.alpha, published_exponent(meta.round, self.beta))
-        used = torch.ones_like(degree) if self.beta == 1 else degree
-        gram = meta.gram["raw"]
-        mixing = mixing_matrix_in_place(
-            lambda stored: self._attend(cosine(stored @ gram @ stored.T)), used, len(meta.clients)
+    def _mix(self, gram_CC: Tensor, degree_C: Tensor) -> Tensor:
+        if self.centred:
+            gram_CC = centre(gram_CC)
+        if "in_place" not in self._defects:
+            return mixing_matrix(self._attend(cosine(gram_CC)), degree_C)
+        return mixing_matrix_in_place(
+            lambda stored: self._attend(cosine(stored @ gram_CC @ stored.T)),
+            degree_C,
+            len(gram_CC),
         )
-        return Plan(mixing, {"learning_degree": degree})
 
     def _attend(self, similarity_CC: Tensor) -> Tensor:
         if self.attention == "softmax":

@@ -13,6 +13,8 @@ from fellray.platform.manifest import Staged
 from fellray.platform.rounds import Rounds
 from fellray.platform.slots import WRITTEN
 
+METHOD = "method."
+"""Names of what a method's server step keeps in a round begin so."""
 _SHARED = ("values", "moment1", "moment2", "steps")
 
 
@@ -47,6 +49,10 @@ def _copy(config: RunConfig, old: Rounds, new: Rounds, round: int) -> list[Stage
             of_owners.setdefault(mine, []).append(name)
         for group, (owners_, names) in enumerate(of_owners.items()):
             staged += _stage(old, new, round, f"{part}-{group}", owners_, names)
+    held = [name for name in old.shared(round) if name.startswith(METHOD)]
+    if held:
+        kept = {name: old.load_shared(round, name) for name in held}
+        staged.append(new.stage(round, "method", (), kept))
     if config.server.shared_adapter:
         shared = {f"shared.{kind}": old.load_shared(round, f"shared.{kind}") for kind in _SHARED}
         staged.append(new.stage(round, "shared", (), shared))

@@ -13,17 +13,21 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, PrivateAttr, ValidationError
 
-from fellray.platform.aggregation import Meta, Method, Plan, Source
+from fellray.platform.aggregation import Meta, Method, Plan, Source, Weighting, mean_row
 from fellray.platform.errors import FellrayError
+from fellray.platform.fedopt import FedOpt
 from fellray.platform.fedpa import Fedpa
+from fellray.platform.fedsa_lora import FedSaLora
 from fellray.platform.fellrec import Fellrec
+from fellray.platform.qffl import QFfl
+from fellray.platform.shrinkage import Shrinkage
 
 
 class FedAvg(Method):
     """McMahan et al. 2017: everybody receives the same mean."""
 
     kind: Literal["fedavg"] = "fedavg"
-    weighting: Literal["uniform", "samples"] = "uniform"
+    weighting: Weighting = "uniform"
     """Every client counts the same, or by the histories it read this round."""
 
     def compares(self) -> Collection[Source]:
@@ -32,8 +36,8 @@ class FedAvg(Method):
 
     def plan(self, meta: Meta) -> Plan:
         """One constant row."""
-        weights = torch.ones_like(meta.samples_C) if self.weighting == "uniform" else meta.samples_C
-        return Plan((weights / weights.sum()).repeat(len(weights), 1), common=True)
+        row_C = mean_row(meta, self.weighting)
+        return Plan(row_C.repeat(len(row_C), 1), common=True)
 
 
 class Local(Method):
@@ -91,6 +95,18 @@ class FromFile(Method):
         """As the user's class says."""
         return self._method.compares()
 
+    def compares_layers(self) -> bool:
+        """As the user's class says."""
+        return self._method.compares_layers()
+
+    def begins_alike(self) -> bool:
+        """As the user's class says."""
+        return self._method.begins_alike()
+
+    def sends(self, block: str) -> bool:
+        """As the user's class says."""
+        return self._method.sends(block)
+
     def plan(self, meta: Meta) -> Plan:
         """As the user's class says."""
         return self._method.plan(meta)
@@ -124,6 +140,6 @@ class FromFile(Method):
 
 
 AnyMethod = Annotated[
-    Fellrec | FedAvg | Local | Central | Fedpa | FromFile,
+    Fellrec | FedAvg | FedOpt | QFfl | FedSaLora | Shrinkage | Fedpa | Local | Central | FromFile,
     Field(discriminator="kind"),
 ]

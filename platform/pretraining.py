@@ -140,7 +140,9 @@ def _fit(
         order = rows[torch.from_numpy(draw.permutation(len(rows)))]
         for batch in order.split(config.batch_size):
             adam.zero_grad()
-            loss(predict(backbone, samples.users_NF[batch], samples.items_NF[batch]), batch).backward()
+            loss(
+                predict(backbone, samples.users_NF[batch], samples.items_NF[batch]), batch
+            ).backward()
             adam.step()
         found = evaluate_backbone(backbone, held_out)
         tell(epoch, found)

@@ -150,6 +150,15 @@ class Rounds:
                 raise self._shelf.tell(error, round) from None
         return loaded
 
+    def shared(self, round: int) -> list[str]:
+        """Sorted names of a committed round's tensors that belong to nobody.
+
+        Raises:
+            FellrayError: the round is not committed.
+        """
+        files = self._shelf.open(round).files
+        return sorted(name for one in files if not one.clients for name in one.tensors)
+
     def load_shared(self, round: int, name: str) -> torch.Tensor:
         """A tensor that belongs to nobody.
 

@@ -25,6 +25,7 @@ import fellray
 from fellray.platform import config as configs
 from fellray.platform.adapters import state_names
 from fellray.platform.aggregation import Plan, Reports
+from fellray.platform.click_score import ClickScore
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.journal import Journal
@@ -53,7 +54,7 @@ class Outcome:
     """What a round came to, before it is committed."""
 
     staged: Sequence[Staged]
-    validation: Mapping[str, Score] | None
+    validation: Mapping[str, Score] | Mapping[str, ClickScore] | None
     """Client -> scores; None in a round that is not validated."""
     reports: Reports | None = None
     """None in round 0, the start."""
@@ -122,7 +123,7 @@ class Run:
         """
         now = time.monotonic()
         row = {"round": round, "seconds": round_seconds(now - self._clock)}
-        row |= _describe(outcome) | {
+        row |= _describe(outcome, self.config.evaluation.select.removeprefix("worst_")) | {
             "bytes": sum(entry.bytes for entry in ledger),
             "bytes_by_kind": total(ledger),
             "events": [*self.events, *events],
@@ -244,8 +245,12 @@ def _read_json(storage: Storage, name: str) -> dict[str, Any]:
     return tree
 
 
-def _describe(outcome: Outcome) -> dict[str, Any]:
-    """A round as a row: losses and weights of its learners, validation of its clients."""
+def _describe(outcome: Outcome, metric: str) -> dict[str, Any]:
+    """A round as a row: losses and weights of its learners, validation of its clients.
+
+    Args:
+        metric: the one that is told of each client.
+    """
     row: dict[str, Any] = {}
     reports, plan = outcome.reports, outcome.plan
     if reports and plan:
@@ -262,10 +267,12 @@ def _describe(outcome: Outcome) -> dict[str, Any]:
         for name, values in {"own_weight": plan.own_weight_C, **plan.notes}.items():
             row[name] = dict(zip(reports.meta.clients, values.tolist(), strict=True))
     if outcome.validation is not None:
-        scored = {c: s.means()[BALANCED] for c, s in outcome.validation.items() if s.users}
+        means = {c: s.means() for c, s in outcome.validation.items()}
+        scored = {c: m[metric] for c, m in means.items() if metric in m}
         row["validation"] = pool(outcome.validation)
         row["validation_per_client"] = scored
-        row["worst_ndcg@10"] = min(scored.values(), default=0.0)
+        if metric == BALANCED:  # a client's few clicks make no AUC that could be the worst
+            row["worst_ndcg@10"] = min(scored.values(), default=0.0)
     return row
 
 
@@ -296,8 +303,11 @@ def _list_run(folder: Storage) -> list[str]:
             return [*row, "", "", "", "running"]
         if folder.exists("summary.json") and done >= wanted:
             summary = _read_json(folder, "summary.json")
-            test, worst = summary["test"][BALANCED], summary["balance"]["min"]
-            return [*row, str(summary["best_round"]), f"{test:.4f}", f"{worst:.4f}", "finished"]
+            test = summary["test"]
+            told = [f"AUC {test['auc']:.4f}", ""]
+            if BALANCED in test:
+                told = [f"{test[BALANCED]:.4f}", f"{summary['balance']['min']:.4f}"]
+            return [*row, str(summary["best_round"]), *told, "finished"]
     except (FellrayError, KeyError, TypeError):
         return [""] * 6 + ["damaged"]
     return [*row, "", "", "", "interrupted" if latest is not None else "empty"]
@@ -351,12 +361,14 @@ def _hash_shared(run: Run, round: int) -> str | None:
     return hashlib.sha256(values_P.numpy().tobytes()).hexdigest()
 
 
-def pool(scores: Mapping[str, Score]) -> dict[str, float]:
+def pool(scores: Mapping[str, Score] | Mapping[str, ClickScore]) -> dict[str, float]:
     """Metrics over all users of all clients; clients are added in the order of their ids."""
     first, *others = [scores[client] for client in sorted(scores)]
+    summed: Any = first  # all are of one kind
     for other in others:
-        first = first + other
-    return first.means()
+        summed = summed + other
+    means: dict[str, float] = summed.means()
+    return means
 
 
 def environment() -> dict[str, Any]:

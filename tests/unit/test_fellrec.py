@@ -1,6 +1,7 @@
 """FELLRec's formulas against the published numbers (promise 8), and what must hold of any."""
 
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,8 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
-from fellray.platform.aggregation import Meta, cosine, describe, reduce
+from fellray.platform.aggregation import Meta, centre, cosine, describe, name_layers, reduce
+from fellray.platform.config import parse
+from fellray.platform.errors import FellrayError
 from fellray.platform.fellrec import (
+    PUBLISHED,
+    Defect,
     Fellrec,
     affine_attention,
     learning_degree,
@@ -277,3 +282,109 @@ def test_standardised_losses_do_not_depend_on_the_losss_scale(
 
 def test_equal_losses_standardised_are_equal_shares() -> None:
     assert at_three_decimals(degree(Fellrec(standardise_losses=True), UNIFORM, 1)) == [0.747] * 5
+
+
+# --- defects one at a time, and what is ours ------------------------------------------------------
+
+
+@pytest.mark.parametrize("defect", get_args(Defect))
+def test_every_defect_alone_changes_something_and_nothing_else(defect: Defect) -> None:
+    """At a round and a beta at which each shows; `own_start` is no matter of the plan."""
+    beta = 1 if defect == "unused_degree" else 5
+    seen = meta(LOSSES, t=2)
+    intended, broken = Fellrec(beta=beta), Fellrec(beta=beta, defects=(defect,))
+    same_degree = torch.equal(degree(intended, LOSSES, 2), degree(broken, LOSSES, 2))
+    same_matrix = torch.equal(intended.plan(seen).mixing_CC, broken.plan(seen).mixing_CC)
+    assert same_degree == (defect not in ("exponent", "tiny_losses"))
+    assert same_matrix == (defect == "own_start")
+    assert broken.begins_alike() == (defect != "own_start")
+    assert list(broken.compares()) == ["raw" if defect == "raw_weights" else "update"]
+
+
+def test_as_published_is_all_defects_of_the_language_model() -> None:
+    whole, named = Fellrec(as_published=True), Fellrec(defects=tuple(sorted(PUBLISHED)))
+    assert "tiny_losses" not in PUBLISHED
+    assert not whole.begins_alike()
+    for t in (1, 4):
+        seen = meta(LOSSES, t=t)
+        assert torch.equal(whole.plan(seen).mixing_CC, named.plan(seen).mixing_CC)
+        without = Fellrec(defects=tuple(PUBLISHED - {"in_place"}))
+        assert not torch.allclose(without.plan(seen).mixing_CC, named.plan(seen).mixing_CC)
+
+
+def test_the_exponent_alone_by_hand() -> None:
+    broken = Fellrec(defects=("exponent",))
+    assert at_three_decimals(degree(broken, LOSSES, 2)) == [1.000, 1.000, 0.830, 1.000, 1.000]
+
+
+def test_tiny_losses_make_all_degrees_equal() -> None:
+    """8 histories each: 2.0908 / 8 / 8 and so on, over a temperature of 0.05."""
+    found = degree(Fellrec(defects=("tiny_losses",)), LOSSES, 1)
+    share = torch.softmax(torch.tensor(LOSSES, dtype=torch.float64) / 64 / 0.05, dim=0)
+    torch.testing.assert_close(found, learning_degree(share, ALPHA, 1 / 5))
+    assert found.max() - found.min() < 0.01
+    assert degree(Fellrec(), LOSSES, 1).max() - degree(Fellrec(), LOSSES, 1).min() > 0.2
+
+
+def test_in_place_alone_compares_what_the_earlier_ones_became() -> None:
+    """Two clients by hand, w = 1: the second listens to the first one's mixture."""
+    theta = torch.tensor([[2.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
+    seen = describe(1, ["a", "b"], [1.0, 1.0], [1, 1], theta, torch.zeros_like(theta))
+    method = Fellrec(alpha=1e6, defects=("in_place",))
+    # cosine 0, attention 1/2: the first is 2/3 itself; then a cosine of 1 / sqrt(2)
+    first = torch.tensor([2 / 3, 1 / 3]).double()
+    mixed = first @ theta
+    attention = (1 + mixed[1] / mixed.norm()) / 2
+    second = (attention * first + torch.tensor([0.0, 1.0])) / (1 + attention)
+    torch.testing.assert_close(method.plan(seen).mixing_CC, torch.stack([first, second]))
+
+
+def test_centred_similarity_by_hand() -> None:
+    """Three updates that share a large part: what is left are corners of a triangle."""
+    corners = torch.tensor([[1.0, 0.0], [-0.5, 3**0.5 / 2], [-0.5, -(3**0.5) / 2]])
+    theta = corners.double() + 100.0
+    seen = describe(1, ["a", "b", "c"], [1.0] * 3, [1] * 3, theta, torch.zeros_like(theta))
+    similar = cosine(centre(seen.gram["update"]))
+    torch.testing.assert_close(similar, 1.5 * torch.eye(3).double() - 0.5, atol=1e-6, rtol=0)
+    assert cosine(seen.gram["update"]).min() > 0.99
+    # attention (1 - 1/2) / 2, degree 1 (alpha is huge)
+    mixing = Fellrec(alpha=1e6, centred=True).plan(seen).mixing_CC
+    assert mixing[0].tolist() == pytest.approx([4 / 6, 1 / 6, 1 / 6], abs=1e-6)
+
+
+def test_two_clients_centred_are_opposites_and_keep_their_own() -> None:
+    seen = meta([1.0, 2.0])
+    assert Fellrec(centred=True).plan(seen).mixing_CC.tolist() == pytest.approx(torch.eye(2))
+
+
+def test_every_layer_has_its_own_similarities() -> None:
+    """Alike in the first projection, opposite in the second; A and B count together."""
+    theta = torch.tensor([[1.0, 0.0, 5.0, 1.0], [1.0, 0.0, -5.0, -1.0]], dtype=torch.float64)
+    blocks = {
+        "q.lora_A": slice(0, 1),
+        "q.lora_B": slice(1, 2),
+        "v.lora_A": slice(2, 3),
+        "v.lora_B": slice(3, 4),
+    }
+    layers = name_layers(blocks)
+    assert layers == {"q": slice(0, 2), "v": slice(2, 4)}
+    args = (1, ["a", "b"], [1.0, 1.0], [1, 1], theta, torch.zeros_like(theta))
+    method = Fellrec(alpha=1e6, per_layer=True)
+    assert method.compares_layers()
+    seen = describe(*args, method.compares(), tuple(blocks), layers=layers)
+    assert torch.equal(seen.gram["update"], describe(*args).gram["update"])
+    plan = method.plan(seen)
+    assert plan.blocks["q.lora_A"] is plan.blocks["q.lora_B"]
+    mixed = reduce(plan, theta, blocks)
+    assert mixed.tolist() == [[1.0, 0.0, 5.0, 1.0], [1.0, 0.0, -5.0, -1.0]]
+    assert plan.blocks["q.lora_A"].mixing_CC.tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    assert plan.own_weight_C.tolist() == [0.75, 0.75], "the record has the mean"
+
+
+def test_layers_and_overwriting_do_not_go_together() -> None:
+    with pytest.raises(FellrayError, match="in_place one order of overwriting"):
+        parse({"method": {"kind": "fellrec", "per_layer": True, "defects": ["in_place"]}}, "x")
+
+
+def test_without_layers_there_is_nothing_to_mix_by() -> None:
+    assert Fellrec(per_layer=True).plan(meta([])).mixing_CC.shape == (0, 0)
