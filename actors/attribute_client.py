@@ -19,19 +19,24 @@ from fellray.platform.attribute_model import Backbone, look_up
 from fellray.platform.click_data import SPLITS, TRAIN, ClickData
 from fellray.platform.click_score import ClickScore, score_users
 from fellray.platform.config import RunConfig
-from fellray.platform.fedpa import Fedpa
+from fellray.platform.fedpa import GROUP, Fedpa
 from fellray.platform.ledger import Ledger
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import LedgerRow, StaleLease, Update
 from fellray.platform.rounds import EVERYONE, Rounds
 
-PRIVATE, GROUPS, COMMON = "private.values", "group.values", "common.values"
-"""Tensors of a round: a client's own, a group's, everybody's."""
+PRIVATE, COMMON = "private.values", "common.values"
+"""Tensors of a round: a client's own, everybody's."""
 
 ROWS = 32768
 """At most so many rows side by side, where one client has no more."""
 LEAST = 16
 """Rows that a client is padded to at least."""
+
+
+def name_values(attribute: str) -> str:
+    """The tensor that the groups of an attribute own."""
+    return f"{GROUP}{attribute}.values"
 
 
 class AttributeClient:
@@ -214,7 +219,8 @@ class AttributeClient:
         for attribute, parts in layout.groups.items():
             of_clients = [self._groups[attribute][self._place[c]] for c in clients]
             names, at = np.unique(of_clients, return_inverse=True)
-            values = self._rounds.load(round, names.tolist(), [GROUPS])[GROUPS][at]
+            tensor = name_values(attribute)
+            values = self._rounds.load(round, names.tolist(), [tensor])[tensor][at]
             own |= unpack(parts, values)
             down += [values] if parts[0].rate else []
         if self._pulled[0] != round:
@@ -279,7 +285,7 @@ def _padded(rows: int) -> int:
 def _side_by_side(sizes_C: np.ndarray, batch: int | None) -> Iterator[np.ndarray]:
     """Places of clients who are padded to the same rows and take as many steps; few enough.
 
-    Clients without rows are left out.
+    Clients without rows are left out; who would be alone is there twice.
     """
     kinds: dict[tuple[int, int], list[int]] = {}
     for at, size in enumerate(sizes_C.tolist()):
@@ -289,4 +295,5 @@ def _side_by_side(sizes_C: np.ndarray, batch: int | None) -> Iterator[np.ndarray
     for (width, _), members in sorted(kinds.items()):
         most = max(1, ROWS // width)
         for begin in range(0, len(members), most):
-            yield np.array(members[begin : begin + most])
+            few = np.array(members[begin : begin + most])
+            yield few if len(few) > 1 else few.repeat(2)

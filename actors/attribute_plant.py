@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fellray.actors.attribute_client import COMMON, GROUPS, PRIVATE, AttributeClient
+from fellray.actors.attribute_client import COMMON, PRIVATE, AttributeClient, name_values
 from fellray.actors.client import deal
 from fellray.actors.pool import Demand, InlinePool, Pool, RayPool, Shared, check_places
 from fellray.platform.adaptation import Layout
@@ -116,8 +116,9 @@ class AttributePlant:
 
     def stage_start(self) -> list[Staged]:
         """Round 0: the start that all clients and groups share, written once."""
-        start = self._layout.start(self._config.seed, self._world.backbone)
-        tensors = {n: t[None] for n, t in zip((PRIVATE, GROUPS, COMMON), start, strict=True)}
+        private, groups, common = self._layout.start(self._config.seed, self._world.backbone)
+        tensors = {PRIVATE: private[None], COMMON: common[None]}
+        tensors |= {name_values(attribute): values[None] for attribute, values in groups.items()}
         return self._expect(0, [self._rounds.stage(0, "start", (EVERYONE,), tensors)])
 
     def fit(self, round: int, clients: Sequence[str]) -> Reports:
@@ -199,9 +200,10 @@ class AttributePlant:
         digest = hashlib.sha256(
             self._rounds.load(round, [EVERYONE], [COMMON])[COMMON].numpy().tobytes()
         )
-        groups = sorted({name for names in self._world.groups.values() for name in names})
-        if groups:
-            digest.update(self._rounds.load(round, groups, [GROUPS])[GROUPS].numpy().tobytes())
+        for attribute, names in self._world.groups.items():
+            tensor = name_values(attribute)
+            values = self._rounds.load(round, sorted(set(names)), [tensor])[tensor]
+            digest.update(values.numpy().tobytes())
         return digest.hexdigest()
 
     def close_ledger(self) -> list[LedgerRow]:
@@ -262,18 +264,16 @@ class AttributePlant:
     def _stage_groups(
         self, round: int, clients: Sequence[str], blocks: Mapping[str, slice], mixed_CP: Tensor
     ) -> list[Staged]:
-        owners: list[str] = []
-        copies: list[Tensor] = []
+        files = []
         for attribute, names in self._world.groups.items():
             if (columns := blocks.get(GROUP + attribute)) is None:
                 continue
             present = np.array([names[self._place[client]] for client in clients])
             found, first = np.unique(present, return_index=True)
-            owners += found.tolist()
-            copies.append(mixed_CP[first, columns])
-        if not owners:
-            return []
-        return [self._rounds.stage(round, "groups", owners, {GROUPS: torch.cat(copies)})]
+            tensors = {name_values(attribute): mixed_CP[first, columns]}
+            holder = f"groups-{len(files):03d}"
+            files.append(self._rounds.stage(round, holder, found.tolist(), tensors))
+        return files
 
     def _stage_common(
         self, round: int, blocks: Mapping[str, slice], mixed_P: Tensor

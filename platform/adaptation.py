@@ -7,10 +7,11 @@ each of its groups, and pi = softmax(ReLU(x G1) G2):
 
 Each client's part of a product is a product of its own, of a shape that follows from that client
 alone; sums over its rows are products as well. So whoever shares the batch never changes its bits.
-This file must not know who the clients are, nor what becomes of what they trained.
+A batch of one product would be taken otherwise than one of several, so there are always two clients
+or more. This file must not know who the clients are, nor what becomes of what they trained.
 
-Shapes: S clients side by side, B rows of each (a power of two), P numbers of one client, K groups
-of one client, r rank.
+Shapes: S clients side by side, at least 2, B rows of each (a power of two), P numbers of one
+client, K groups of one client, r rank.
 """
 
 import math
@@ -130,12 +131,13 @@ class Layout:
             "upload": sum(p.size for p in self.sent),
         }
 
-    def start(self, seed: int, backbone: Backbone) -> tuple[Tensor, Tensor, Tensor]:
-        """Where everybody begins: private [P], one group's adapter [Q], gates and output [R].
+    def start(self, seed: int, backbone: Backbone) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Where everybody begins: private [P], each attribute's adapter [Q], gates and output [R].
 
         As published the adapters are zeros and the gates random. Otherwise an adapter's A is
-        N(0, 1 / inputs), the same for all clients and groups, since a mean of different A would
-        shrink towards zero.
+        N(0, 1 / inputs), the same for all clients and all groups of an attribute, since a mean of
+        different A would shrink towards zero. A user's and those of different attributes differ:
+        alike, they would see one gradient, and what is sent would be what is private, bit for bit.
         """
         draw = torch.Generator().manual_seed(seed)
         published = self.method.as_published
@@ -161,7 +163,8 @@ class Layout:
 
         private = flat(self.private)
         private[: self.private[0].size] = 0.0
-        return private, private[self.private[0].size :].clone(), flat(self.common)
+        groups = {attribute: flat(parts) for attribute, parts in self.groups.items()}
+        return private, groups, flat(self.common)
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,7 @@ def score(
         own: part -> [S, ...].
     """
     clients, num_rows, _ = rows.items_SBI.shape
+    assert clients > 1, "who is alone is there twice"
     ones_SB1 = rows.items_SBI.new_ones(clients, num_rows, 1)
     user_S1U = rows.base_SU[:, None] + own["embedding"]
     x = torch.cat([torch.bmm(ones_SB1, user_S1U), rows.items_SBI], 2)
