@@ -264,7 +264,7 @@ class AttributePlant:
     def _stage_groups(
         self, round: int, clients: Sequence[str], blocks: Mapping[str, slice], mixed_CP: Tensor
     ) -> list[Staged]:
-        files = []
+        files: list[Staged] = []
         for attribute, names in self._world.groups.items():
             if (columns := blocks.get(GROUP + attribute)) is None:
                 continue
