@@ -17,7 +17,7 @@ from torch import Tensor
 from fellray.platform.adaptation import Layout, Rows, pack, score, train, unpack
 from fellray.platform.attribute_model import Backbone, look_up
 from fellray.platform.click_data import SPLITS, TRAIN, ClickData
-from fellray.platform.click_score import ClickScore, score_users
+from fellray.platform.click_score import ClickScore, pool_clicks, score_users
 from fellray.platform.config import RunConfig
 from fellray.platform.fedpa import GROUP, Fedpa
 from fellray.platform.ledger import Ledger
@@ -150,7 +150,8 @@ class AttributeClient:
         clients: Sequence[str],
         staged: Sequence[Staged] | None = None,
     ) -> dict[str, ClickScore]:
-        """Each client's score on its samples of a split.
+        """The score of all `clients` together on their samples of a split, under this actor's name:
+        what is told of clicks is told of no client alone, but where an actor has only one.
 
         Args:
             staged: the files of `round`, where it is not committed yet.
@@ -179,8 +180,7 @@ class AttributeClient:
                 batch.labels_SB[real_SB].numpy(),
             )
         owner_N = np.repeat(np.arange(len(clients)), size_C)
-        scores = score_users(logits, labels, owner_N, len(clients))
-        return dict(zip(clients, scores, strict=True))
+        return {self._holder: pool_clicks(score_users(logits, labels, owner_N, len(clients)))}
 
     def measure_adapters(self, round: int, clients: Sequence[str]) -> dict[str, float]:
         """The largest Frobenius norm of any of their adapter factors: `user.A`, `group.B` ..."""

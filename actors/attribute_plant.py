@@ -172,7 +172,7 @@ class AttributePlant:
         return tuple(self._world.clients[i] for i in self._sampler.sample(round))
 
     def evaluate(self, round: int, split: int) -> dict[str, ClickScore]:
-        """Each client's score at a round's state (split 1 validation, 2 test)."""
+        """Each actor's score of its clients at a round's state (split 1 validation, 2 test)."""
         at, files = self._pending
         answers = self._clients.map(
             "evaluate",
@@ -181,7 +181,7 @@ class AttributePlant:
             self._seated(self.learners),
             [files if at == round else None] * self._num_hosts,
         )
-        return {client: score for answer in answers for client, score in answer.items()}
+        return {actor: score for answer in answers for actor, score in answer.items()}
 
     def validate(self, round: int) -> dict[str, ClickScore] | None:
         """Validation scores, in the rounds that are due."""

@@ -55,7 +55,8 @@ class Outcome:
 
     staged: Sequence[Staged]
     validation: Mapping[str, Score] | Mapping[str, ClickScore] | None
-    """Client -> scores; None in a round that is not validated."""
+    """Client -> scores, on attributes actor -> its clients' score; None in a round that is not
+    validated."""
     reports: Reports | None = None
     """None in round 0, the start."""
     plan: Plan | None = None
@@ -123,7 +124,7 @@ class Run:
         """
         now = time.monotonic()
         row = {"round": round, "seconds": round_seconds(now - self._clock)}
-        row |= _describe(outcome, self.config.evaluation.select.removeprefix("worst_")) | {
+        row |= _describe(outcome) | {
             "bytes": sum(entry.bytes for entry in ledger),
             "bytes_by_kind": total(ledger),
             "events": [*self.events, *events],
@@ -245,12 +246,8 @@ def _read_json(storage: Storage, name: str) -> dict[str, Any]:
     return tree
 
 
-def _describe(outcome: Outcome, metric: str) -> dict[str, Any]:
-    """A round as a row: losses and weights of its learners, validation of its clients.
-
-    Args:
-        metric: the one that is told of each client.
-    """
+def _describe(outcome: Outcome) -> dict[str, Any]:
+    """A round as a row: losses and weights of its learners, validation of its clients."""
     row: dict[str, Any] = {}
     reports, plan = outcome.reports, outcome.plan
     if reports and plan:
@@ -267,11 +264,10 @@ def _describe(outcome: Outcome, metric: str) -> dict[str, Any]:
         for name, values in {"own_weight": plan.own_weight_C, **plan.notes}.items():
             row[name] = dict(zip(reports.meta.clients, values.tolist(), strict=True))
     if outcome.validation is not None:
-        means = {c: s.means() for c, s in outcome.validation.items()}
-        scored = {c: m[metric] for c, m in means.items() if metric in m}
         row["validation"] = pool(outcome.validation)
-        row["validation_per_client"] = scored
-        if metric == BALANCED:  # a client's few clicks make no AUC that could be the worst
+        if ranked := {c: s for c, s in outcome.validation.items() if isinstance(s, Score)}:
+            scored = {c: s.means()[BALANCED] for c, s in ranked.items() if s.users}
+            row["validation_per_client"] = scored
             row["worst_ndcg@10"] = min(scored.values(), default=0.0)
     return row
 
