@@ -65,9 +65,14 @@ def survey(config: RunConfig, own: Own | None = None) -> World:
         own: what a run that exists was trained with; otherwise `clients.own` is read.
 
     Raises:
-        FellrayError: the data is not prepared, was prepared with another encoder, the cut does not
-            fit the model, or as `read_own` and `check_cuts`.
+        FellrayError: the run is on attributes, the data is not prepared, was prepared with another
+            encoder, the cut does not fit the model, or as `read_own` and `check_cuts`.
     """
+    if config.attributes is not None:
+        raise FellrayError(
+            f"{config.name}: is on attributes, not on a language model: `fellray prepare`, `train` "
+            "and `runs` know it, the other commands do not"
+        )
     data = Dataset(config.data.path)
     backbone = load_backbone(config.model.name)
     plan_cut(backbone, config.model)

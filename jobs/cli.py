@@ -90,6 +90,12 @@ def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
     loaded = load(config, overrides or [])
     with interruptible("nothing was written"):
         manifest = run(loaded)
+    if loaded.attributes is not None:
+        from fellray.jobs.attributes import show_prepared
+
+        show_prepared(loaded, manifest)
+        tell(f"Next: {command('train', config, overrides)}")
+        return
     counts = manifest["counts"]
     table = Table("client", "users", "train", "valid", "test", title=str(loaded.data.path))
     for name, entry in list(manifest["clients"].items())[:SHOWN_CLIENTS]:
@@ -129,6 +135,11 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     loaded = load(config, overrides or [])
     with interruptible("the same command goes on after the last round that was printed"):
         summary = run(loaded)
+    if loaded.attributes is not None:
+        from fellray.jobs.attributes import show_attributes
+
+        show_attributes(summary)
+        return
     show_summary(summary)
     if summary["privacy"]["mechanism"] != "none":
         tell(f"Privacy: {summary['privacy']['statement']}")

@@ -59,7 +59,7 @@ class Display:
         console.print(
             f"[bold]{config.name}[/]: {config.method.kind}, seed {config.seed}, "
             f"{last} rounds{resumed}\neverything goes to {self._folder}\n"
-            "[dim]round 0 is the untrained start; NDCG@10 and the worst client's: validation[/]"
+            f"[dim]round 0 is the untrained start; {_measured(config)}: validation[/]"
         )
         self.warn(self._found)
         return self
@@ -83,14 +83,21 @@ class Display:
         self._progress.update(self._task, description=f"{self._config.name}: {doing}")
 
 
+def _measured(config: RunConfig) -> str:
+    ranking = config.attributes is None
+    return "NDCG@10 and the worst client's" if ranking else "AUC of all samples, AUC of users"
+
+
 def _parts(row: Mapping[str, Any]) -> list[str]:
     """Short enough for a terminal of 80 columns."""
     parts = [f"round {row['round']:>2}"]
     if row.get("loss") is not None:
         parts.append(f"loss {row['loss']:.4f}")
-    if "validation" in row:
+    if "worst_ndcg@10" in row:
         parts.append(f"NDCG@10 {row['validation'].get('ndcg@10', 0.0):.4f}")
         parts.append(f"worst {row['worst_ndcg@10']:.4f}")
+    elif "validation" in row:
+        parts += [f"{n.upper()} {row['validation'].get(n, 0.0):.4f}" for n in ("auc", "gauc")]
     if (privacy := row.get("privacy", {})).get("epsilon") is not None:
         parts.append(f"epsilon {privacy['epsilon']:.2f} at delta {privacy['delta']:g}")
     parts.append(f"{row['bytes'] / 1e6:.0f} MB")

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
+from fellray.jobs.attributes import prepare_attributes
 from fellray.platform import config as configs
 from fellray.platform import shards
 from fellray.platform.config import RunConfig
@@ -18,6 +19,8 @@ from fellray.platform.split import cut_model
 
 def prepare(config: RunConfig) -> dict[str, Any]:
     """Write the folder `data.path` and return its manifest."""
+    if config.attributes is not None:
+        return prepare_attributes(config)
     interactions = read(config.data)
     splits = split(interactions, config.data.split)
     clients = partition(

@@ -3,21 +3,20 @@
 import sys
 from typing import Any
 
-from fellray.actors.client import deal
+from fellray.actors.attribute_plant import AttributePlant
 from fellray.actors.plant import Plant
-from fellray.actors.session import connect
 from fellray.actors.telemetry import RunTelemetry
-from fellray.actors.world import survey
+from fellray.jobs.attributes import train_attributes
 from fellray.jobs.display import Display
 from fellray.jobs.finish import exit_status, finish
-from fellray.jobs.plan import settle
+from fellray.jobs.opening import open_plant
 from fellray.platform import config as configs
 from fellray.platform.aggregation import reduce
 from fellray.platform.config import RunConfig
-from fellray.platform.run import Outcome, open_run
+from fellray.platform.run import Outcome, Run
 
 
-def one_round(plant: Plant, t: int, config: RunConfig) -> Outcome:
+def one_round(plant: Plant | AttributePlant, t: int, config: RunConfig) -> Outcome:
     """A pure function of the committed state of round t - 1."""
     if t == 0:
         return Outcome(plant.stage_start(), plant.validate(0))
@@ -27,33 +26,28 @@ def one_round(plant: Plant, t: int, config: RunConfig) -> Outcome:
     return Outcome(plant.install(reports, plan, mixed), plant.validate(t), reports, plan)
 
 
+def play(run: Run, plant: Plant | AttributePlant, display: Display) -> None:
+    """Round after round, each committed before the next begins."""
+    telemetry = RunTelemetry(run.config)
+    for t in run.spending.affordable(run.to_go(), plant.sample):
+        outcome = plant.replayed(one_round, t, run.config)
+        row = run.commit(t, outcome, plant.close_ledger(), plant.take_events())
+        display.show(row)
+        telemetry.show(row)
+
+
 def train(config: RunConfig) -> dict[str, Any]:
     """Train until the last round, from wherever an earlier try was interrupted; the summary."""
-    world = survey(config)
-    config = settle(config, world)
-    with (
-        open_run(config, world.data_sha256) as run,
-        connect(config, len(deal(list(world.seats), config.clients.together))),
-        Plant.on_ray(config, world, run.rounds) as plant,
-        Display(config, str(run.storage), run.to_go(), run.events) as display,
-    ):
-        telemetry = RunTelemetry(config)
-        if (t := run.without_row()) is not None:  # another run's state, on this one's data
-            scores = plant.replayed(Plant.evaluate, t, 1, config.evaluation.max_users)
-            outcome = Outcome((), scores)
-            display.show(run.record(t, outcome, plant.close_ledger(), plant.take_events()))
-        for t in run.spending.affordable(run.to_go(), plant.sample):
-            outcome = plant.replayed(one_round, t, config)
-            row = run.commit(t, outcome, plant.close_ledger(), plant.take_events())
-            display.show(row)
-            telemetry.show(row)
+    if config.attributes is not None:
+        return train_attributes(config, play)
+    with open_plant(config) as (run, plant, world, display):
+        play(run, plant, display)
         return finish(run, plant, world, display)
 
 
 def main() -> int:
     """`python jobs/train.py CONFIG [key=value ...]`, also under `ray job submit`."""
-    path, *overrides = sys.argv[1:]
-    return exit_status(train(configs.load(path, overrides)))
+    return exit_status(train(configs.load(sys.argv[1], sys.argv[2:])))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ from pydantic import (
     model_validator,
 )
 
+from fellray.platform.attributes import AttributeConfig
 from fellray.platform.errors import FellrayError
+from fellray.platform.fedpa import Fedpa
 from fellray.platform.fellrec import Fellrec
 from fellray.platform.methods import AnyMethod
 
@@ -343,8 +345,9 @@ class EvaluationConfig(Config):
 
     every: int = Field(default=1, ge=1)
     """Validate after every this many rounds (and after the last)."""
-    select: Literal["ndcg@10", "worst_ndcg@10"] = "ndcg@10"
-    """The best round: highest pooled validation NDCG@10, or highest of the worst client."""
+    select: Literal["ndcg@10", "worst_ndcg@10", "auc", "gauc"] = "ndcg@10"
+    """The best round: highest pooled validation NDCG@10, or highest of the worst client; of a run
+    on attributes the highest AUC of all samples (`auc`), or of users, averaged (`gauc`)."""
     clients: int | None = Field(default=None, ge=1)
     """Evaluate (and export) at most this many clients, a seeded sample, the same in every round."""
     max_users: int | None = Field(default=None, ge=1)
@@ -417,6 +420,8 @@ class RunConfig(Config):
     """How many committed rounds stay on storage besides the best one."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
+    attributes: AttributeConfig | None = None
+    """Instead of `model`: attribute embeddings and an MLP, which `method.kind=fedpa` adapts."""
     method: Annotated[AnyMethod, _kind("fellrec")] = Field(default=Fellrec())
     train: TrainConfig = TrainConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -455,6 +460,38 @@ class RunConfig(Config):
                 "undo the privacy of the update; set privacy.loss_clip and privacy.loss_sigma to "
                 "send it noised, or take a method without losses, method.kind=fedavg"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _backbone_and_method(self) -> Self:
+        of_clicks = self.evaluation.select in ("auc", "gauc")
+        if self.attributes is None:
+            if isinstance(self.method, Fedpa):
+                raise ValueError("method.kind=fedpa needs the section attributes (jobs/fedpa.yaml)")
+            if of_clicks:
+                raise ValueError(f"evaluation.select={self.evaluation.select} is for attributes")
+            return self
+        if not isinstance(self.method, Fedpa):
+            raise ValueError(f"a run on attributes takes method.kind=fedpa, not {self.method.kind}")
+        if not of_clicks:
+            raise ValueError(
+                "a run on attributes is chosen by evaluation.select=auc or gauc, not "
+                f"{self.evaluation.select}"
+            )
+        if strangers := sorted(set(self.method.groups) - set(self.attributes.users)):
+            raise ValueError(
+                f"method.groups names {strangers[0]!r}, which attributes.users does not have"
+            )
+        given = {
+            "clients.own": self.clients.own is not None,
+            "clients.per_actor=auto": self.clients.per_actor == "auto",
+            "sampling.deadline_s": self.sampling.deadline_s is not None,
+            "sampling.over_select": self.sampling.over_select > 1,
+            "train.share": self.train.share != "all",
+            "train.moments=keep": self.train.moments == "keep",
+        }
+        if unfit := [name for name, is_given in given.items() if is_given]:
+            raise ValueError(f"a run on attributes has no {unfit[0]}: leave it out")
         return self
 
 

@@ -20,6 +20,7 @@ from fellray.platform.errors import FellrayError
 from fellray.platform.fedamp import FedAmp
 from fellray.platform.fedex_lora import FedExLoraBounded
 from fellray.platform.fedopt import FedOpt
+from fellray.platform.fedpa import Fedpa
 from fellray.platform.fedprox import FedProx
 from fellray.platform.fedsa_lora import FedSaLora
 from fellray.platform.fellrec import Fellrec
@@ -168,6 +169,7 @@ AnyMethod = Annotated[
     | FedSaLora
     | FedExLoraBounded
     | Shrinkage
+    | Fedpa
     | Local
     | Central
     | FromFile,

@@ -27,6 +27,7 @@ from fellray.platform import config as configs
 from fellray.platform.accountant import Spending, open_account
 from fellray.platform.adapters import state_names
 from fellray.platform.aggregation import Plan, Reports
+from fellray.platform.click_score import ClickScore
 from fellray.platform.config import NoPrivacy, RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.journal import Journal
@@ -56,8 +57,9 @@ class Outcome:
     """What a round came to, before it is committed."""
 
     staged: Sequence[Staged]
-    validation: Mapping[str, Score] | None
-    """Client -> scores; None in a round that is not validated."""
+    validation: Mapping[str, Score] | Mapping[str, ClickScore] | None
+    """Client -> scores, on attributes actor -> its clients' score; None in a round that is not
+    validated."""
     reports: Reports | None = None
     """None in round 0, the start."""
     plan: Plan | None = None
@@ -279,10 +281,11 @@ def _describe(outcome: Outcome) -> dict[str, Any]:
         for name, values in {"own_weight": plan.own_weight_C, **plan.notes}.items():
             row[name] = dict(zip(reports.meta.clients, values.tolist(), strict=True))
     if outcome.validation is not None:
-        scored = {c: s.means()[BALANCED] for c, s in outcome.validation.items() if s.users}
         row["validation"] = pool(outcome.validation)
-        row["validation_per_client"] = scored
-        row["worst_ndcg@10"] = min(scored.values(), default=0.0)
+        if ranked := {c: s for c, s in outcome.validation.items() if isinstance(s, Score)}:
+            scored = {c: s.means()[BALANCED] for c, s in ranked.items() if s.users}
+            row["validation_per_client"] = scored
+            row["worst_ndcg@10"] = min(scored.values(), default=0.0)
     return row
 
 
@@ -313,8 +316,11 @@ def _list_run(folder: Storage) -> list[str]:
             return [*row, "", "", "", "running"]
         summary = _read_json(folder, "summary.json") if folder.exists("summary.json") else {}
         if summary and (done >= wanted or _ran_out(summary)):
-            test, worst = summary["test"][BALANCED], summary["balance"]["min"]
-            return [*row, str(summary["best_round"]), f"{test:.4f}", f"{worst:.4f}", "finished"]
+            test = summary["test"]
+            told = [f"AUC {test['auc']:.4f}", ""]
+            if BALANCED in test:
+                told = [f"{test[BALANCED]:.4f}", f"{summary['balance']['min']:.4f}"]
+            return [*row, str(summary["best_round"]), *told, "finished"]
     except (FellrayError, KeyError, TypeError):
         return [""] * 6 + ["damaged"]
     return [*row, "", "", "", "interrupted" if latest is not None else "empty"]
@@ -369,12 +375,14 @@ def _hash_shared(run: Run, round: int) -> str | None:
     return hashlib.sha256(values_P.numpy().tobytes()).hexdigest()
 
 
-def pool(scores: Mapping[str, Score]) -> dict[str, float]:
+def pool(scores: Mapping[str, Score] | Mapping[str, ClickScore]) -> dict[str, float]:
     """Metrics over all users of all clients; clients are added in the order of their ids."""
     first, *others = [scores[client] for client in sorted(scores)]
+    summed: Any = first  # all are of one kind
     for other in others:
-        first = first + other
-    return first.means()
+        summed = summed + other
+    means: dict[str, float] = summed.means()
+    return means
 
 
 def environment() -> dict[str, Any]:

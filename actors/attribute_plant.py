@@ -1,0 +1,334 @@
+"""The plant of a run on attributes: client actors, and no server, for nothing is behind a cut.
+
+To the driver it has the verbs of `Plant`. Clients put down what is private, the driver what is a
+group's or everybody's. It does not know how updates are mixed.
+
+Shapes: C clients, P sent numbers of one client.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fellray.actors.attribute_client import COMMON, PRIVATE, AttributeClient, name_values
+from fellray.actors.client import deal
+from fellray.actors.pool import Demand, InlinePool, Pool, RayPool, Shared, check_places
+from fellray.platform.adaptation import Layout
+from fellray.platform.aggregation import Plan, Reports, describe
+from fellray.platform.attribute_model import Backbone
+from fellray.platform.click_data import VALID, ClickData
+from fellray.platform.click_score import ClickScore
+from fellray.platform.config import RunConfig
+from fellray.platform.errors import FellrayError
+from fellray.platform.faults import Stop, decide
+from fellray.platform.fedpa import GROUP, Fedpa, group_clients
+from fellray.platform.manifest import Staged
+from fellray.platform.messages import Damaged, LedgerRow, StaleLease
+from fellray.platform.rounds import EVERYONE, Rounds
+from fellray.platform.sampling import Sampler
+
+Answer = TypeVar("Answer")
+
+
+class AttributeWorld:
+    """A run's fixed surroundings: prepared data, the frozen backbone, who is in which group."""
+
+    def __init__(self, config: RunConfig):
+        """Raises: FellrayError: the data is not prepared, was prepared with other attributes, a
+        gate does not fit the layers, or no group has enough members."""
+        assert isinstance(config.method, Fedpa)
+        assert config.attributes is not None
+        data = ClickData(config.data.path)
+        self.clients = data.clients
+        self.backbone = data.backbone()
+        self.manifest = data.manifest
+        self.data_sha256 = data.sha256
+        self.sizes = data.sizes()
+        made_with = data.manifest["attributes"]
+        wanted = config.attributes.model_dump(mode="json")
+        if changed := sorted(
+            k for k in wanted if k != "baseline" and made_with.get(k) != wanted[k]
+        ):
+            raise FellrayError(
+                f"{config.data.path}: was prepared with another attributes.{changed[0]}: run "
+                "`fellray prepare` again"
+            )
+        self.layout = Layout(self.backbone.shape, config.method)
+        least = config.method.min_group_size
+        if config.method.groups and len(self.clients) < least:
+            raise FellrayError(
+                f"method.min_group_size is {least}, but there are {len(self.clients)} clients: no "
+                "group can have as many members; lower it"
+            )
+        codes, values = data.users(), {}
+        for at, feature in enumerate(data.user_features):
+            if feature.name in config.method.groups:
+                values[feature.name] = [feature.values[c] for c in codes[:, at].tolist()]
+        self.groups = group_clients({g: values[g] for g in config.method.groups}, least)
+        """Attribute -> the group of each client."""
+
+
+class AttributePlant:
+    """Holders of adapters, as one. Make it with `on_ray` or `inline`."""
+
+    def __init__(self, config: RunConfig, world: AttributeWorld, rounds: Rounds, clients: Pool):
+        self._config, self._world, self._rounds, self._clients = config, world, rounds, clients
+        self._layout = world.layout
+        hosts = deal(world.clients, config.clients.together)
+        self._num_hosts = len(hosts)
+        self._host = {client: i for i, host in enumerate(hosts) for client in host}
+        self._place = {client: i for i, client in enumerate(world.clients)}
+        self._sampler = Sampler(config.sampling, config.seed, world.clients, world.sizes)
+        self.learners = _choose(world.clients, config.evaluation.clients)
+        """Those who are evaluated, sorted."""
+        self._pending: tuple[int, tuple[Staged, ...]] = (-1, ())
+        self._events: list[str] = []
+
+    @classmethod
+    def inline(cls, config: RunConfig, world: AttributeWorld, rounds: Rounds) -> Self:
+        """Everything in this process: for tests and debugging; the same numbers."""
+        args = _client_args(config, world, rounds, lambda name, value: value)
+        return cls(config, world, rounds, InlinePool(AttributeClient, args))
+
+    @classmethod
+    def on_ray(cls, config: RunConfig, world: AttributeWorld, rounds: Rounds) -> Self:
+        """Real actors on the Ray that this process is connected to.
+
+        Raises:
+            FellrayError: not all actors find a place.
+        """
+        events: list[str] = []
+        share, wait_s = config.clients.gpu_denominator, config.cluster.wait_for_nodes_s
+        args = _client_args(config, world, rounds, Shared)
+        demand = Demand("client", len(args), config.clients.cpus, 1 / share if share else 0.0)
+        if not wait_s:
+            check_places([demand])
+        pool = RayPool(AttributeClient, args, demand, events.append, wait_s)
+        plant = cls(config, world, rounds, pool)
+        plant._events = events
+        return plant
+
+    def stage_start(self) -> list[Staged]:
+        """Round 0: the start that all clients and groups share, written once."""
+        private, groups, common = self._layout.start(self._config.seed, self._world.backbone)
+        tensors = {PRIVATE: private[None], COMMON: common[None]}
+        tensors |= {name_values(attribute): values[None] for attribute, values in groups.items()}
+        return self._expect(0, [self._rounds.stage(0, "start", (EVERYONE,), tensors)])
+
+    def fit(self, round: int, clients: Sequence[str]) -> Reports:
+        """Local training of those who take part, and what they report."""
+        began = time.perf_counter()
+        updates = self._clients.map("fit", [round] * self._num_hosts, self._seated(clients))
+        learners = [c for update in updates for c in update.clients]
+        theta = torch.from_numpy(np.concatenate([update.theta_SP for update in updates]))
+        refused = {c: why for update in updates for c, why in update.refused.items()}
+        self._events += [f"round {round}: {c} refused: {why}" for c, why in sorted(refused.items())]
+        losses = {c: loss for u in updates for c, loss in zip(u.clients, u.losses, strict=True)}
+        samples = {c: n for u in updates for c, n in zip(u.clients, u.samples, strict=True)}
+        accepted = [c for c in learners if c not in refused]
+        if refused:
+            theta = theta[[i for i, c in enumerate(learners) if c not in refused]]
+        blocks = self._layout.blocks()
+        meta = describe(
+            round,
+            accepted,
+            [losses[c] for c in accepted],
+            [samples[c] for c in accepted],
+            theta,
+            theta,
+            (),
+            tuple(blocks),
+            self._number_groups(accepted),
+        )
+        seconds, counted = time.perf_counter() - began, sum(samples.values())
+        return Reports(meta, theta, refused, losses, counted, seconds, (), blocks)
+
+    def install(self, reports: Reports, plan: Plan, mixed_CP: Tensor) -> list[Staged]:
+        """Put down every group's copy and everybody's; clients put down what is their own.
+
+        All members of a group have one row of the mixture, and so have all clients of a block that
+        is everybody's: the first one's is taken. A group none of whose members took part keeps what
+        it has.
+
+        Raises:
+            StaleLease: an actor lost what it trained: see `replayed`.
+        """
+        round, accepted = reports.meta.round, reports.meta.clients
+        asked = self._clients.ask("install", [round] * self._num_hosts, self._seated(accepted))
+        files: list[Staged] = []
+        if accepted:
+            files += self._stage_groups(round, accepted, reports.blocks, mixed_CP)
+            files += self._stage_common(round, reports.blocks, mixed_CP[0])
+        return self._expect(round, [*files, *(one for few in asked() for one in few)])
+
+    def sample(self, round: int) -> tuple[str, ...]:
+        """Who is asked in a round."""
+        return tuple(self._world.clients[i] for i in self._sampler.sample(round))
+
+    def evaluate(self, round: int, split: int) -> dict[str, ClickScore]:
+        """Each actor's score of its clients at a round's state (split 1 validation, 2 test)."""
+        at, files = self._pending
+        answers = self._clients.map(
+            "evaluate",
+            [round] * self._num_hosts,
+            [split] * self._num_hosts,
+            self._seated(self.learners),
+            [files if at == round else None] * self._num_hosts,
+        )
+        return {actor: score for answer in answers for actor, score in answer.items()}
+
+    def validate(self, round: int) -> dict[str, ClickScore] | None:
+        """Validation scores, in the rounds that are due."""
+        rule, last = self._config.evaluation, self._config.train.rounds
+        return self.evaluate(round, VALID) if round % rule.every == 0 or round == last else None
+
+    def measure_adapters(self, round: int) -> dict[str, float]:
+        """The largest norm of any client's adapter factors, by `user.A` and the like."""
+        told = self._clients.map(
+            "measure_adapters", [round] * self._num_hosts, self._seated(self.learners)
+        )
+        return {name: max(norms[name] for norms in told) for name in told[0]}
+
+    def hash_shared(self, round: int) -> str:
+        """SHA-256 over everybody's and all groups' copies at a round."""
+        digest = hashlib.sha256(
+            self._rounds.load(round, [EVERYONE], [COMMON])[COMMON].numpy().tobytes()
+        )
+        for attribute, names in self._world.groups.items():
+            tensor = name_values(attribute)
+            values = self._rounds.load(round, sorted(set(names)), [tensor])[tensor]
+            digest.update(values.numpy().tobytes())
+        return digest.hexdigest()
+
+    def close_ledger(self) -> list[LedgerRow]:
+        """What all clients exchanged since the last call, by client and kind."""
+        rows = [row for answer in self._clients.map("close_ledger") for row in answer]
+        return sorted(rows, key=lambda row: (row.client, row.kind))
+
+    def take_events(self) -> list[str]:
+        """What was lost, begun again or refused since the last call, in words."""
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def replayed(self, work: Callable[..., Answer], *args: Any) -> Answer:
+        """As `Plant.replayed`: a round in which an actor was lost, or a page is damaged, again.
+
+        Raises:
+            FellrayError: it was lost too often, or what is damaged cannot be replaced.
+        """
+        tries = 1
+        while True:
+            mended: list[str] = []
+            try:
+                return work(self, *args)
+            except StaleLease as lost:
+                reason = str(lost)
+            except Damaged as damage:
+                reason = str(damage)
+                mended = self._rounds.mend(damage)
+            self._events += mended
+            if not mended:
+                decision = decide(tries, False, reason)
+                if isinstance(decision, Stop):
+                    raise FellrayError(f"{decision.reason}; `fellray train` resumes the run")
+                self._events.append(f"the round was begun again: {reason}")
+                time.sleep(decision.pause_s)
+                tries += 1
+            self._clients.map("forget")
+            self._pending = (-1, ())
+
+    def close(self) -> None:
+        """End all actors."""
+        self._clients.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _number_groups(self, clients: Sequence[str]) -> dict[str, Tensor]:
+        places = [self._place[client] for client in clients]
+        return {
+            attribute: torch.from_numpy(np.unique(names, return_inverse=True)[1][places])
+            for attribute, names in self._world.groups.items()
+        }
+
+    def _stage_groups(
+        self, round: int, clients: Sequence[str], blocks: Mapping[str, slice], mixed_CP: Tensor
+    ) -> list[Staged]:
+        files: list[Staged] = []
+        for attribute, names in self._world.groups.items():
+            if (columns := blocks.get(GROUP + attribute)) is None:
+                continue
+            present = np.array([names[self._place[client]] for client in clients])
+            found, first = np.unique(present, return_index=True)
+            tensors = {name_values(attribute): mixed_CP[first, columns]}
+            holder = f"groups-{len(files):03d}"
+            files.append(self._rounds.stage(round, holder, found.tolist(), tensors))
+        return files
+
+    def _stage_common(
+        self, round: int, blocks: Mapping[str, slice], mixed_P: Tensor
+    ) -> list[Staged]:
+        if not blocks.keys() & {"gate", "output"}:
+            return []
+        common = self._rounds.load(round - 1, [EVERYONE], [COMMON])[COMMON].clone()
+        output = self._layout.common[-1].size
+        for name, part in (("gate", common[0, :-output]), ("output", common[0, -output:])):
+            if name in blocks:
+                part.copy_(mixed_P[blocks[name]])
+        return [self._rounds.stage(round, "everyone", (EVERYONE,), {COMMON: common})]
+
+    def _expect(self, round: int, staged: list[Staged]) -> list[Staged]:
+        self._pending = (round, tuple(staged))
+        self._rounds.expect(round, staged)
+        return staged
+
+    def _seated(self, clients: Sequence[str]) -> list[tuple[str, ...]]:
+        """Who of them sits in which actor."""
+        seated: list[list[str]] = [[] for _ in range(self._num_hosts)]
+        for client in clients:
+            seated[self._host[client]].append(client)
+        return [tuple(here) for here in seated]
+
+
+def _choose(clients: tuple[str, ...], count: int | None) -> tuple[str, ...]:
+    """A sample that depends on the roster alone."""
+    if count is None or count >= len(clients):
+        return clients
+    chosen = np.random.default_rng(0).choice(len(clients), count, replace=False)
+    return tuple(clients[i] for i in sorted(chosen.tolist()))
+
+
+def _client_args(
+    config: RunConfig,
+    world: AttributeWorld,
+    rounds: Rounds,
+    share: Callable[[str, Any], Any],
+) -> list[tuple[Any, ...]]:
+    """Constructor arguments of every client actor; the frozen backbone is shared once per node."""
+    # workers may stand in another folder than the driver
+    here = config.data.model_copy(update={"path": config.data.path.absolute()})
+    config = config.model_copy(update={"data": here})
+    shared: Backbone = share(f"backbone {world.data_sha256}", world.backbone)
+    bounds = [0, *np.cumsum([len(h) for h in deal(world.clients, config.clients.together)])]
+    return [
+        (
+            config,
+            i,
+            int(first),
+            int(last),
+            shared,
+            {a: names[first:last] for a, names in world.groups.items()},
+            rounds,
+        )
+        for i, (first, last) in enumerate(pairwise(bounds))
+    ]
