@@ -7,6 +7,7 @@ It does not know how updates are mixed, or what Ray is.
 Shapes: C clients asked, S of them side by side, B rows of each, P numbers of one client.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -18,11 +19,12 @@ from fellray.platform.adaptation import Layout, Rows, pack, score, train, unpack
 from fellray.platform.attribute_model import Backbone, look_up
 from fellray.platform.click_data import SPLITS, TRAIN, ClickData
 from fellray.platform.click_score import ClickScore, pool_clicks, score_users
-from fellray.platform.config import RunConfig
+from fellray.platform.config import NoPrivacy, RunConfig
 from fellray.platform.fedpa import GROUP, Fedpa
 from fellray.platform.ledger import Ledger
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import LedgerRow, StaleLease, Update
+from fellray.platform.privacy import find_key, privatise_round
 from fellray.platform.rounds import EVERYONE, Rounds
 
 PRIVATE, COMMON = "private.values", "common.values"
@@ -80,6 +82,7 @@ class AttributeClient:
         # by time, so that each split of a client is one stretch
         self._begins = found["ends"] - sizes + self._sizes.cumsum(0) - self._sizes
         self._ledger = Ledger()
+        self._key = find_key(config)
         self._pulled: tuple[int, set[str]] = (-1, set())
         self._trained: tuple[int, dict[str, int], Tensor] = (-1, {}, torch.empty(0, 0))
         """Round, row of each client, and what their private blocks have become."""
@@ -98,11 +101,11 @@ class AttributeClient:
             here = {name: values[at] for name, values in own.items()}
             few = [clients[i] for i in at.tolist()]
             steps = self._steps(round, few, begin_C[at], size_C[at])
-            after, told = train(layout, self._backbone.layers, here, steps, factor)
+            after, summed = train(layout, self._backbone.layers, here, steps, factor)
             private[at] = pack(layout.private, after)
             sent[at] = pack(layout.sent, after)
             samples[at] = torch.from_numpy(size_C[at]).double() * self._method.epochs
-            losses[at] = told / samples[at]
+            losses[at] = summed / samples[at]
         finite_C = private.isfinite().all(1) & sent.isfinite().all(1) & losses.isfinite()
         refused = {
             client: "its round brought a NaN or an infinity"
@@ -110,15 +113,22 @@ class AttributeClient:
             if not finite
         }
         self._trained = (round, {client: i for i, client in enumerate(clients)}, private)
-        for client, values, loss in zip(clients, sent.numpy(), losses.numpy(), strict=True):
+        told, stage = losses.tolist(), self._config.privacy
+        if not isinstance(stage, NoPrivacy):
+            start = pack(layout.sent, own)
+            sent, told = privatise_round(
+                start, sent, told, stage, self._key, round, clients, refused
+            )
+        for client, values, loss in zip(clients, sent.numpy(), told, strict=True):
             if values.size:
                 self._ledger.enter(client, "adapter_up", values)
-            self._ledger.enter(client, "loss", np.array(loss))
+            if isinstance(stage, NoPrivacy) or not math.isnan(loss):  # a NaN is not sent
+                self._ledger.enter(client, "loss", np.array(loss))
         return Update(
             (),
             tuple(clients),
             sent.numpy(),
-            tuple(losses.tolist()),
+            tuple(told),
             tuple(int(n) for n in samples.tolist()),
             (time.perf_counter() - began,) * len(clients),
             refused,

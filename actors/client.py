@@ -38,7 +38,7 @@ from fellray.platform.messages import (
 )
 from fellray.platform.metrics import Evaluator, Score
 from fellray.platform.own import ALIKE, Own
-from fellray.platform.privacy import find_key, privatise, privatise_losses
+from fellray.platform.privacy import find_key, privatise_round
 from fellray.platform.reader import Batch, Reader
 from fellray.platform.retrieval import Scorer, mean_losses
 from fellray.platform.rounds import Rounds
@@ -164,14 +164,18 @@ class Client:
             for learner, loss, finite in zip(clients, losses, usable, strict=True)
             if (reason := _refuse(loss, finite))
         }
-        plain = isinstance(self._config.privacy, NoPrivacy)
-        sent, losses = self._make_private(round, clients, whole, losses, refused)
+        sent, stage = whole, self._config.privacy
+        if not isinstance(stage, NoPrivacy) and clients:
+            start = torch.stack([self._started.pop(c) for c in clients])
+            sent, losses = privatise_round(
+                start, whole, losses, stage, self._key, round, clients, refused
+            )
         sent = sent if share else sent[:, :0]
         if share and self._sent is not None:
             sent = sent[:, self._sent]
         for learner, values, loss in zip(clients, sent, losses, strict=True):
             self._ledger.enter(learner, "adapter_up", values.numpy())
-            if plain or not math.isnan(loss):  # a NaN is a loss that is not sent
+            if isinstance(stage, NoPrivacy) or not math.isnan(loss):  # a NaN is not sent
                 self._ledger.enter(learner, "loss", np.array(loss))
         return Update(
             tuple(sorted(lives)),
@@ -289,33 +293,6 @@ class Client:
         weighted, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
         losses: list[float] = (weighted / rows).tolist()
         return lease, losses, [int(n) for n in rows.tolist()]
-
-    def _make_private(
-        self,
-        round: int,
-        clients: Sequence[str],
-        whole_SP: Tensor,
-        losses: list[float],
-        refused: Mapping[str, str],
-    ) -> tuple[Tensor, list[float]]:
-        """What is sent of the clients' values and losses: all, where no stage is set.
-
-        Of who is refused nothing but the start is.
-        """
-        stage = self._config.privacy
-        if isinstance(stage, NoPrivacy):
-            return whole_SP, losses
-        start_SP = torch.stack([self._started.pop(c) for c in clients]) if clients else whole_SP
-        sent_SP = start_SP.clone()
-        rows = [i for i, client in enumerate(clients) if client not in refused]
-        names = [clients[i] for i in rows]
-        delta_SP = whole_SP[rows].double() - start_SP[rows].double()
-        sent_SP[rows] += privatise(delta_SP, stage, self._key, round, names)
-        sent = [math.nan] * len(losses)
-        noised = privatise_losses([losses[i] for i in rows], stage, self._key, round, names)
-        for row, loss in zip(rows, noised, strict=True):
-            sent[row] = loss
-        return sent_SP, sent
 
     def _train_crew(
         self, desk: Desk, slots: Tensor, round: int, lease: Lease

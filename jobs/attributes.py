@@ -29,7 +29,7 @@ from fellray.platform.click_data import (
     split_clicks,
     write_clicks,
 )
-from fellray.platform.config import RunConfig
+from fellray.platform.config import NoPrivacy, RunConfig
 from fellray.platform.fedpa import Fedpa
 from fellray.platform.ledger import total
 from fellray.platform.messages import LedgerRow
@@ -129,6 +129,9 @@ def _train(
         Display(config, str(run.storage), run.to_go(), run.events) as display,
     ):
         play(run, plant, display)
+        if run.spending.stop:
+            display.warn([run.spending.stop])
+            run.events.append(run.spending.stop)
         display.say("testing")
         summary = plant.replayed(summarise_attributes, run, world)
         run.journal.write_json("summary.json", summary)
@@ -156,6 +159,7 @@ def summarise_attributes(plant: AttributePlant, run: Run, world: AttributeWorld)
         "adapter_norms": plant.measure_adapters(best),
         "groups": {a: len(set(names)) for a, names in world.groups.items()},
         "bytes": total(ledger),
+        "privacy": run.spending.tree(),
         "hashes": run.rounds.hashes(best, [PRIVATE], plant.learners),
         "shared_hash": plant.hash_shared(best),
         "final_hashes": run.rounds.hashes(last, [PRIVATE], plant.learners),
@@ -198,7 +202,9 @@ def _alone(config: RunConfig) -> RunConfig | None:
     method = config.method.model_copy(update={"rates": rates, "as_published": False, "groups": ()})
     attributes = config.attributes.model_copy(update={"baseline": False})
     name = f"{config.name}-embedding-only"
-    return config.model_copy(update={"name": name, "method": method, "attributes": attributes})
+    # it sends nothing that a stage could work on
+    changed = {"name": name, "method": method, "attributes": attributes, "privacy": NoPrivacy()}
+    return config.model_copy(update=changed)
 
 
 def _open_samples(clicks: Clicks) -> Samples:

@@ -204,7 +204,7 @@ class Spending:
             f"epsilon {self._after(self.most):.3f} at delta {stage.delta:g}, per {self._unit}, its "
             f"data {relation} (L2 sensitivity {_reach(stage) * stage.clip:g}, noise "
             f"{stage.sigma * stage.clip:g}), {self.most} rounds at most, all counted in full"
-            f"{seed}; of what training sends, not of evaluation scores"
+            f"{seed}; of what training sends, not of evaluation scores nor of sample counts"
         )
 
     @property
@@ -232,7 +232,8 @@ def open_account(
         continues: the run began with the state of another one, whose rounds are not in `rows`.
 
     """
-    unit: Unit = "user" if config.data.partition.kind == "per_user" else "client"
+    alone = config.attributes is not None or config.data.partition.kind == "per_user"
+    unit: Unit = "user" if alone else "client"
     besides = () if isinstance(config.privacy, NoPrivacy) else sent_besides(config)
     if continues:
         besides += ("the run goes on from another one, whose rounds are not counted here",)
@@ -244,6 +245,8 @@ def open_account(
 
 def sent_besides(config: RunConfig) -> tuple[str, ...]:
     """What leaves a client of this run in the clear, beside its upload at a round's end."""
+    if config.attributes is not None:  # no server computes for it
+        return ()
     return (
         "every step sends activations and their gradients to the server, in the clear, and the "
         f"server makes the trunk's adapters of them (model.cut={config.model.cut})",

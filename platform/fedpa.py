@@ -102,6 +102,10 @@ class Fedpa(Method):
         """Nobody with anybody."""
         return ()
 
+    def reads_losses(self) -> bool:
+        """No."""
+        return False
+
     def plan(self, meta: Meta) -> Plan:
         """Group blocks: the mean of the client's group. All others: one mean for everyone.
 

@@ -13,7 +13,7 @@ Shapes: S clients, P numbers of one client's upload.
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -86,6 +86,32 @@ def privatise(
             noise_P = -np.sign(uniform_P) * np.log1p(-2 * np.abs(uniform_P))
             sent[row] = own_P + stage.scale * noise_P
     return torch.from_numpy(sent)
+
+
+def privatise_round(
+    start_SP: Tensor,
+    whole_SP: Tensor,
+    losses: Sequence[float],
+    stage: Stage,
+    key: bytes,
+    round: int,
+    clients: Sequence[str],
+    refused: Collection[str],
+) -> tuple[Tensor, list[float]]:
+    """What clients send at a round's end instead of their weights [S, P] and losses.
+
+    Of who is refused nothing but the start is sent.
+    """
+    sent_SP = start_SP.clone()
+    rows = [i for i, client in enumerate(clients) if client not in refused]
+    names = [clients[i] for i in rows]
+    delta_SP = whole_SP[rows].double() - start_SP[rows].double()
+    sent_SP[rows] += privatise(delta_SP, stage, key, round, names)
+    sent = [math.nan] * len(losses)
+    noised = privatise_losses([losses[i] for i in rows], stage, key, round, names)
+    for row, loss in zip(rows, noised, strict=True):
+        sent[row] = loss
+    return sent_SP, sent
 
 
 def privatise_losses(

@@ -317,9 +317,10 @@ def _list_run(folder: Storage) -> list[str]:
         summary = _read_json(folder, "summary.json") if folder.exists("summary.json") else {}
         if summary and (done >= wanted or _ran_out(summary)):
             test = summary["test"]
-            told = [f"AUC {test['auc']:.4f}", ""]
             if BALANCED in test:
                 told = [f"{test[BALANCED]:.4f}", f"{summary['balance']['min']:.4f}"]
+            else:
+                told = [f"AUC {test['auc']:.4f}", ""]
             return [*row, str(summary["best_round"]), *told, "finished"]
     except (FellrayError, KeyError, TypeError):
         return [""] * 6 + ["damaged"]

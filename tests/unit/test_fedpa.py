@@ -23,7 +23,8 @@ from fellray.actors.pool import InlinePool
 from fellray.jobs.attributes import prepare_attributes
 from fellray.jobs.train import one_round
 from fellray.platform import config as configs
-from fellray.platform.adaptation import Layout, Rows, score, train, unpack
+from fellray.platform.accountant import compute_epsilon, open_account
+from fellray.platform.adaptation import Layout, Rows, pack, score, train, unpack
 from fellray.platform.aggregation import Meta, reduce
 from fellray.platform.attribute_model import Shape, predict, start_backbone
 from fellray.platform.attributes import Bins
@@ -653,6 +654,36 @@ def test_who_was_never_there_has_the_groups_and_the_pretrained_rows(
 
 
 # --- what a user gets wrong ---------------------------------------------------------------------
+
+
+def test_under_privacy_a_clipped_and_noised_update_is_all_that_leaves(
+    source: Path, tmp_path: Path
+) -> None:
+    """The one kind of run whose epsilon can be stated."""
+    stage = {"kind": "gaussian", "clip": 0.01, "sigma": 1e-4, "delta": 1e-5}
+    private = play(make_config(source, tmp_path / "a", privacy=stage, train={"rounds": 1}))
+    plain = play(make_config(source, tmp_path / "b", train={"rounds": 1}))
+    reports, exact = (played.outcomes[1].reports for played in (private, plain))
+    assert reports is not None
+    assert exact is not None
+    layout = private.world.layout
+    clients = private.world.clients
+    with AttributePlant.inline(private.config, private.world, private.rounds) as plant:
+        assert isinstance(plant._clients, InlinePool)
+        start = pack(layout.sent, plant._clients.members[0]._pull(0, clients))
+    delta = reports.theta_CP - start
+    width = delta.shape[1]
+    assert delta.norm(dim=1).max() <= 0.01 + 5 * 1e-6 * width**0.5
+    assert (exact.theta_CP - start).norm(dim=1).min() > 0.02  # the clip bites
+    # what stays, stays exact
+    assert torch.equal(private.state(1)[0], plain.state(1)[0])
+    assert reports.meta.losses_C.isnan().all()
+    assert "loss" in {row.kind for row in plain.ledger[1]}
+    assert "loss" not in {row.kind for row in private.ledger[1]}
+    account = open_account(private.config, [{"losses": reports.losses}])
+    assert account.refusals == ()
+    assert account.epsilon == compute_epsilon(1e-4 / 2, 1e-5)
+    assert "per user" in account.describe()
 
 
 @pytest.mark.parametrize(
