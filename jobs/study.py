@@ -7,11 +7,15 @@ from typing import Any
 
 from rich.progress import MofNCompleteColumn, TextColumn
 
+from fellray.actors.client import deal
+from fellray.actors.session import connect
 from fellray.jobs.compare import find_finished
 from fellray.jobs.display import console, make_bar
 from fellray.jobs.train import train
+from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.journal import Journal
+from fellray.platform.shards import Dataset
 from fellray.platform.storage import Storage
 from fellray.platform.study import (
     Study,
@@ -45,7 +49,11 @@ def run_study(study: Study) -> Path:
         _refuse_unprepared(study, name)
     runs = sum(len(list_tries(study, n, arm)) + len(study.seeds) - 1 for n, arm, _ in arms)
     results: Results = {}
-    with make_bar(MofNCompleteColumn(), TextColumn("runs of the study")) as bar:
+    config, actors = _find_largest(study)
+    with (
+        connect(config, actors),  # one Ray for all runs
+        make_bar(MofNCompleteColumn(), TextColumn("runs of the study")) as bar,
+    ):
         task = bar.add_task(study.study, total=runs)
 
         def run(trial: Trial) -> dict[str, Any]:
@@ -59,6 +67,18 @@ def run_study(study: Study) -> Path:
             rest = {trial: run(trial) for trial in list_seeds(study, best)[1:]}
             results[name, arm] = {best: tries[best]} | rest
     return _write(study, results)
+
+
+def _find_largest(study: Study) -> tuple[RunConfig, int]:
+    """The config that asks a Ray of its own for most CPUs, and how many client actors it has."""
+    asked = {}
+    for name, arm, _ in list_arms(study):
+        config = list_tries(study, name, arm)[0].settle()
+        seats = config.method.seat(Dataset(config.data.path).clients)
+        actors = len(deal(list(seats), config.clients.together))
+        cpus = config.server.count * config.server.cpus + actors * config.clients.cpus
+        asked[cpus] = config, actors
+    return asked[max(asked)]
 
 
 def _run(trial: Trial) -> dict[str, Any]:
