@@ -115,7 +115,7 @@ class Installation:
     round: int
     clients: tuple[str, ...]
     theta_SP: np.ndarray
-    """fp32: rows follow `clients`."""
+    """fp32: rows follow `clients`; beside the mixture what else `LocalRule.received` names."""
     refused: tuple[str, ...] = ()
     """These go back to the round's start."""
     common: bool = False
