@@ -156,6 +156,10 @@ class ModelConfig(Config):
     (docs/results.md); without it try 0.05."""
     prior: bool = True
     """Add log(1 + the item's count in this client's own training split) to the scores."""
+    freeze_bottom: bool = False
+    """The bottom has no adapters: a history's hidden states at the lower cut never change, no
+    gradient is sent down there, and with `wire.keep_rows_mib` a history is sent once. Not with cuts
+    in `clients.own`."""
 
     @property
     def span(self) -> tuple[int, int]:
@@ -170,6 +174,25 @@ class ModelConfig(Config):
                 f"({self.pad_multiple})"
             )
         return self
+
+
+class WireConfig(Config):
+    """In what form hidden states and gradients cross the cut (docs/performance.md, Bytes)."""
+
+    activation: Literal["float32", "int8", "int4"] = "float32"
+    """Hidden states, both ways. int8: 8 bits a number, a scale for each token; int4: 4 bits, a
+    scale for 64 numbers. Evaluation and serving see the same rounded numbers."""
+    gradient: Literal["float32", "int8", "int4"] = "float32"
+    """Their gradients, both ways; rounded up or down at random, so that they are right on average.
+    The draws follow from seed, client, round and step alone."""
+    pooled: bool = False
+    """Only with `model.top=0`: the server takes the mean over a history's tokens, all that the top
+    looks at, and one float32 vector comes back, as does its gradient. The same bits."""
+    keep_rows_mib: int = Field(default=0, ge=0)
+    """Memory in one server for clients' hidden states at the lower cut. What is held is not sent
+    again: not for the backward pass, and with `model.freeze_bottom` in no later step, round or
+    evaluation. Beyond it the longest unused go, and are sent again. It decides no bit. With a
+    frozen bottom the server keeps, while the run lasts, what may be inverted to texts. 0: none."""
 
 
 class TrainConfig(Config):
@@ -351,6 +374,7 @@ class RunConfig(Config):
     """How many committed rounds stay on storage besides the best one."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
+    wire: WireConfig = WireConfig()
     method: Annotated[AnyMethod, _kind("fellrec")] = Field(default=Fellrec())
     train: TrainConfig = TrainConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -358,6 +382,15 @@ class RunConfig(Config):
     server: ServerConfig = ServerConfig()
     cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _top_looks_at_means(self) -> Self:
+        if self.wire.pooled and self.model.top:
+            raise ValueError(
+                f"wire.pooled sends means only, and model.top={self.model.top} has blocks that "
+                "attend to every token; set model.top=0, or wire.pooled=false"
+            )
+        return self
 
 
 def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:

@@ -85,7 +85,7 @@ def read_own(config: RunConfig) -> Own:
         FellrayError: the file is missing, unreadable or empty, a column is missing or unknown, a
             client is missing, unknown or named twice, a value is no whole number (of 1 or more, a
             cut may be 0), a rank is above `model.lora.r`, or there are cuts and `train.share` is
-            trunk_only; or the data is not prepared.
+            trunk_only or `model.freeze_bottom` set; or the data is not prepared.
     """
     path = config.clients.own
     if path is None:
@@ -122,6 +122,12 @@ def read_own(config: RunConfig) -> Own:
         raise FellrayError(
             f"{path}: cut is each client's own, and train.share=trunk_only mixes what the server "
             "holds of everybody, which then differs; set train.share to all or none, or leave the "
+            "column out"
+        )
+    if cuts and config.model.freeze_bottom:
+        raise FellrayError(
+            f"{path}: cut is each client's own, and with model.freeze_bottom a block would be "
+            "trained for some and frozen for others; set model.freeze_bottom=false, or leave the "
             "column out"
         )
     if cuts:
