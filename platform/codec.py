@@ -92,7 +92,8 @@ class Codec:
             codes_Ld = _unpack(numbers)[:, : self._dim]
         bits_LG = scales.contiguous().view(torch.int16).int()
         x_LGg = self._by_group(codes_Ld.float()) * _as_float(bits_LG)[..., None]
-        return x_LGg.flatten(1)[:, : self._dim].contiguous()
+        x_Ld: Tensor = x_LGg.flatten(1)[:, : self._dim].contiguous()
+        return x_Ld
 
     def _by_group(self, x_Ld: Tensor) -> Tensor:
         """Each token in its groups [L, G, g], zeros behind the last number."""

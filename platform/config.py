@@ -187,7 +187,8 @@ class WireConfig(Config):
     The draws follow from seed, client, round and step alone."""
     pooled: bool = False
     """Only with `model.top=0`: the server takes the mean over a history's tokens, all that the top
-    looks at, and one float32 vector comes back, as does its gradient. The same bits."""
+    looks at; one vector comes back and one gradient goes up, in int8 where tokens cross in fewer
+    bits. In float32 the same bits as without."""
     keep_rows_mib: int = Field(default=0, ge=0)
     """Memory in one server for clients' hidden states at the lower cut. What is held is not sent
     again: not for the backward pass, and with `model.freeze_bottom` in no later step, round or

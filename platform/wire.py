@@ -39,7 +39,8 @@ class Wire:
         self._multiple = config.model.pad_multiple
         self._states = Codec(rule.activation, dim)
         self._gradients = Codec(rule.gradient, dim)
-        self._vectors = Codec("float32", dim)
+        self._means = Codec("float32" if self._states.exact else "int8", dim)
+        self._mean_gradients = Codec("float32" if self._gradients.exact else "int8", dim)
         self._dim = dim
         self.pooled = rule.pooled
         """One vector for a history crosses the upper cut."""
@@ -62,34 +63,31 @@ class Wire:
     def send_outputs(self, y_Ld: Tensor, activations: Sequence[Activation]) -> list[np.ndarray]:
         """Each message's answer: hidden states at the upper cut, or their means."""
         if self.pooled:
-            means = self._vectors.encode(self._pool(y_Ld.float(), _lengths(activations)))
+            means = self._means.encode(self._pool(y_Ld.float(), _lengths(activations)))
             return _part(means, [len(a.lengths_N) for a in activations])
         return _part(self._states.encode(y_Ld), [a.num_tokens for a in activations])
 
     def read_output(self, output: np.ndarray) -> Tensor:
         """Hidden states at the upper cut [L, d], or their means [N, d]."""
-        return (self._vectors if self.pooled else self._states).decode(output)
+        return (self._means if self.pooled else self._states).decode(output)
 
     def send_gradient(self, g: Tensor, activation: Activation) -> np.ndarray:
         """The gradient of what `read_output` gave, as it goes up."""
-        if self.pooled:
-            return self._vectors.encode(g.contiguous())
-        return self._gradients.encode(g.contiguous(), self._noise([activation], "up"))
+        return self._upper.encode(g.contiguous(), self._noise([activation], "up", self.pooled))
 
     def read_gradients(self, sent: Sequence[tuple[Activation, Gradient]]) -> Tensor:
         """Gradients at the upper cut [L, d] of several messages."""
-        joined = _join([gradient.g_Ld for _, gradient in sent])
+        g = self._upper.decode(_join([gradient.g_Ld for _, gradient in sent]))
         if not self.pooled:
-            return self._gradients.decode(joined)
+            return g
         lengths_N = _lengths([activation for activation, _ in sent])
-        g_Nd = self._vectors.decode(joined)
-        return (g_Nd / lengths_N[:, None].to(g_Nd.dtype)).repeat_interleave(lengths_N, 0)
+        return (g / lengths_N[:, None].to(g.dtype)).repeat_interleave(lengths_N, 0)
 
     def send_inputs(self, down_Ld: Tensor, activations: Sequence[Activation]) -> list[np.ndarray]:
         """Each message's gradient at the lower cut; nothing where no bottom is trained."""
         if self.frozen:
             return [np.empty((0, self._dim), np.float32) for _ in activations]
-        coded = self._gradients.encode(down_Ld, self._noise(activations, "down"))
+        coded = self._gradients.encode(down_Ld, self._noise(activations, "down", False))
         return _part(coded, [a.num_tokens for a in activations])
 
     def read_input(self, down: np.ndarray) -> Tensor | None:
@@ -102,9 +100,13 @@ class Wire:
 
     def answers(self, activation: Activation, gradient: Gradient) -> bool:
         """Whether a gradient is of this run's form, and of the activation's rows."""
-        codec = self._vectors if self.pooled else self._gradients
         size = len(activation.lengths_N) if self.pooled else activation.num_tokens
-        return codec.fits(gradient.g_Ld) and len(gradient.g_Ld) == size
+        return self._upper.fits(gradient.g_Ld) and len(gradient.g_Ld) == size
+
+    @property
+    def _upper(self) -> Codec:
+        """Of gradients at the upper cut."""
+        return self._mean_gradients if self.pooled else self._gradients
 
     def _pool(self, y_Ld: Tensor, lengths_N: Tensor) -> Tensor:
         """Rows' means [N, d], with the bits that a client's own top would find."""
@@ -113,14 +115,17 @@ class Wire:
         order = torch.cat([group.rows_n for group in rows.groups])
         return torch.cat(means)[order.argsort()]
 
-    def _noise(self, activations: Sequence[Activation], way: Way) -> np.ndarray | None:
-        """uint16 [L, d]."""
+    def _noise(
+        self, activations: Sequence[Activation], way: Way, pooled: bool
+    ) -> np.ndarray | None:
+        """uint16 [L, d], or [N, d]."""
         if self._gradients.exact:
             return None
-        return np.concatenate([self._draw(activation, way) for activation in activations])
+        return np.concatenate([self._draw(activation, way, pooled) for activation in activations])
 
-    def _draw(self, activation: Activation, way: Way) -> np.ndarray:
-        owner_L = np.repeat(activation.row_client_N, activation.lengths_N)
+    def _draw(self, activation: Activation, way: Way, pooled: bool) -> np.ndarray:
+        owner_N = activation.row_client_N
+        owner_L = owner_N if pooled else np.repeat(owner_N, activation.lengths_N)
         noise_Ld = np.empty((len(owner_L), self._dim), np.uint16)
         for place in np.unique(owner_L).tolist():
             mine = owner_L == place
