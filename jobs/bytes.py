@@ -50,6 +50,7 @@ BUDGET = (
     "clients.threads=2",
     "server.threads=2",
     "server.engine=torch",
+    "evaluation.max_users=null",
 )
 """What is tried unless the command says otherwise. FedAvg, so that all rows mix in the same way."""
 SEEDS = (0, 1, 2)
@@ -170,7 +171,7 @@ def _train(config: RunConfig, world: World) -> dict[str, Any]:
                 rounds.commit(t, plant.install(reports, plan, mixed), {})
                 kinds = total(plant.close_ledger())
                 taken.append({kind: size / len(clients) for kind, size in kinds.items()})
-            scores = plant.evaluate(config.train.rounds, 2)
+            scores = plant.evaluate(config.train.rounds, 2, config.evaluation.max_users)
         hashes = rounds.hashes(config.train.rounds, names, sorted(world.seats))
     by_kind = {kind: statistics.fmean(row.get(kind, 0.0) for row in taken) for kind in taken[0]}
     return {
@@ -255,12 +256,13 @@ def show(results: Mapping[str, Any]) -> None:
             f"{row['change']:+.2%}",
         )
     console.print(table)
-    train = results["config"]["train"]
+    train, users = results["config"]["train"], results["config"]["evaluation"]["max_users"]
     console.print(
         f"{train['local_samples']} histories per client and round, {train['rounds']} rounds, seeds "
         f"{', '.join(map(str, results['seeds']))}; MB without evaluations. Change: of the mean "
         f"NDCG@10 against {PLAIN}, with which the naive split and LoRA FedAvg agree bit for bit. "
-        f"Untrained: {results['untrained']:.4f}."
+        f"Untrained: {results['untrained']:.4f}. Tested on "
+        f"{'all users' if users is None else f'{users} users of each client'}."
     )
 
 

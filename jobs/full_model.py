@@ -54,12 +54,12 @@ class FullModel:
 
     @torch.no_grad()
     def test(self) -> dict[str, Score]:
-        """Each client's scores on the test split."""
+        """Each client's scores on the test split, of `evaluation.max_users` users at most."""
         scores = {}
         for client in self._world.seats:
             reader, scorer = self._open(client)
             evaluator = Evaluator(len(self._world.catalogue.vectors_Id))
-            for batch, seen, truth in reader.held_out(2, None):
+            for batch, seen, truth in reader.held_out(2, self._config.evaluation.max_users):
                 scores_NI = self._score(batch, scorer, train=False)
                 evaluator.add(scores_NI, seen, truth)
             scores[client] = evaluator.score()
