@@ -75,7 +75,7 @@ class Codec:
             steps_LGg = (steps_LGg + self._by_group(noise)).floor()
         codes_Ld = steps_LGg.clamp(-largest, largest).flatten(1)[:, : self._dim].to(torch.int8)
         numbers = codes_Ld.view(torch.uint8) if self._form == "int8" else _pack(codes_Ld)
-        scales = bits_LG.to(torch.int16).view(torch.uint8)
+        scales = torch.stack([bits_LG & 255, bits_LG >> 8], 2).flatten(1).to(torch.uint8)
         coded: np.ndarray = torch.cat([numbers, scales], 1).cpu().numpy()
         return coded
 
@@ -90,7 +90,8 @@ class Codec:
             codes_Ld = numbers.contiguous().view(torch.int8)
         else:
             codes_Ld = _unpack(numbers)[:, : self._dim]
-        bits_LG = scales.contiguous().view(torch.int16).int()
+        halves = scales.int()
+        bits_LG = halves[:, 0::2] | halves[:, 1::2] << 8
         x_LGg = self._by_group(codes_Ld.float()) * _as_float(bits_LG)[..., None]
         x_Ld: Tensor = x_LGg.flatten(1)[:, : self._dim].contiguous()
         return x_Ld
@@ -98,7 +99,8 @@ class Codec:
     def _by_group(self, x_Ld: Tensor) -> Tensor:
         """Each token in its groups [L, G, g], zeros behind the last number."""
         filled = F.pad(x_Ld, (0, self._scales * self._group - self._dim))
-        return filled.unflatten(1, (self._scales, self._group))
+        grouped: Tensor = filled.unflatten(1, (self._scales, self._group))
+        return grouped
 
 
 def _as_float(bits: Tensor) -> Tensor:
