@@ -7,17 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fellray.actors import plant as plants
 from fellray.actors.plant import Plant
 from fellray.actors.world import survey
-from fellray.platform.config import RunConfig, parse
+from fellray.platform.config import ModelConfig, RunConfig, parse
+from fellray.platform.encoder import load_backbone
 from fellray.platform.errors import FellrayError
 from fellray.platform.host import TrunkHost
 from fellray.platform.ledger import total
 from fellray.platform.messages import StaleLease, Update
 from fellray.platform.own import read_own
-from fellray.platform.split import plan_cut
+from fellray.platform.split import cut_model, plan_cut
 
 ROWS = {"keep_rows_mib": 16}
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -299,3 +301,17 @@ def test_a_message_in_another_form_is_refused(tiny_config: Make, play: Play) -> 
         client._wire = type(client._wire)(other, 32)
         with pytest.raises(FellrayError, match=r"does not add up"):
             client.fit(1, client.learners)
+
+
+@pytest.mark.parametrize(("top", "distinct"), [(0, 1), (1, 5), (2, 5)])
+def test_what_a_top_looks_at(top: int, distinct: int, tiny_encoder: Path) -> None:
+    """Without blocks at the mean only, so that all five tokens have one gradient; a block attends
+    to each, and no token's hidden state or gradient follows from the others'."""
+    model = ModelConfig(name=str(tiny_encoder), top=top)
+    h_nTd = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    ends = cut_model(load_backbone(model.name), model)
+    u_nd = ends.top(h_nTd, torch.ones(1, 5, dtype=torch.bool), ())
+    u_nd[0, 0].backward()
+    assert h_nTd.grad is not None
+    assert len(h_nTd.grad[0].unique(dim=0)) == distinct
+    assert torch.linalg.matrix_rank(h_nTd.grad[0]) == distinct
