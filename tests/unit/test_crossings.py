@@ -252,7 +252,6 @@ def test_a_nan_is_refused_and_stays_with_its_client(
     settings = {
         "method": {"kind": "local"},
         "evaluation": {"every": 9},
-        "train": {"rounds": 1},
         **SWITCHES[name],
     }
 
@@ -264,7 +263,8 @@ def test_a_nan_is_refused_and_stays_with_its_client(
                     if shard.client == "c2":
                         desk.scorer.prior_KI[place] = np.nan
 
-    clean, sick = play(tiny_config(**settings)), play(tiny_config(**settings), before=poison)
+    clean = play(tiny_config(**settings), last=1)
+    sick = play(tiny_config(**settings), before=poison, last=1)
     assert list(sick.outcomes[1].reports.refused) == ["c2"]
     one, other = clean.hashes(1), sick.hashes(1)
     assert {c for c in one if one[c] != other[c]} == {"c2"}
