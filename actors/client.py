@@ -11,7 +11,7 @@ Shapes: S slots, N rows of a step, P parameters of a client's side, I items.
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -47,6 +47,7 @@ from fellray.platform.slots import Slots
 from fellray.platform.span import Remote, Span, Trip, take_turns
 from fellray.platform.split import cut_model
 from fellray.platform.tower import Tower
+from fellray.platform.wire import Wire
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Client:
         self._key = find_key(config)
         self._started: dict[str, Tensor] = {}
         """The values at the round's start, where the upload is made private."""
+        self._wire = Wire(config, backbone.dim)
         self._seeded = start(sites, lora, config.seed)
         self._fitted = self._installed = -1
         self._staged: tuple[Staged, ...] = ()
@@ -131,7 +133,7 @@ class Client:
             StaleLease: the server was lost, or begins the round again.
         """
         began = time.monotonic()
-        self._span.remote.choose(server)
+        self._span.choose(server)
         self._ledger.void()
         self._slots.release()
         self._fitted = round
@@ -231,7 +233,7 @@ class Client:
         Raises:
             StaleLease: as `fit`.
         """
-        self._span.remote.choose(server)
+        self._span.choose(server)
         if staged is not None:
             self._rounds.expect(round, staged)
         scores: dict[str, Score] = {}
@@ -323,24 +325,26 @@ class Client:
         """One local step, twice over the cut: each learner's loss."""
         bank, tower = self._slots.bank, self._tower()
         h_Ld, used = tower.rise(batch.rows, batch.ids_L, slot_N, True)
-        activation = replace(header, h_Ld=h_Ld.detach().cpu().numpy())
+        activation = self._wire.send_activation(header, h_Ld)
         output = yield self._span.forward(activation)
-        y_Ld = from_dlpack(output).to(h_Ld.device).requires_grad_()
+        y_Ld = self._wire.read_output(output).to(h_Ld.device).requires_grad_()
         scores = desk.scorer.score(tower.finish(batch.rows, y_Ld, used), batch.shard_N)
         loss_S = mean_losses(scores, target_N, batch.slot_N, len(desk.reader.learners))
         loss_S.sum().backward()
         assert y_Ld.grad is not None
-        g_Ld = y_Ld.grad.contiguous().cpu().numpy()
+        g_Ld = self._wire.send_gradient(y_Ld.grad, activation)
         gradient = Gradient(header.run, header.round, header.step, g_Ld, done)
         down = yield self._span.backward(activation, gradient)
-        h_Ld.backward(from_dlpack(down).to(h_Ld.device))
+        down_Ld = self._wire.read_input(down)
+        if down_Ld is not None:
+            h_Ld.backward(down_Ld.to(h_Ld.device))
         for slots_n, pairs in used:
             bank.gradient.add(slots_n, pairs)
         bank.step(slot_N.unique())
         return loss_S.detach().cpu().double()
 
     def _tower(self) -> Tower:
-        return Tower(*self._ends, self._slots.bank)
+        return Tower(*self._ends, self._slots.bank, self._wire.pooled)
 
     def _header(
         self, desk: Desk, batch: Batch, round: int, step: int, lease: Lease | None
@@ -367,8 +371,8 @@ class Client:
         for step, (batch, seen, truth) in enumerate(desk.reader.held_out(split, max_users)):
             h_Ld, used = tower.rise(batch.rows, batch.ids_L, slots[batch.slot_N], False)
             header = self._header(desk, batch, round, step, None)
-            output = yield self._span.forward(replace(header, h_Ld=h_Ld.cpu().numpy()))
-            y_Ld = from_dlpack(output).to(h_Ld.device)
+            output = yield self._span.forward(self._wire.send_activation(header, h_Ld))
+            y_Ld = self._wire.read_output(output).to(h_Ld.device)
             scores = desk.scorer.score(tower.finish(batch.rows, y_Ld, used), batch.shard_N)
             evaluators[_owner(desk, batch)].add(scores, seen, truth)
         return {client: evaluator.score() for client, evaluator in evaluators.items()}

@@ -11,7 +11,7 @@ import numpy as np
 
 from fellray.actors.session import ray
 from fellray.platform.ledger import payload_bytes
-from fellray.platform.messages import Activation, Gradient, Lease, StaleLease
+from fellray.platform.messages import Activation, Gradient, Lease, StaleLease, Unheld
 from fellray.platform.span import Answer
 
 
@@ -52,14 +52,12 @@ class RayRemote:
     def forward(self, activation: Activation) -> Answer:
         """See `Remote`."""
         reference = ray.put(activation)
-        if activation.lease:
+        if activation.lease and activation.names_NB is None:
             self._sent[id(activation)] = (activation, reference)
         asked = self._server.forward.remote(reference)
 
         def answer() -> np.ndarray:
-            output: np.ndarray = _wait(asked)
-            self.bytes += payload_bytes(activation, output)
-            return output
+            return self._await(asked, activation)
 
         return answer
 
@@ -69,10 +67,17 @@ class RayRemote:
         asked = self._server.backward.remote(reference or activation, gradient)
 
         def answer() -> np.ndarray:
-            down: np.ndarray = _wait(asked)
-            self.bytes += payload_bytes(activation, gradient, down)
-            return down
+            return self._await(asked, activation, gradient)
 
+        return answer
+
+    def _await(self, asked: Any, *sent: Activation | Gradient) -> np.ndarray:
+        try:
+            answer: np.ndarray = _wait(asked)
+        except Unheld:
+            self.bytes += payload_bytes(*sent)
+            raise
+        self.bytes += payload_bytes(*sent, answer)
         return answer
 
 

@@ -79,13 +79,13 @@ class Server:
 
     async def forward(self, activation: Activation) -> np.ndarray:
         """See `Remote.forward`; merged with whatever else waits."""
-        future = self._batcher.submit(self._host.forward, activation, len(activation.h_Ld))
+        future = self._batcher.submit(self._host.forward, activation, activation.num_tokens)
         output: np.ndarray = await asyncio.wrap_future(future)
         return output
 
     async def backward(self, activation: Activation, gradient: Gradient) -> np.ndarray:
         """See `Remote.backward`; merged with whatever else waits."""
-        size = len(activation.h_Ld)
+        size = activation.num_tokens
         future = self._batcher.submit(self._host.backward, (activation, gradient), size)
         down: np.ndarray = await asyncio.wrap_future(future)
         return down

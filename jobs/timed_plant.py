@@ -109,13 +109,13 @@ class _ClockedHost:
         began = time.perf_counter()
         answers = self._host.forward(activations)
         if activations[0].lease:
-            self._count(began, [len(a.h_Ld) for a in activations])
+            self._count(began, [a.num_tokens for a in activations])
         return answers
 
     def backward(self, sent: Sequence[tuple[Activation, Gradient]]) -> list[np.ndarray | Exception]:
         began = time.perf_counter()
         answers = self._host.backward(sent)
-        self._count(began, [len(a.h_Ld) for a, _ in sent])
+        self._count(began, [a.num_tokens for a, _ in sent])
         return answers
 
     def _count(self, began: float, sizes: Sequence[int]) -> None:

@@ -158,6 +158,10 @@ class ModelConfig(Config):
     (docs/results.md); without it try 0.05."""
     prior: bool = True
     """Add log(1 + the item's count in this client's own training split) to the scores."""
+    freeze_bottom: bool = False
+    """The bottom has no adapters: a history's hidden states at the lower cut never change, no
+    gradient is sent down there, and with `wire.keep_rows_mib` a history is sent once. Not with cuts
+    in `clients.own`."""
 
     @property
     def span(self) -> tuple[int, int]:
@@ -172,6 +176,26 @@ class ModelConfig(Config):
                 f"({self.pad_multiple})"
             )
         return self
+
+
+class WireConfig(Config):
+    """In what form hidden states and gradients cross the cut (docs/performance.md, Bytes)."""
+
+    activation: Literal["float32", "int8", "int4"] = "float32"
+    """Hidden states, both ways. int8: 8 bits a number, a scale for each token; int4: 4 bits, a
+    scale for 64 numbers. Evaluation and serving see the same rounded numbers."""
+    gradient: Literal["float32", "int8", "int4"] = "float32"
+    """Their gradients, both ways; rounded up or down at random, so that they are right on average.
+    The draws follow from seed, client, round and step alone."""
+    pooled: bool = False
+    """Only with `model.top=0`: the server takes the mean over a history's tokens, all that the top
+    looks at; one vector comes back and one gradient goes up, in int8 where tokens cross in fewer
+    bits. In float32 the same bits as without."""
+    keep_rows_mib: int = Field(default=0, ge=0)
+    """Memory in one server for clients' hidden states at the lower cut. What is held is not sent
+    again: not for the backward pass, and with `model.freeze_bottom` in no later step, round or
+    evaluation. Beyond it the longest unused go, and are sent again. It decides no bit. With a
+    frozen bottom the server keeps, while the run lasts, what may be inverted to texts. 0: none."""
 
 
 class TrainConfig(Config):
@@ -422,6 +446,7 @@ class RunConfig(Config):
     model: ModelConfig = ModelConfig()
     attributes: AttributeConfig | None = None
     """Instead of `model`: attribute embeddings and an MLP, which `method.kind=fedpa` adapts."""
+    wire: WireConfig = WireConfig()
     method: Annotated[AnyMethod, _kind("fellrec")] = Field(default=Fellrec())
     train: TrainConfig = TrainConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -492,6 +517,15 @@ class RunConfig(Config):
         }
         if unfit := [name for name, is_given in given.items() if is_given]:
             raise ValueError(f"a run on attributes has no {unfit[0]}: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _top_looks_at_means(self) -> Self:
+        if self.wire.pooled and self.model.top:
+            raise ValueError(
+                f"wire.pooled sends means only, and model.top={self.model.top} has blocks that "
+                "attend to every token; set model.top=0, or wire.pooled=false"
+            )
         return self
 
 

@@ -28,13 +28,22 @@ from fellray.platform.kernel import Loras
 from fellray.platform.lanes import Lanes
 from fellray.platform.ledger import payload_bytes
 from fellray.platform.manifest import Staged
-from fellray.platform.messages import Activation, Gradient, Installation, Lease, StaleLease
+from fellray.platform.messages import (
+    Activation,
+    Gradient,
+    Installation,
+    Lease,
+    StaleLease,
+    Unheld,
+)
 from fellray.platform.own import ALIKE, Own
 from fellray.platform.packed import Batch
+from fellray.platform.recall import Recall
 from fellray.platform.rounds import Rounds
 from fellray.platform.slots import WRITTEN, Slots
 from fellray.platform.span import Answer
 from fellray.platform.trunk import Engine
+from fellray.platform.wire import Wire
 
 Item = TypeVar("Item")
 
@@ -95,6 +104,8 @@ class TrunkHost:
         """The share [P] in the common gradient of clients who are through with the round."""
         self._shared_round = -1
         self._keep = Keep(config.server.keep_graphs_mib * 2**20)
+        self._recall = Recall(config.wire.keep_rows_mib * 2**20)
+        self._wire = Wire(config, engine.module.packed.dim)
         self._turns: dict[str, _Turn] = {}
         self._leases = 0
         self._installed = -1
@@ -275,40 +286,44 @@ class TrunkHost:
         if any(life != self._life for life in lives):
             raise StaleLease("the server was restarted during the round")
 
-    def _check(self, activation: Activation) -> None:
+    def _check(self, activation: Activation) -> Activation:
+        """The message with all its rows; or it is refused."""
         if activation.run != self._config.name:
             raise FellrayError(f"server of run {self._config.name} was asked by {activation.run}")
         if unknown := [c for c in activation.clients if c not in self._learners]:
             raise FellrayError(f"client {unknown[0]} does not take part in this run")
-        _check_shape(activation)
+        if not (_adds_up(activation) and self._wire.fits(activation)):
+            shape = f"{len(activation.lengths_N)} rows and shape {activation.h_Ld.shape}"
+            raise FellrayError(f"an activation of {shape} does not add up")
         turns = [self._turns.get(c) for c in activation.clients]
         lease = activation.lease
         if lease is None:
             if any(turns):
                 raise StaleLease(f"round {activation.round + 1} is being trained")
             self._bring_shared(activation.round)
-            return
+            return self._recall.complete(activation)
         current = lease.server == self._life and all(
             turn is not None and turn.lease == lease.number for turn in turns
         )
         if not current:
             raise StaleLease(f"round {activation.round} was begun again")
+        return self._recall.complete(activation)
 
-    def _check_step(self, sent: tuple[Activation, Gradient]) -> None:
-        activation, gradient = sent
-        self._check(activation)
-        if gradient.g_Ld.shape != activation.h_Ld.shape:
+    def _check_step(self, sent: tuple[Activation, Gradient]) -> tuple[Activation, Gradient]:
+        activation, gradient = self._check(sent[0]), sent[1]
+        if not self._wire.answers(activation, gradient):
             shapes = f"{gradient.g_Ld.shape} for hidden states of {activation.h_Ld.shape}"
             raise FellrayError(f"a gradient of shape {shapes} does not add up")
         key = (activation.run, activation.round, activation.step)
         expected = all(self._turns[c].next_step == activation.step for c in activation.clients)
         if key != (gradient.run, gradient.round, gradient.step) or not expected:
             raise StaleLease(f"step {activation.step} of round {activation.round} is not due")
+        return activation, gradient
 
     def _forward(self, activations: Sequence[Activation]) -> list[np.ndarray]:
         lanes, slots_K, keys = self._lay(activations)
         batch = self._load(lanes, slots_K, train=False)
-        h_Md = self._spread(lanes, [activation.h_Ld for activation in activations])
+        h_Md = self._spread(lanes, self._wire.read_activations(activations))
         packed = self._engine.module.packed
         keep = all(a.lease for a in activations) and self._keep.make_room(
             packed.measure(lanes.num_tokens)
@@ -316,17 +331,17 @@ class TrunkHost:
         y_Md, saved = packed.forward(h_Md, batch, keep)
         if keep:
             self._keep.put(keys, lanes, saved)
-        return _part(lanes.collect(y_Md), activations)
+        return self._wire.send_outputs(lanes.collect(y_Md), activations)
 
     def _backward(self, sent: Sequence[tuple[Activation, Gradient]]) -> list[np.ndarray]:
         activations = [activation for activation, _ in sent]
         lanes, slots_K, keys = self._lay(activations)
         batch = self._load(lanes, slots_K, train=True)
-        h_Md = self._spread(lanes, [activation.h_Ld for activation in activations])
+        h_Md = self._spread(lanes, self._wire.read_activations(activations))
         saved = self._keep.take(keys, lanes, h_Md)
         if saved is None:
             _, saved = self._engine.module.packed.forward(h_Md, batch, keep=True)
-        g_Md = self._spread(lanes, [gradient.g_Ld for _, gradient in sent])
+        g_Md = self._spread(lanes, self._wire.read_gradients(sent))
         down_Md = self._engine.backward(g_Md, saved, batch)
         stepped = slots_K.unique()
         self._slots.bank.step(stepped)
@@ -335,7 +350,9 @@ class TrunkHost:
         for activation, gradient in sent:
             if gradient.done:
                 self._finish([c for c in activation.clients if c in gradient.done])
-        return _part(lanes.collect(down_Md), activations)
+            if not self._wire.frozen:  # the bottom has changed since: its rows do not come again
+                self._recall.drop(activation)
+        return self._wire.send_inputs(lanes.collect(down_Md), activations)
 
     def _lay(self, activations: Sequence[Activation]) -> tuple[Lanes, Tensor, list[_Key]]:
         """Lanes, and whose each of them is: its slot, and under what its pass is kept."""
@@ -380,8 +397,8 @@ class TrunkHost:
             sets.append(load([spec.r] * len(stacks), common_SP, self._shared_gradient))
         return Batch(lanes, sets)
 
-    def _spread(self, lanes: Lanes, arrays: Sequence[np.ndarray]) -> Tensor:
-        return lanes.spread(_join(arrays).to(self._device, self._engine.module.dtype))
+    def _spread(self, lanes: Lanes, packed_Ld: Tensor) -> Tensor:
+        return lanes.spread(packed_Ld.to(self._device, self._engine.module.dtype))
 
     def _find(self, clients: Sequence[str]) -> Tensor:
         return self._slots.find(clients).to(self._device)
@@ -389,18 +406,18 @@ class TrunkHost:
     def _each(
         self,
         items: Sequence[Item],
-        check: Callable[[Item], None],
+        check: Callable[[Item], Item],
         run: Callable[[Sequence[Item]], list[np.ndarray]],
     ) -> list[np.ndarray | Exception]:
         """Run the items that pass their check in one batch; the others answer with the reason."""
         answers: list[np.ndarray | Exception | None] = []
+        passed: list[Item] = []
         for item in items:
             try:
-                check(item)
+                passed.append(check(item))
                 answers.append(None)
-            except (FellrayError, StaleLease) as error:
+            except (FellrayError, StaleLease, Unheld) as error:
                 answers.append(error)
-        passed = [item for item, answer in zip(items, answers, strict=True) if answer is None]
         results = iter(run(passed) if passed else ())
         return [next(results) if answer is None else answer for answer in answers]
 
@@ -426,45 +443,37 @@ class InProcess:
 
     def forward(self, activation: Activation) -> Answer:
         """See `Remote`."""
-        output = _only(self._host.forward([activation]))
-        self.bytes += payload_bytes(activation, output)
-        return lambda: output
+        (answer,) = self._host.forward([activation])
+        return self._hand_over(answer, activation)
 
     def backward(self, activation: Activation, gradient: Gradient) -> Answer:
         """See `Remote`."""
-        down = _only(self._host.backward([(activation, gradient)]))
-        self.bytes += payload_bytes(activation, gradient, down)
-        return lambda: down
+        (answer,) = self._host.backward([(activation, gradient)])
+        return self._hand_over(answer, activation, gradient)
+
+    def _hand_over(self, answer: np.ndarray | Exception, *sent: Activation | Gradient) -> Answer:
+        if isinstance(answer, Exception):
+            if isinstance(answer, Unheld):
+                self.bytes += payload_bytes(*sent)
+            raise_later = answer
+            return lambda: _refuse(raise_later)
+        self.bytes += payload_bytes(*sent, answer)
+        return lambda: answer
 
 
-def _check_shape(activation: Activation) -> None:
+def _adds_up(activation: Activation) -> bool:
     rows, places = len(activation.lengths_N), activation.row_client_N
-    adds_up = (
-        activation.h_Ld.ndim == 2
-        and len(places) == rows > 0
+    names, sent_N = activation.names_NB, activation.sent_N
+    sent = activation.lengths_N if sent_N is None else activation.lengths_N[sent_N[:rows]]
+    return bool(
+        len(places) == rows > 0
         and int(activation.lengths_N.min()) > 0
-        and int(activation.lengths_N.sum()) == len(activation.h_Ld)
+        and (names is None) == (sent_N is None)
+        and (names is None or sent_N is None or len(names) == len(sent_N) == rows)
+        and int(sent.sum()) == len(activation.h_Ld)
         and 0 <= int(places.min()) <= int(places.max()) < len(activation.clients)
     )
-    if not adds_up:
-        raise FellrayError(
-            f"an activation of {rows} rows and shape {activation.h_Ld.shape} does not add up"
-        )
 
 
-def _only(answers: Sequence[np.ndarray | Exception]) -> np.ndarray:
-    (answer,) = answers
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
-
-
-def _join(arrays: Sequence[np.ndarray]) -> Tensor:
-    """One tensor of several messages' tokens; a single message is not copied."""
-    return from_dlpack(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
-
-
-def _part(packed_Ld: Tensor, activations: Sequence[Activation]) -> list[np.ndarray]:
-    """Each message's own tokens, as views."""
-    sizes = [len(a.h_Ld) for a in activations]
-    return [part.numpy() for part in packed_Ld.cpu().float().split(sizes)]
+def _refuse(error: Exception) -> np.ndarray:
+    raise error

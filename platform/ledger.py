@@ -44,6 +44,8 @@ class Ledger:
     def enter_rows(self, message: Activation, kind: str, packed_Ld: np.ndarray) -> None:
         """A packed tensor, each client's rows under its own name, in the order of the rows."""
         owners, bounds = message.row_client_N, np.cumsum([0, *message.lengths_N])
+        if not len(owners):
+            return
         # neighbours of one client are one stretch of bytes
         starts = np.flatnonzero(np.diff(owners, prepend=-1))
         for row, end in zip(starts, [*starts[1:], len(owners)], strict=True):
@@ -51,12 +53,15 @@ class Ledger:
             self.enter(message.clients[owners[row]], kind, stretch, int(end - row))
 
     def enter_envelope(self, message: Activation) -> None:
-        """Lengths and row owners."""
+        """Lengths and row owners; names, and which rows are there, where rows are named."""
         for c, client in enumerate(message.clients):
             rows = message.row_client_N == c
             if rows.any():
                 envelope = np.stack([message.row_client_N[rows] * 0, message.lengths_N[rows]])
                 self.enter(client, "envelope", envelope)
+                for more in (message.names_NB, message.sent_N):
+                    if more is not None:
+                        self.enter(client, "envelope", more[rows], 0)
 
     def void(self) -> None:
         """What was entered belongs to a round that is begun again: a kind of its own."""

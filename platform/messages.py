@@ -3,7 +3,8 @@
 There is no field here in which a token id, a title, a label or an interaction could travel: only
 hidden states at the cuts, their gradients, sent adapters, one loss per client, and lengths.
 
-Shapes: N rows, L real tokens of all rows together, d width, S clients of one actor, P parameters.
+Shapes: N rows, L real tokens of all rows together, d width, S clients of one actor, P parameters,
+B bytes of a name.
 """
 
 from collections.abc import Mapping
@@ -29,6 +30,10 @@ class Lease:
 
 class StaleLease(RuntimeError):
     """The message belongs to a round that the server has begun again since."""
+
+
+class Unheld(RuntimeError):
+    """A row was named that the server does not hold (any more): send the message with all rows."""
 
 
 class Damaged(FellrayError):
@@ -59,7 +64,16 @@ class Activation:
     lengths_N: np.ndarray
     """int32: real tokens per row; the attention mask follows from it."""
     h_Ld: np.ndarray
-    """fp32."""
+    """fp32, or bytes of a `Codec`; of the rows that are sent."""
+    names_NB: np.ndarray | None = None
+    """uint8: a digest of each row's tokens in `h_Ld`, where the server holds rows."""
+    sent_N: np.ndarray | None = None
+    """bool: the rows that are in `h_Ld`; the server holds the others. None: all are."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens of all rows, sent or held."""
+        return int(self.lengths_N.sum())
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,7 @@ class Gradient:
     round: int
     step: int
     g_Ld: np.ndarray
-    """fp32."""
+    """fp32, or bytes of a `Codec`; of one vector for each row where the server pools."""
     done: tuple[str, ...] = ()
     """Clients for whom no step follows: the trunk may lay aside what only a further one would need.
     """

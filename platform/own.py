@@ -85,8 +85,8 @@ def read_own(config: RunConfig) -> Own:
         FellrayError: the file is missing, unreadable or empty, a column is missing or unknown, a
             client is missing, unknown or named twice, a value is no whole number (of 1 or more, a
             cut may be 0), a rank is above `model.lora.r`, there are cuts and `train.share` is
-            trunk_only, or there are ranks and the method has control variates; or the data is not
-            prepared.
+            trunk_only or `model.freeze_bottom` set, or there are ranks and the method has control
+            variates; or the data is not prepared.
     """
     path = config.clients.own
     if path is None:
@@ -140,6 +140,12 @@ def read_own(config: RunConfig) -> Own:
         raise FellrayError(
             f"{path}: rank is each client's own, and method.kind={config.method.kind} compares the "
             "steps of all clients column by column; leave the column out, or take another method"
+        )
+    if cuts and config.model.freeze_bottom:
+        raise FellrayError(
+            f"{path}: cut is each client's own, and with model.freeze_bottom a block would be "
+            "trained for some and frozen for others; set model.freeze_bottom=false, or leave the "
+            "column out"
         )
     if cuts:
         cuts = {learner: cuts.get(learner, config.model.cut) for learner in seats}

@@ -142,6 +142,11 @@ class PackedBlock:
         wide = none_Md.new_empty(0, len(self._up.weight))
         return Saved(none_Md, none_Md, none_Md, none_Md, none_Md, wide, none_Md)
 
+    @property
+    def dim(self) -> int:
+        """The width d."""
+        return self._up.weight.shape[1]
+
     def bytes_per_token(self) -> int:
         """Of `Saved`."""
         weight = self._up.weight
@@ -189,6 +194,11 @@ class PackedBlocks:
     def __init__(self, blocks: Blocks):
         self._blocks = [PackedBlock(layer, blocks.adapted) for layer in blocks.blocks]
         self._first = blocks.first
+
+    @property
+    def dim(self) -> int:
+        """The width d."""
+        return self._blocks[0].dim
 
     def measure(self, num_tokens: int) -> int:
         """Bytes that a forward pass leaves for its backward, at most."""

@@ -8,12 +8,14 @@ Shapes: L real tokens of all rows together, d width.
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
 import numpy as np
 
 from fellray.platform.ledger import Ledger
-from fellray.platform.messages import Activation, Gradient, Lease
+from fellray.platform.messages import Activation, Gradient, Lease, Unheld
+from fellray.platform.recall import Known, leave_out_all, rows_sent
 
 Result = TypeVar("Result")
 
@@ -59,34 +61,82 @@ class Span:
     def __init__(self, remote: Remote, ledger: Ledger):
         self.remote = remote
         self._ledger = ledger
+        self._known = Known()
+        self._server = 0
+
+    def choose(self, server: int) -> None:
+        """Ask this server from now on, where there are several."""
+        if server != self._server:
+            self._known.forget()
+        self._server = server
+        self.remote.choose(server)
 
     def forward(self, activation: Activation) -> Answer:
-        """One crossing up and one down [L, d]."""
-        asked = self.remote.forward(activation)
+        """One crossing up and one down [L, d]; rows with names that the server has stay here.
+
+        Args:
+            activation: with all its rows.
+        """
+        sent = self._known.leave_out(activation)
+        asked = self.remote.forward(sent)
 
         def answer() -> np.ndarray:
-            output = asked()
-            kind = "" if activation.lease else "evaluation_"
-            self._ledger.enter_rows(activation, kind + "activation", activation.h_Ld)
-            self._ledger.enter_rows(activation, kind + "output", output)
-            self._ledger.enter_envelope(activation)
+            try:
+                output = asked()
+            except Unheld:
+                self._enter_up(sent, None)
+                self._known.forget()
+                output = self.remote.forward(activation)()
+                self._enter_up(activation, None)
+            else:
+                self._enter_up(sent, None)
+            self._known.add(activation)
+            kind = "output" if activation.lease else "evaluation_output"
+            self._enter(activation, kind, output)
             return output
 
         return answer
 
     def backward(self, activation: Activation, gradient: Gradient) -> Answer:
-        """One crossing up, the activation again, and one down [L, d]."""
-        asked = self.remote.backward(activation, gradient)
+        """One crossing up, the activation again where its rows have no names, and one down
+        [L, d].
+
+        Args:
+            activation: with all its rows.
+        """
+        sent = leave_out_all(activation)
+        asked = self.remote.backward(sent, gradient)
 
         def answer() -> np.ndarray:
-            down = asked()
-            self._ledger.enter_rows(activation, "gradient", gradient.g_Ld)
-            self._ledger.enter_rows(activation, "activation_repeat", activation.h_Ld)
-            self._ledger.enter_rows(activation, "input_gradient", down)
-            self._ledger.enter_envelope(activation)
+            try:
+                down = asked()
+            except Unheld:
+                self._enter_up(sent, gradient)
+                self._known.forget()
+                down = self.remote.backward(activation, gradient)()
+                self._enter_up(activation, gradient)
+            else:
+                self._enter_up(sent, gradient)
+            self._enter(activation, "input_gradient", down)
             return down
 
         return answer
+
+    def _enter_up(self, sent: Activation, gradient: Gradient | None) -> None:
+        """A message that went up, whether it was of use or not."""
+        kind = "activation" if sent.lease else "evaluation_activation"
+        if gradient is not None:
+            self._enter(sent, "gradient", gradient.g_Ld)
+            kind = "activation_repeat"
+        self._ledger.enter_rows(rows_sent(sent), kind, sent.h_Ld)
+        self._ledger.enter_envelope(sent)
+
+    def _enter(self, message: Activation, kind: str, crossed: np.ndarray) -> None:
+        """What has a token, or one vector, for each of the message's."""
+        if len(crossed) == len(message.lengths_N) != message.num_tokens:
+            message = replace(message, lengths_N=np.ones_like(message.lengths_N))
+        if len(crossed):
+            self._ledger.enter_rows(message, kind, crossed)
 
 
 def take_turns(trips: Iterable[Trip[Result]]) -> list[Result]:

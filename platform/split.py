@@ -106,8 +106,13 @@ class Top(nn.Module):
     def forward(self, h_nTd: Tensor, mask_nT: Tensor, adapters: Sequence[Sequence[Pair]]) -> Tensor:
         """Unit vectors [n, d]: the mean over real tokens, normalised."""
         h = self.blocks(h_nTd, mask_nT, adapters)
-        weight = mask_nT[:, :, None].to(h.dtype)
-        return F.normalize((h * weight).sum(1) / weight.sum(1), dim=1)
+        return F.normalize(mean_tokens(h, mask_nT), dim=1)
+
+
+def mean_tokens(h_nTd: Tensor, mask_nT: Tensor) -> Tensor:
+    """Means over real tokens [n, d]."""
+    weight = mask_nT[:, :, None].to(h_nTd.dtype)
+    return (h_nTd * weight).sum(1) / weight.sum(1)
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,8 @@ def plan_cut(backbone: Backbone, model: ModelConfig) -> Cut:
         ]
         for part, span in blocks.items()
     }
+    if model.freeze_bottom:
+        sites["bottom"] = []
     return Cut(blocks, sites)
 
 

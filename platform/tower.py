@@ -9,6 +9,7 @@ Shapes: N rows, n rows of one padded length T, L real tokens of all rows togethe
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fellray.platform.adapters import Bank, Pair
@@ -25,12 +26,14 @@ Used = list[tuple[Tensor, list[Pair]]]
 class Tower:
     """Bottom and top, with a bank that holds both parts' adapters side by side."""
 
-    def __init__(self, bottom: Bottom, top: Top, pad: int, bank: Bank | None):
-        """Args: pad: the padding token. bank: the bottom's sites, then the top's; or base only."""
+    def __init__(self, bottom: Bottom, top: Top, pad: int, bank: Bank | None, pooled: bool = False):
+        """Args: pad: the padding token. bank: the bottom's sites, then the top's; or base only.
+        pooled: what comes back from the trunk is rows' means."""
         self._bottom = bottom
         self._top = top
         self._pad = pad
         self._bank = bank
+        self._pooled = pooled
         self._split = len(bottom.blocks.adapted)
 
     def encode(
@@ -73,7 +76,9 @@ class Tower:
         return torch.cat(parts)[torch.cat(order).argsort()]
 
     def finish(self, rows: Rows, y_Ld: Tensor, used: Used) -> Tensor:
-        """Unit vectors [N, d] from packed hidden states at the upper cut [L, d]."""
+        """Unit vectors [N, d] from packed hidden states at the upper cut [L, d], or from means."""
+        if self._pooled:
+            return F.normalize(y_Ld, dim=1)
         vectors = []
         for group, (slots_n, pairs) in zip(rows.groups, used, strict=True):
             sets = self._sets(slots_n, pairs[self._split :])

@@ -15,7 +15,6 @@ from itertools import groupby
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
 from fellray.platform.adapters import Bank
 from fellray.platform.config import RunConfig
@@ -30,6 +29,7 @@ from fellray.platform.rows import Rows
 from fellray.platform.slots import Slots
 from fellray.platform.split import SIDES, cut_model, plan_cut
 from fellray.platform.tower import Tower, Used
+from fellray.platform.wire import Wire
 from fellray.serve.items import Items
 from fellray.serve.ranking import Choice, Ranking, rank
 
@@ -97,6 +97,7 @@ class Ends:
         self._vectors_Td = items.vectors_Td.to(device)
         self._device = device
         self._config = config
+        self._wire = Wire(config, backbone.dim, names=False)
         self._kept = kept
         self._rows = rows
         self.asked = 0
@@ -123,7 +124,7 @@ class Ends:
     @torch.no_grad()
     def finish(self, crossing: Crossing, output: np.ndarray) -> list[Ranking]:
         """Rankings of a crossing's questions, given hidden states at the upper cut [L, d]."""
-        y_Ld = from_dlpack(output).to(self._device)
+        y_Ld = self._wire.read_output(output).to(self._device)
         u_Nd = self._tower().finish(crossing.rows, y_Ld, crossing.used)
         temperature = self._config.model.temperature
         scores_NI = compare(u_Nd, self._vectors_Td, temperature)
@@ -173,7 +174,7 @@ class Ends:
         self.asked += len(questions)
         slot_N = slots[own_N].to(self._device)
         h_Ld, used = self._tower().rise(rows, ids_L.to(self._device), slot_N, False)
-        activation = Activation(
+        header = Activation(
             run=self._config.name,
             round=questions[0].round,
             step=0,
@@ -181,9 +182,9 @@ class Ends:
             clients=tuple(learners),
             row_client_N=own_N.numpy().astype(np.int32),
             lengths_N=lengths_N.numpy().astype(np.int32),
-            h_Ld=h_Ld.cpu().numpy(),
+            h_Ld=np.empty((0, 0), np.float32),
         )
-        return Crossing(activation, questions, rows, used)
+        return Crossing(self._wire.send_activation(header, h_Ld), questions, rows, used)
 
     def _tower(self) -> Tower:
-        return Tower(*self._ends, self._slots.bank)
+        return Tower(*self._ends, self._slots.bank, self._wire.pooled)

@@ -46,7 +46,7 @@ class Trunk:
         Raises:
             FellrayError: a page of the round is gone or damaged, or a client is not the run's.
         """
-        future = self._batcher.submit(self._forward, activation, len(activation.h_Ld))
+        future = self._batcher.submit(self._forward, activation, activation.num_tokens)
         output: np.ndarray = await asyncio.wrap_future(future)
         return output
 

@@ -22,6 +22,8 @@ FIELDS = {
         "row_client_N",
         "lengths_N",
         "h_Ld",
+        "names_NB",
+        "sent_N",
     ),
     "Gradient": ("run", "round", "step", "g_Ld", "done"),
     "LedgerRow": ("client", "kind", "messages", "bytes", "digest"),
