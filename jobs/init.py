@@ -150,7 +150,7 @@ def read_columns(file: Path) -> list[str]:
     import pyarrow.csv
     import pyarrow.parquet as pq
 
-    from fellray.platform.sources import find_delimiter
+    from fellray.platform.tables import find_delimiter
 
     try:
         if file.suffix in (".parquet", ".pq"):
