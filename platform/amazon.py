@@ -6,29 +6,21 @@ parent_asin, rating, timestamp in milliseconds; parent_asin, title, categories).
 what the values are worth.
 """
 
-import gzip
 import html
-import json
 import re
-import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.json
 
 from fellray.platform.errors import FellrayError
-from fellray.platform.tables import Source, drop_untitled, first_titled, missing
+from fellray.platform.json_lines import read_first, read_lines
+from fellray.platform.tables import Source, drop_untitled, first_titled
 
 _ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 _META = "meta_"
-_BLOCK = 1 << 25
-"""Bytes that Arrow parses at once: a line is never longer (metadata can have a megabyte)."""
 # Some 2018 titles are a piece of the shop's page; its scripts begin with a look at the clock.
 _PAGE_SCRIPT = "getTime("
 
@@ -91,7 +83,7 @@ def open_reviews(file: Path, metadata: Path | None) -> Source:
     release = _RELEASES[_find_release(file)]
     metadata = metadata or _find_metadata(file)
     text, number = pa.string(), pa.float64()
-    rows = _read_lines(
+    rows = read_lines(
         file,
         {release.user: text, release.item: text, release.time: pa.int64(), release.rating: number},
         (release.user, release.item, release.time),
@@ -101,8 +93,9 @@ def open_reviews(file: Path, metadata: Path | None) -> Source:
         moment = rows["timestamp"]
         seconds = pa.chunked_array([moment.to_numpy() // release.per_second])
         rows = rows.set_column(2, "timestamp", seconds).append_column("seq", moment)
-    items = _read_lines(
-        metadata, {release.item: text, "title": text, release.categories: pa.list_(text)},
+    items = read_lines(
+        metadata,
+        {release.item: text, "title": text, release.categories: pa.list_(text)},
         (release.item,),
     ).combine_chunks()
     items = pa.table(
@@ -135,19 +128,7 @@ def _find_metadata(file: Path) -> Path:
 
 def _find_release(file: Path) -> str:
     """By the fields of the first line."""
-    try:
-        with _open(file) as lines:
-            first = next((line for line in lines if line.strip()), b"")
-    except FileNotFoundError:
-        raise missing(file) from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise FellrayError(f"{file}: cannot be read ({error}); download it again") from None
-    if not first:
-        raise FellrayError(f"{file}: is empty; a line per review is expected")
-    try:
-        fields = set(json.loads(first))
-    except (ValueError, TypeError):
-        fields = set()
+    fields = read_first(file)
     for name, release in _RELEASES.items():
         if {release.user, release.item} <= fields:
             return name
@@ -156,86 +137,6 @@ def _find_release(file: Path) -> str:
     raise FellrayError(
         f"{file}: is no file of Amazon reviews: its first line must have {forms}, and {has}"
     )
-
-
-def _read_lines(
-    file: Path, types: Mapping[str, pa.DataType], needed: tuple[str, ...]
-) -> pa.Table:
-    """Some fields of every line, parsed by Arrow; only an error is looked for line by line."""
-    try:
-        table = pyarrow.json.read_json(
-            file,
-            pyarrow.json.ReadOptions(block_size=_BLOCK),
-            pyarrow.json.ParseOptions(
-                explicit_schema=pa.schema(types), unexpected_field_behavior="ignore"
-            ),
-        )
-        table.validate(full=True)  # Arrow's parser lets bytes pass that are no UTF-8
-    except FileNotFoundError:
-        raise missing(file) from None
-    except (pa.ArrowInvalid, OSError) as error:
-        told = _find_fault(file, types, needed) or f"cannot be read ({error})"
-        raise FellrayError(f"{file}: {told}; download it again, or mend the line") from None
-    if not table.num_rows:
-        raise FellrayError(f"{file}: is empty; a JSON object per line is expected")
-    if any(_is_empty(table[name]) for name in needed):
-        told = _find_fault(file, types, needed)
-        raise FellrayError(f"{file}: {told}; mend or remove the line")
-    return table.select(list(types))
-
-
-def _is_empty(column: pa.ChunkedArray) -> bool:
-    if pa.types.is_string(column.type):
-        column = pc.if_else(pc.equal(pc.utf8_trim_whitespace(column), ""), None, column)
-    return bool(column.null_count)
-
-
-def _find_fault(
-    file: Path, types: Mapping[str, pa.DataType], needed: tuple[str, ...]
-) -> str | None:
-    """What is wrong with the first bad line, by its number."""
-    at = 0
-    try:
-        with _open(file) as lines:
-            for at, line in enumerate(lines, 1):
-                try:
-                    fields = json.loads(line) if line.strip() else None
-                except ValueError as error:
-                    return f"line {at} is not JSON ({error})"
-                if line.strip() and (fault := _find_misfit(fields, types, needed)):
-                    return f"line {at} {fault}"
-    except (OSError, EOFError, zlib.error) as error:
-        return f"is cut off or damaged after line {at} ({error})"
-    return None
-
-
-def _find_misfit(
-    fields: Any, types: Mapping[str, pa.DataType], needed: tuple[str, ...]
-) -> str | None:
-    if not isinstance(fields, dict):
-        return "is no JSON object"
-    for name, kind in types.items():
-        value = fields.get(name)
-        if value is None or (isinstance(value, str) and not value.strip()):
-            if name in needed:
-                return f"has no {name}"
-        elif pa.types.is_list(kind):
-            if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-                return f"has a {name} that is no list of texts"
-        elif pa.types.is_string(kind):
-            if not isinstance(value, str):
-                return f"has a {name} that is no text ({value!r})"
-        elif isinstance(value, bool) or not isinstance(value, int | float):
-            return f"has a {name} that is no number ({value!r})"
-        elif pa.types.is_integer(kind) and not isinstance(value, int):
-            return f"has a {name} that is no whole number ({value!r})"
-    return None
-
-
-@contextmanager
-def _open(file: Path) -> Iterator[IO[bytes]]:
-    with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as opened:
-        yield opened
 
 
 def _clean_titles(titles: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -83,8 +83,8 @@ class ByAttribute(Config):
     attribute: str
     """A column of the source's users, `gender` for example."""
     min_users: int = Field(default=10, ge=1)
-    """A smaller group joins `other`, as do users without a value; where `other` is itself too small,
-    the smallest groups join it as well."""
+    """A smaller group joins `other`, as do users without a value; where `other` is itself too
+    small, the smallest groups join it as well."""
 
 
 class DirichletPartition(Config):
@@ -112,10 +112,10 @@ class DataConfig(Config):
     path: Path = Path("data/demo")
     """The prepared folder: `fellray prepare` writes it, everything else reads it."""
     source: str = "demo"
-    """`demo` (made by fellray), a folder in fellray's schema, a MovieLens folder (`ml-100k`, `ml-1m`,
-    `ml-32m` and others of their forms), RecBole's atomic files (the folder or the `.inter` file),
-    Amazon reviews of 2018 or 2023 (the folder or the file of JSON lines, also `.gz`), or a Parquet
-    or CSV file of interactions."""
+    """`demo` (made by fellray), a folder in fellray's schema, a MovieLens folder (`ml-100k`,
+    `ml-1m`, `ml-32m` and others of their forms), RecBole's atomic files (the folder or the `.inter`
+    file), Amazon reviews of 2018 or 2023 (the folder or the file of JSON lines, also `.gz`), or a
+    Parquet or CSV file of interactions."""
     items: Path | None = None
     """A Parquet or CSV file of items, where `source` is a file that has no titles; of Amazon
     reviews the metadata, where they do not lie beside them."""
@@ -135,9 +135,9 @@ class DataConfig(Config):
         Annotated[LeaveOneOut | Temporal, Field(discriminator="kind")], _kind("leave_one_out")
     ] = LeaveOneOut()
     """How each history is divided into training, validation and test."""
-    partition: Annotated[
-        Annotated[AnyPartition, Field(discriminator="kind")], _kind("kmeans")
-    ] = KMeansPartition()
+    partition: Annotated[Annotated[AnyPartition, Field(discriminator="kind")], _kind("kmeans")] = (
+        KMeansPartition()
+    )
     """Which users belong to which client."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything `prepare` draws."""

@@ -53,8 +53,8 @@ def read(config: DataConfig) -> Interactions:
 
     Filters, in this order: `min_rating` (a row without a rating goes too), `max_users`, `k_core`.
     With a k-core above 1 the items left without interactions leave the catalogue.
-    Ids given as text become their rank in sorted order, over all files that name them. Rows of equal timestamp keep the
-    order of the file; without timestamps the file's order is the order.
+    Ids given as text become their rank in sorted order, over all files that name them. Rows of
+    equal timestamp keep the order of the file; without timestamps the file's order is the order.
 
     Raises:
         FellrayError: a file is missing or unreadable, a column is missing or of the wrong type,

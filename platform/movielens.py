@@ -1,10 +1,12 @@
 """MovieLens: the files of GroupLens' rating sets, as they come.
 
 ml-100k (`u.data`, `u.item`, `u.user`), ml-1m and ml-10m (`.dat` files, separated by `::`), ml-32m
-and the others of its form (ml-20m, ml-25m, ml-latest: `ratings.csv`, `movies.csv`). It must not know
-what the values are worth. Facts of the formats: the README files that GroupLens puts beside them.
+and the others of its form (ml-20m, ml-25m, ml-latest: `ratings.csv`, `movies.csv`). It must not
+know what the values are worth. Facts of the formats: the README files that GroupLens puts beside
+them.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,9 +61,8 @@ def _open_100k(folder: Path) -> Source:
     users = None
     if users_file.is_file():
         users = _read_bare(users_file, _USERS_100K, b"|", "ml-100k's u.user")
-    return Source(
-        *(rows, items, "unix_seconds", str(rows_file), str(items_file)), users, str(users_file)
-    )
+    files = (str(rows_file), str(items_file))
+    return Source(rows, items, "unix_seconds", *files, users, str(users_file))
 
 
 def _open_dat(folder: Path) -> Source:
@@ -73,28 +74,26 @@ def _open_dat(folder: Path) -> Source:
     if users_file.is_file():  # ml-10m has none
         form = "UserID::Gender::Age::Occupation::Zip-code"
         users = _read_bare(users_file, _USERS_1M, b"::", form)
-    return Source(
-        *(rows, _without_placeholder(items), "unix_seconds", str(rows_file), str(items_file)),
-        users,
-        str(users_file),
-    )
+    items = _without_placeholder(items)
+    files = (str(rows_file), str(items_file))
+    return Source(rows, items, "unix_seconds", *files, users, str(users_file))
 
 
 def _open_csv(folder: Path) -> Source:
     rows_file, items_file = folder / "ratings.csv", folder / "movies.csv"
-    theirs = ("userId", "movieId", "rating", "timestamp")
-    types = dict(zip(theirs, _RATINGS.values(), strict=True))
-    form = "ratings.csv of ml-32m: " + ",".join(theirs)
-    rows = read_typed(rows_file, types, ",", form).rename_columns(list(_RATINGS))
-    theirs = ("movieId", "title", "genres")
-    types = dict(zip(theirs, _ITEMS.values(), strict=True))
-    form = "movies.csv of ml-32m: " + ",".join(theirs)
-    items = read_typed(items_file, types, ",", form, quoted=True).rename_columns(list(_ITEMS))
+    rows = _read_named(rows_file, ("userId", "movieId", "rating", "timestamp"), _RATINGS)
+    items = _read_named(items_file, ("movieId", "title", "genres"), _ITEMS)
     items = _without_placeholder(items)
     return Source(rows, items, "unix_seconds", str(rows_file), str(items_file))
 
 
-def _read_bare(file: Path, types: dict[str, pa.DataType], mark: bytes, form: str) -> pa.Table:
+def _read_named(file: Path, names: Sequence[str], ours: Mapping[str, pa.DataType]) -> pa.Table:
+    types = dict(zip(names, ours.values(), strict=True))
+    form = f"ml-32m's {file.name}, {','.join(names)}"
+    return read_typed(file, types, ",", form, quoted=True).rename_columns(list(ours))
+
+
+def _read_bare(file: Path, types: Mapping[str, pa.DataType], mark: bytes, form: str) -> pa.Table:
     """A file without a header; Arrow's separators are one byte, so a longer one is replaced."""
     try:
         raw = file.read_bytes()

@@ -1,7 +1,8 @@
 """RecBole's atomic files: `NAME.inter`, `NAME.item` and, where there is one, `NAME.user`.
 
 Tab-separated text whose header gives each column's type (`user_id:token`). Facts of the format:
-https://recbole.io/docs/user_guide/data/atomic_files.html. It must not know what the values are worth.
+https://recbole.io/docs/user_guide/data/atomic_files.html. It must not know what the values are
+worth.
 
 A token is text in RecBole; ids that are all written as plain whole numbers (no leading zero) are
 numbers here, so that they stay what they were.
@@ -65,9 +66,7 @@ def open_atomic(file: Path, names: Mapping[str, str]) -> Source:
         )
     hint = "; name the right one with data.columns.{0}=<name without its type>"
     of_rows = {k: v for k, v in names.items() if k not in ("title", "categories")}
-    rows = pick(
-        raw, rows_file, ("user_id", "item_id"), ("timestamp", "rating"), of_rows, hint
-    )
+    rows = pick(raw, rows_file, ("user_id", "item_id"), ("timestamp", "rating"), of_rows, hint)
     if not items_file.is_file():
         raise FellrayError(
             f"{items_file}: does not exist; fellray's model reads titles, which RecBole keeps there"
@@ -91,8 +90,14 @@ def open_atomic(file: Path, names: Mapping[str, str]) -> Source:
     rows, items = _with_plain_ids("item_id", rows, items)
     rows, items, left_out = drop_untitled(rows, rows_file, items, items_file)
     return Source(
-        *(rows, items, "unix_seconds" if "timestamp" in rows.column_names else "order_only"),
-        *(str(rows_file), str(items_file), users, str(users_file), left_out),
+        rows=rows,
+        items=items,
+        kind="unix_seconds" if "timestamp" in rows.column_names else "order_only",
+        rows_file=str(rows_file),
+        items_file=str(items_file),
+        users=users,
+        users_file=str(users_file),
+        left_out=left_out,
     )
 
 
@@ -117,10 +122,10 @@ def _read_header(file: Path) -> dict[str, pa.DataType]:
     types = {}
     for entry in line.split("\t"):
         name, _, kind = entry.rpartition(":")
-        if not name or kind not in _TYPES:
+        if not name or ":" in name or kind not in _TYPES:
             raise FellrayError(
-                f"{file}: line 1: column {entry!r} has no type; RecBole writes name:type, separated "
-                f"by tabs, with a type of {', '.join(_TYPES)}"
+                f"{file}: line 1: column {entry!r} has no type; RecBole writes name:type, "
+                f"separated by tabs, with a type of {', '.join(_TYPES)}"
             )
         if entry in types:
             raise FellrayError(f"{file}: line 1: column {entry!r} is there twice")

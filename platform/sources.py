@@ -1,8 +1,8 @@
 """Sources: what each form that people have is opened as, under fellray's column names.
 
 The demo, a folder in fellray's schema and tables with a column map are here; MovieLens, RecBole and
-Amazon reviews have files of their own. It must not know what the values are worth: columns are found
-and named here, and checked in `interactions`.
+Amazon reviews have files of their own. It must not know what the values are worth: columns are
+found and named here, and checked in `interactions`.
 """
 
 import json
