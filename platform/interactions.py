@@ -180,15 +180,15 @@ def _check(source: Source) -> Interactions:
     if not pa.types.is_integer(items["item_id"].type):
         described["source_id"] = to_text(in_items, "item_id", items["item_id"]).take(by_id)
 
-    number = np.arange(len(user_id))
-    timestamp = (
-        to_seconds(in_rows, rows["timestamp"]) if "timestamp" in rows.column_names else number
-    )
+    if "timestamp" in rows.column_names:
+        timestamp = to_seconds(in_rows, rows["timestamp"])
+    else:
+        timestamp = np.arange(len(user_id))
     if "seq" in rows.column_names:
         (order,) = to_ids("seq", [(in_rows, rows["seq"])])
     else:
         order = timestamp
-    by_user = np.lexsort((number, order, user_id))
+    by_user = np.lexsort((order, user_id))  # stable: what ties keeps the order of the file
     data = Interactions(
         user_id=user_id,
         item_id=item_id,
