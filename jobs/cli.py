@@ -235,7 +235,8 @@ def recommend(
         tell(f"not in the catalogue, so the model has only its words: {title}")
     table = Table("rank", "item", "title", "score")
     for one in answer.items:
-        table.add_row(str(one.rank), str(one.item_id), one.title, f"{one.score:.4f}")
+        item = one.source_id or str(one.item_id)
+        table.add_row(str(one.rank), item, one.title, f"{one.score:.4f}")
     console.print(table)
 
 

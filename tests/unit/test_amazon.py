@@ -5,11 +5,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from fellray.jobs.prepare import prepare
 from fellray.platform import interactions as data
-from fellray.platform.config import DataConfig
+from fellray.platform.config import DataConfig, parse
+from fellray.platform.encoder import load_tokenizer
 from fellray.platform.errors import FellrayError
+from fellray.platform.shards import Dataset
+from fellray.serve.additions import Batch
+from fellray.serve.items import Items
 
 HALO, PAD, LOST, BARE, SCRIPT = ("B00005NZ1G", "0700026657", "B000000001", "B000000002", "B3")
 
@@ -170,6 +176,33 @@ def test_damaged_files(tmp_path: Path) -> None:
     write(tmp_path / "meta_Games.json", [{"asin": HALO, "title": "Halo", "category": [7]}])
     with pytest.raises(FellrayError, match="line 1 has a category that is no list of texts"):
         read(tmp_path)
+
+
+def test_a_prepared_folder_keeps_the_asins_and_a_served_item_shows_its_own(
+    tmp_path: Path, tiny_encoder: Path
+) -> None:
+    rows = [of_2018(f"A{u}", f"B{(u + i) % 5}", 100 + i) for u in range(6) for i in range(4)]
+    write(tmp_path / "Games.json", [*rows, of_2018("A0", LOST, 9)])
+    write(tmp_path / "meta_Games.json", [meta_2018(f"B{i}", f"word0{i}") for i in range(5)])
+    tree = {
+        "data": {
+            "path": str(tmp_path / "data"),
+            "source": str(tmp_path),
+            "k_core": 1,
+            "partition": {"kind": "per_user"},
+        },
+        "model": {"name": str(tiny_encoder)},
+    }
+    config = parse(tree, "test")
+    manifest = prepare(config)
+    assert manifest["left_out"]["interactions"] == 1
+    data = Dataset(tmp_path / "data")
+    assert data.source_ids == ["B0", "B1", "B2", "B3", "B4"]
+    items = Items(data, load_tokenizer(str(tiny_encoder)), config.model)
+    assert json.loads(items.describe(3).model_dump_json())["source_id"] == "B3"
+    later = items.extend(Batch(np.array([9]), ["x"], [()], data.vectors[:1]))
+    assert "source_id" not in json.loads(later.describe(5).model_dump_json())
+    assert later.describe(3).source_id == "B3"
 
 
 def test_which_file_is_meant_must_be_clear(tmp_path: Path) -> None:

@@ -90,16 +90,20 @@ def test_manifest_counts_and_drops_users_without_a_client(tmp_path: Path) -> Non
     assert "path" not in manifest["data"]
 
 
-def test_users_text_ids_and_what_was_left_out_are_kept(tmp_path: Path) -> None:
+def described() -> Interactions:
+    """`rows` from a source with text ids and attributes that left something out."""
     attributes = pa.table({"user_id": [4, 8, 9], "gender": ["F", "M", None], "age": [1, 2, 3]})
-    data = replace(
-        rows(),
-        items=rows().items.append_column("source_id", pa.array(["x", "y", "z"])),
-        users=attributes,
-        left_out={"interactions": 5},
-    )
-    config = DataConfig(path=tmp_path / "data")
-    manifest = shards.write(config, data, SPLIT, CLIENTS, "tiny", "ab" * 32, VECTORS)
+    items = rows().items.append_column("source_id", pa.array(["x", "y", "z"]))
+    return replace(rows(), items=items, users=attributes, left_out={"interactions": 5})
+
+
+def write_described(path: Path) -> dict[str, Any]:
+    config = DataConfig(path=path)
+    return shards.write(config, described(), SPLIT, CLIENTS, "tiny", "ab" * 32, VECTORS)
+
+
+def test_users_text_ids_and_what_was_left_out_are_kept(tmp_path: Path) -> None:
+    manifest = write_described(tmp_path / "data")
     assert manifest["left_out"] == {"interactions": 5}
     assert (manifest["users"]["file"], manifest["users"]["count"]) == ("users.parquet", 3)
     got = shards.Dataset(tmp_path / "data")
