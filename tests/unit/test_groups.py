@@ -24,6 +24,7 @@ def test_a_value_called_other_is_other() -> None:
     assert group(["other", "red", "red", "blue", "other"], 2) == [
         *("other", "red", "red", "other", "other")
     ]
+    assert group(["other"] * 5 + ["blue"] + ["red"] * 3, 3) == ["other"] * 6 + ["red"] * 3
 
 
 def test_the_smallest_groups_join_an_other_that_is_too_small() -> None:

@@ -25,8 +25,8 @@ def test_a_user_has_the_category_met_most_in_equal_parts_of_one() -> None:
 
 
 def test_equal_sums_are_equal_in_spite_of_rounding() -> None:
-    """Three thirds of B and C, and a whole A: A comes first."""
-    assert labels([[0, 0, 0, 1, 2]], ["B|C|D", "A", "E"]) == [0]
+    """Ten tenths of B to K, and a whole Z: B comes first, though ten tenths add up to less."""
+    assert labels([[0] * 10 + [1]], ["B|C|D|E|F|G|H|I|J|K", "Z"]) == [0]
 
 
 def test_a_category_of_nearly_all_items_tells_nothing() -> None:
