@@ -45,7 +45,10 @@ def init(
     path: Annotated[Path, typer.Argument(help="Where to write the config.")] = Path("fellray.yaml"),
     source: Annotated[
         str,
-        typer.Option(help="`demo`, a data folder, or a CSV or Parquet file of interactions."),
+        typer.Option(
+            help="`demo`, a data folder (MovieLens, RecBole, Amazon reviews, fellray's own), or a "
+            "file: CSV, Parquet, .inter, .json.gz."
+        ),
     ] = "demo",
     items: Annotated[Path | None, typer.Option(help="A file of items with titles.")] = None,
 ) -> None:
@@ -83,7 +86,12 @@ def doctor(
 
 @app.command()
 def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Read interactions, divide them among clients, and write one shard per client."""
+    """Read interactions, divide them among clients, and write one shard per client.
+
+    `data.source` is `demo`, a MovieLens folder (ml-100k, ml-1m, ml-32m), RecBole's atomic files,
+    Amazon reviews (2018, 2023), fellray's own folder, or a CSV or Parquet file. `data.partition`
+    says who is a client: kmeans, per_user, by_attribute or dirichlet.
+    """
     from fellray.jobs.prepare import prepare as run
     from fellray.platform.config import load
 
@@ -107,6 +115,9 @@ def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
         f"{counts['users']} users, {counts['items']} items, {counts['interactions']} interactions, "
         f"{len(manifest['clients'])} clients"
     )
+    if left_out := manifest.get("left_out"):
+        told = ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in left_out.items())
+        tell(f"left out, since the model reads titles: {told}")
     if loaded.data.k_core > 1:
         tell(f"left: users and items with {loaded.data.k_core} interactions or more (data.k_core)")
     tell(f"Next: {command('train', config, overrides)}")
@@ -253,7 +264,8 @@ def recommend(
         tell(f"not in the catalogue, so the model has only its words: {title}")
     table = Table("rank", "item", "title", "score")
     for one in answer.items:
-        table.add_row(str(one.rank), str(one.item_id), one.title, f"{one.score:.4f}")
+        item = one.source_id or str(one.item_id)
+        table.add_row(str(one.rank), item, one.title, f"{one.score:.4f}")
     console.print(table)
 
 

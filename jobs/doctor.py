@@ -19,7 +19,13 @@ from rich.text import Text
 
 from fellray.jobs import checks, ray_checks
 from fellray.jobs.checks import Finding
-from fellray.platform.config import KMeansPartition, LoraSpec, ModelConfig, RunConfig
+from fellray.platform.config import (
+    DirichletPartition,
+    KMeansPartition,
+    LoraSpec,
+    ModelConfig,
+    RunConfig,
+)
 from fellray.platform.encoder import Backbone
 from fellray.platform.errors import FellrayError
 from fellray.platform.lanes import Lanes
@@ -82,7 +88,7 @@ def count_clients(config: RunConfig) -> int | None:
     try:
         names = Dataset(config.data.path).clients
     except FellrayError:
-        if not isinstance(partition, KMeansPartition):
+        if not isinstance(partition, KMeansPartition | DirichletPartition):
             return None
         names = tuple(f"c{i}" for i in range(partition.num_clients))
     return len(config.method.seat(names))

@@ -36,7 +36,7 @@ data:
   source: {source}
 {mapping}  k_core: 5                    # drop users and items with fewer interactions
   split: {{kind: leave_one_out}} # or {{kind: temporal, valid: 0.1, test: 0.1}}
-  partition: {{kind: kmeans, num_clients: 5}}   # or {{kind: per_user}}
+  partition: {{kind: kmeans, num_clients: 5}}   # per_user, by_attribute, dirichlet
 
 model:
   name: all-MiniLM-L6-v2       # or any BERT-family encoder by name or path
@@ -62,15 +62,18 @@ server:
 
 
 def write_config(path: Path, source: str, items: Path | None) -> dict[str, str]:
-    """Write a config for the demo, a data folder, or a CSV or Parquet file.
+    """Write a config for the demo, a data folder or a file.
 
     Returns:
         fellray's names -> the file's columns, `UNKNOWN` for a needed one that was not recognised;
-        empty where the source is no single file.
+        empty where the source is no single table.
 
     Raises:
         FellrayError: the file exists already or cannot be written, or the source cannot be read.
     """
+    from fellray.platform.amazon import find_reviews
+    from fellray.platform.recbole import find_interactions
+
     if path.exists():
         raise FellrayError(f"{path}: exists already; choose another name or remove it")
     mapping = ""
@@ -78,7 +81,10 @@ def write_config(path: Path, source: str, items: Path | None) -> dict[str, str]:
     file = Path(source)
     if source != "demo" and not file.exists():
         raise FellrayError(f"--source {source}: there is no such file or folder")
-    if file.is_file():
+    if find_interactions(file) or find_reviews(file):  # forms whose columns are known
+        if items is not None:
+            mapping += f"  items: {_quote(str(items))}\n"
+    elif file.is_file():
         columns = match_columns(read_columns(file))
         if items is not None:
             of_items = match_columns(read_columns(items))
@@ -87,7 +93,8 @@ def write_config(path: Path, source: str, items: Path | None) -> dict[str, str]:
         columns = dict.fromkeys(NEEDED, UNKNOWN) | columns
         pairs = ", ".join(f"{k}: {_quote(v)}" for k, v in columns.items())
         mapping += f"  columns: {{{pairs}}}\n"
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._") if source != "demo" else "demo"
+    stem = re.sub(r"\.jsonl?$", "", file.stem)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") if source != "demo" else "demo"
     text = TEMPLATE.format(name=name or "run", source=_quote(source), mapping=mapping)
     try:
         path.write_text(text, encoding="utf-8")
@@ -150,7 +157,7 @@ def read_columns(file: Path) -> list[str]:
     import pyarrow.csv
     import pyarrow.parquet as pq
 
-    from fellray.platform.sources import find_delimiter
+    from fellray.platform.tables import find_delimiter
 
     try:
         if file.suffix in (".parquet", ".pq"):

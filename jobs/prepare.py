@@ -29,6 +29,8 @@ def prepare(config: RunConfig) -> dict[str, Any]:
         interactions.item_id,
         splits,
         config.data.seed,
+        interactions.users,
+        interactions.items,
     )
     backbone = load_backbone(config.model.name)
     vectors = encode_titles(config, backbone, interactions.items["title"].to_pylist())

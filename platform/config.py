@@ -78,19 +78,55 @@ class PerUser(Config):
     kind: Literal["per_user"] = "per_user"
 
 
+class ByAttribute(Config):
+    """Users with the same value of one attribute are a client."""
+
+    kind: Literal["by_attribute"] = "by_attribute"
+    attribute: str
+    """A column of the source's users, `gender` for example."""
+    min_users: int = Field(default=10, ge=1)
+    """A smaller group joins `other`, as do users without a value; where `other` is itself too
+    small, the smallest groups join it as well."""
+
+
+class DirichletPartition(Config):
+    """Clients of equal size whose users differ in the category they met most (label skew).
+
+    After Hsu, Qi, Brown (arXiv 1909.06335): a client's mix of labels is drawn from
+    Dirichlet(alpha * p), where p is everybody's mix. Here a label belongs to a user.
+    """
+
+    kind: Literal["dirichlet"] = "dirichlet"
+    num_clients: int = Field(default=5, ge=1)
+    """How many clients."""
+    alpha: float = Field(default=0.5, gt=0, le=1e6)
+    """Small: a client has users of one category or few. Large: every client has everybody's mix."""
+    min_users: int = Field(default=2, ge=1)
+    """Refuse to make clients of fewer users than this."""
+
+
+AnyPartition = KMeansPartition | PerUser | ByAttribute | DirichletPartition
+
+
 class DataConfig(Config):
     """Where interactions come from and how they are dealt to clients."""
 
     path: Path = Path("data/demo")
     """The prepared folder: `fellray prepare` writes it, everything else reads it."""
     source: str = "demo"
-    """`demo` (made by fellray), a folder in fellray's schema, a MovieLens `ml-100k` folder, or a
+    """`demo` (made by fellray), a folder in fellray's schema, a MovieLens folder (`ml-100k`,
+    `ml-1m`, `ml-32m` and others of their forms), RecBole's atomic files (the folder or the `.inter`
+    file), Amazon reviews of 2018 or 2023 (the folder or the file of JSON lines, also `.gz`), or a
     Parquet or CSV file of interactions."""
     items: Path | None = None
-    """A Parquet or CSV file of items, where `source` is a file that has no titles."""
+    """A Parquet or CSV file of items, where `source` is a file that has no titles; of Amazon
+    reviews the metadata, where they do not lie beside them."""
+    users: Path | None = None
+    """A Parquet or CSV file of users, where `source` is a table: `user_id`, and a column for each
+    attribute. The other forms have their users' attributes beside them."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Column map of a Parquet or CSV source: fellray's name -> the file's name, for `user_id`,
-    `item_id`, `title`, `timestamp`, `rating`, `categories`."""
+    """Column map of a Parquet, CSV or RecBole source: fellray's name -> the file's name, for
+    `user_id`, `item_id`, `title`, `timestamp`, `rating`, `categories`."""
     min_rating: float | None = None
     """Drop interactions rated below this."""
     k_core: int = Field(default=5, ge=1)
@@ -101,9 +137,9 @@ class DataConfig(Config):
         Annotated[LeaveOneOut | Temporal, Field(discriminator="kind")], _kind("leave_one_out")
     ] = LeaveOneOut()
     """How each history is divided into training, validation and test."""
-    partition: Annotated[
-        Annotated[KMeansPartition | PerUser, Field(discriminator="kind")], _kind("kmeans")
-    ] = KMeansPartition()
+    partition: Annotated[Annotated[AnyPartition, Field(discriminator="kind")], _kind("kmeans")] = (
+        KMeansPartition()
+    )
     """Which users belong to which client."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything `prepare` draws."""

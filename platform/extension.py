@@ -82,6 +82,8 @@ def extend(
     items = pa.table(
         {"item_id": data.item_ids, "title": data.titles, "categories": data.categories}
     )
+    if data.source_ids is not None:
+        items = items.append_column("source_id", pa.array(data.source_ids))
     interactions = Interactions(
         user_id=user_id,
         item_id=data.item_ids[item],
@@ -90,6 +92,8 @@ def extend(
         rating=None,
         items=items,
         timestamp_kind="order_only",
+        users=data.users,
+        left_out=data.manifest.get("left_out", {}),
     )
     encoder = data.manifest["encoder"]
     shards.write(

@@ -4,7 +4,8 @@ This file must not know clients, models or the prepared folder, nor how a source
 are the only keys of items; titles are text and may repeat. Letters: N interactions, I items.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,9 @@ import pyarrow.compute as pc
 from fellray.platform.columns import to_ids, to_ratings, to_seconds, to_text
 from fellray.platform.config import DataConfig, LeaveOneOut, Temporal
 from fellray.platform.errors import FellrayError
-from fellray.platform.sources import Source, TimestampKind, open_source
+from fellray.platform.sources import open_source
+from fellray.platform.tables import Source, TimestampKind
+from fellray.platform.user_attributes import check_users
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class Interactions:
     """Who met what and when; rows sorted by (user, seq).
 
     `items` has the columns item_id, title, categories (joined by `|`, may be empty), one row per
-    item, sorted by item_id: a row's number is the item's index. `order_only` says that
+    item, sorted by item_id: a row's number is the item's index. Where the source's ids are text,
+    they are its column source_id. `order_only` says that
     `timestamp` orders one user's rows and means nothing across users.
     """
 
@@ -37,6 +41,11 @@ class Interactions:
     """float32 [N], NaN where a row has none; None where the source has none"""
     items: pa.Table
     timestamp_kind: TimestampKind
+    users: pa.Table | None = None
+    """`user_id` and their attributes, sorted by user_id; None where the source says nothing of its
+    users"""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """How many of what the source's reader did not take"""
 
 
 def read(config: DataConfig) -> Interactions:
@@ -44,8 +53,8 @@ def read(config: DataConfig) -> Interactions:
 
     Filters, in this order: `min_rating` (a row without a rating goes too), `max_users`, `k_core`.
     With a k-core above 1 the items left without interactions leave the catalogue.
-    Ids given as text become their rank in sorted order. Rows of equal timestamp keep the
-    order of the file; without timestamps the file's order is the order.
+    Ids given as text become their rank in sorted order, over all files that name them. Rows of
+    equal timestamp keep the order of the file; without timestamps the file's order is the order.
 
     Raises:
         FellrayError: a file is missing or unreadable, a column is missing or of the wrong type,
@@ -129,7 +138,13 @@ def _check(source: Source) -> Interactions:
     """All rows of a source, every value checked, in order."""
     rows, items = source.rows, source.items
     in_rows, in_items = source.rows_file, source.items_file
-    (user_id,) = to_ids("user_id", [(in_rows, rows["user_id"])])
+    if source.users is None:
+        (user_id,) = to_ids("user_id", [(in_rows, rows["user_id"])])
+        users = None
+    else:
+        columns = [(in_rows, rows["user_id"]), (source.users_file, source.users["user_id"])]
+        user_id, known = to_ids("user_id", columns)
+        users = check_users(source.users_file, source.users, known)
     item_id, catalogue = to_ids(
         "item_id", [(in_rows, rows["item_id"]), (in_items, items["item_id"])]
     )
@@ -160,25 +175,30 @@ def _check(source: Source) -> Interactions:
         categories = to_text(in_items, "categories", items["categories"])
     else:
         categories = pa.chunked_array([pa.array([""] * items.num_rows, pa.string())])
-    columns = [pa.array(catalogue), title.take(by_id), categories.take(by_id)]
+    described = {"item_id": catalogue, "title": title.take(by_id)}
+    described["categories"] = categories.take(by_id)
+    if not pa.types.is_integer(items["item_id"].type):
+        described["source_id"] = to_text(in_items, "item_id", items["item_id"]).take(by_id)
 
-    number = np.arange(len(user_id))
-    timestamp = (
-        to_seconds(in_rows, rows["timestamp"]) if "timestamp" in rows.column_names else number
-    )
+    if "timestamp" in rows.column_names:
+        timestamp = to_seconds(in_rows, rows["timestamp"])
+    else:
+        timestamp = np.arange(len(user_id))
     if "seq" in rows.column_names:
         (order,) = to_ids("seq", [(in_rows, rows["seq"])])
     else:
         order = timestamp
-    by_user = np.lexsort((number, order, user_id))
+    by_user = np.lexsort((order, user_id))  # stable: what ties keeps the order of the file
     data = Interactions(
         user_id=user_id,
         item_id=item_id,
         timestamp=timestamp,
         seq=np.zeros(len(user_id), np.int32),
         rating=to_ratings(in_rows, rows["rating"]) if "rating" in rows.column_names else None,
-        items=pa.table(columns, names=["item_id", "title", "categories"]).combine_chunks(),
+        items=pa.table(described).combine_chunks(),
         timestamp_kind=source.kind,
+        users=users,
+        left_out=source.left_out,
     )
     data = _keep(data, by_user)
     back = (np.diff(data.timestamp) < 0) & (data.user_id[1:] == data.user_id[:-1])

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from fellray.platform.config import NoPrivacy, RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.shards import Dataset
-from fellray.platform.sources import find_delimiter
+from fellray.platform.tables import find_delimiter
 
 _LOWEST = {"rank": 1, "local_samples": 1, "cut": 0}
 _SETTINGS = tuple(_LOWEST)

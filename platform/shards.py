@@ -25,6 +25,7 @@ from fellray.platform.config import DataConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.interactions import Interactions
 from fellray.platform.shard import LATER, Shard, is_training
+from fellray.platform.user_attributes import of_users
 
 _VERSION = 1
 _MANIFEST = "manifest.json"
@@ -106,9 +107,15 @@ def write(
                 "users": len(clients[name]),
                 **_count_splits(columns["split"][start:stop]),
             }
+        known = {}
+        if interactions.users is not None:
+            table = of_users(interactions.users, users)
+            sha256 = _write_table(fresh / "users.parquet", table)
+            known = {"file": "users.parquet", "sha256": sha256, "count": len(users)}
+        unset = {"users"} if config.users is None else set()
         manifest = {
             "version": _VERSION,
-            "data": config.model_dump(mode="json", exclude={"path"}),
+            "data": config.model_dump(mode="json", exclude={"path"} | unset),
             "encoder": {"name": encoder_name, "sha256": encoder_sha256},
             "counts": {
                 "users": len(users),
@@ -124,6 +131,8 @@ def write(
                 "dim": vectors_ID.shape[1],
             },
             "clients": entries,
+            **({"users": known} if known else {}),
+            **({"left_out": dict(interactions.left_out)} if interactions.left_out else {}),
             **({"events": dict(events)} if events else {}),
         }
         text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
@@ -176,6 +185,9 @@ class Dataset:
         self.categories: list[str] = table["categories"].to_pylist()
         self.popularity: np.ndarray = table["popularity"].to_numpy()
         """int64 [I], how often each item occurs in all clients' training splits"""
+        named = "source_id" in table.column_names
+        self.source_ids: list[str] | None = table["source_id"].to_pylist() if named else None
+        """What the source calls each item, where it uses text; None where it uses `item_ids`."""
 
     @cached_property
     def vectors(self) -> torch.Tensor:
@@ -185,6 +197,13 @@ class Dataset:
             return safetensors.torch.load(self._read(entry))["items"]
         except (safetensors.SafetensorError, KeyError):
             raise self._damaged(entry["file"]) from None
+
+    @cached_property
+    def users(self) -> pa.Table | None:
+        """`user_id` (ascending) and the attributes of every client's users; None where there are
+        none."""
+        entry = self.manifest.get("users")
+        return None if entry is None else self._read_table(entry)
 
     def shard(self, client: str) -> Shard:
         """One client's interactions.

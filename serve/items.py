@@ -43,6 +43,7 @@ class Items:
         """T"""
         self.ids = data.item_ids
         """int64 [I]"""
+        self._source_ids = data.source_ids
         self.titles = data.titles
         self.categories = [frozenset(filter(None, line.split("|"))) for line in data.categories]
         """Of each item; empty where it has none."""
@@ -130,7 +131,12 @@ class Items:
             title=self.titles[at],
             categories=sorted(self.categories[at]),
             popularity=int(self.popularity[at]),
+            source_id=self.source_id(at),
         )
+
+    def source_id(self, at: int) -> str | None:
+        """What the source calls the item at this index; None: as its id, or it came later."""
+        return self._source_ids[at] if self._source_ids and at < self.trained else None
 
     def in_categories(self, names: Sequence[str], field: str) -> np.ndarray:
         """Indices, ascending, of items in any of these categories.

@@ -256,7 +256,7 @@ class Recommender:
     def _tell(
         self, query: ByUser | ByHistory, layer: Layer, round: int, ranking: Ranking
     ) -> Answer:
-        ids, titles = self.items.ids, self.items.titles
+        ids, titles, name = self.items.ids, self.items.titles, self.items.source_id
         places = zip(ranking.items.tolist(), ranking.scores.tolist(), strict=True)
         return Answer(
             run=self._config.name,
@@ -264,7 +264,13 @@ class Recommender:
             client=query.client,
             layer=layer,
             items=[
-                Place(rank=rank, item_id=int(ids[item]), title=titles[item], score=score)
+                Place(
+                    rank=rank,
+                    item_id=int(ids[item]),
+                    title=titles[item],
+                    score=score,
+                    source_id=name(item),
+                )
                 for rank, (item, score) in enumerate(places, start=1)
             ],
         )

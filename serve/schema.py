@@ -50,6 +50,10 @@ Title = Annotated[str, Field(strict=True, min_length=1, max_length=1000, pattern
 ItemIds = Annotated[list[Id], Field(min_length=1, max_length=MOST_ITEMS)]
 
 
+SourceId = Annotated[str | None, Field(exclude_if=lambda told: told is None)]
+"""Left out of the answer where there is none."""
+
+
 class Closed(BaseModel):
     """Frozen, and deaf to unknown keys."""
 
@@ -147,6 +151,8 @@ class Place(Closed):
     title: str
     score: float
     """Comparable within one answer only."""
+    source_id: SourceId = None
+    """What the source calls the item, where its ids are text."""
 
 
 class Answer(Closed):
@@ -175,6 +181,8 @@ class Item(Closed):
     categories: list[str]
     popularity: int
     """How often it was met in all clients' training splits."""
+    source_id: SourceId = None
+    """What the source calls the item, where its ids are text."""
 
 
 class ClientState(Closed):

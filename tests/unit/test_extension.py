@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_reader import TOKENS, config, read
-from test_shards import contents, write
+from test_shards import contents, write, write_described
 
 from fellray.platform.config import DataConfig
 from fellray.platform.errors import FellrayError
@@ -64,6 +64,15 @@ def test_what_is_held_out_is_held_out_as_before(data: Dataset, tmp_path: Path) -
         for name in ("histories", "seen", "truth"):
             theirs = zip(getattr(old, name), getattr(now, name), strict=True)
             assert all(np.array_equal(a, b) for a, b in theirs), name
+
+
+def test_attributes_text_ids_and_counts_go_along(tmp_path: Path) -> None:
+    write_described(tmp_path / "data")
+    new = extended(Dataset(tmp_path / "data"), tmp_path / "new", *EVENTS)
+    assert new.source_ids == ["x", "y", "z"]
+    assert new.manifest["left_out"] == {"interactions": 5}
+    before, after = contents(tmp_path / "data"), contents(tmp_path / "new")
+    assert before["users.parquet"] == after["users.parquet"]
 
 
 def test_again_and_again(data: Dataset, tmp_path: Path) -> None:

@@ -50,3 +50,13 @@ def test_any_file_name_gives_a_config_that_can_be_read(file: str, tmp_path: Path
     assert config.data.source == str(source)
     assert config.data.columns == columns
     assert columns == {"user_id": "customer_id", "item_id": "isbn", "title": "book title"}
+
+
+@pytest.mark.parametrize("file", ["Games_5.json.gz", "ml-1m.inter"])
+def test_files_whose_columns_are_known_need_no_column_map(file: str, tmp_path: Path) -> None:
+    (tmp_path / file).touch()
+    assert write_config(tmp_path / "shop.yaml", str(tmp_path / file), Path("meta.json")) == {}
+    config = configs.load(tmp_path / "shop.yaml", [])
+    assert config.name == file.split(".")[0]
+    assert config.data.items == Path("meta.json")
+    assert config.data.columns == {}

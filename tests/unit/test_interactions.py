@@ -89,6 +89,7 @@ def test_csv_with_a_column_map_text_ids_and_a_file_of_items(tmp_path: Path) -> N
     assert got.rating is not None
     assert got.rating.tolist() == [1, 2, 5]
     assert got.items["title"].to_pylist() == ["1984", "2046"]
+    assert got.items["source_id"].to_pylist() == ["a", "b"]
     assert got.items["categories"].to_pylist() == ["War|Drama", ""]
     assert read(rows, items=items, columns=columns, min_rating=2.0).user_id.tolist() == [1, 1]
 
@@ -280,6 +281,62 @@ def test_a_real_set_without_titles_says_so() -> None:
         pytest.skip(f"the real data set {folder.name} is not beside this checkout")
     with pytest.raises(FellrayError, match=r"items\.parquet: no column is called 'title'"):
         read(folder)
+
+
+def test_users_of_a_schema_folder_and_of_a_table(tmp_path: Path) -> None:
+    users = pa.table({"user_id": [3, 1, 2], "age": [30, None, 20], "tags": [["a", "b"], [], None]})
+    expected = {"user_id": [1, 2, 3], "age": [None, 20, 30], "tags": ["", None, "a|b"]}
+    pq.write_table(users, tmp_path / "users.parquet")
+    got = read(parquet(tmp_path), users=tmp_path / "users.parquet").users
+    assert got is not None
+    assert got.to_pydict() == expected
+    rows = pa.table({"user_id": [1, 1], "item_id": [5, 4], "timestamp": [0, 1], "seq": [0, 1]})
+    kind = {"timestamp_kind": "order_only"}
+    pq.write_table(rows.replace_schema_metadata(kind), tmp_path / "interactions.parquet")
+    items = pa.table({"item_id": [5, 4], "title": ["A", "B"]})
+    pq.write_table(items, tmp_path / "items.parquet")
+    got = read(tmp_path).users
+    assert got is not None
+    assert got.to_pydict() == expected
+    (tmp_path / "users.parquet").unlink()
+    (tmp_path / "users.csv").write_text("user_id,team\n1,red\n")
+    got = read(tmp_path).users
+    assert got is not None
+    assert got.to_pydict() == {"user_id": [1], "team": ["red"]}
+
+
+def test_text_ids_of_users_and_their_own_name_for_it(tmp_path: Path) -> None:
+    rows, users = tmp_path / "log.csv", tmp_path / "people.csv"
+    rows.write_text("who,item_id,title\nzoe,7,Up\nbob,7,Up\n")
+    users.write_text("who,team\nzoe,red\nann,blue\n")
+    got = read(rows, users=users, columns={"user_id": "who"})
+    assert got.user_id.tolist() == [1, 2]  # ann is 0, by both files
+    assert got.users is not None
+    assert got.users.to_pydict() == {"user_id": [0, 2], "team": ["blue", "red"]}
+    users.write_text("user_id,team\nzoe,red\n")
+    got = read(rows, users=users, columns={"user_id": "who"})
+    assert got.users is not None
+    assert got.users.to_pydict() == {"user_id": [1], "team": ["red"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,team\n1,red\n", r"people\.csv: no column is called 'user_id'.*it has id, team"),
+        ("user_id,team\n1,red\n1,blue\n", "user_id 1 occurs more than once"),
+        ("user_id,team\nann,red\n", r"int64 in .*rows\.parquet, string in .*people\.csv"),
+        ("user_id,team\n,red\n7,\n", "user_id is null or empty in 1 of 2 rows, in row 1"),
+        ("user_id\n1\n", "has no column besides user_id"),
+        ("user_id,born\n1,2001-01-01\n", r"people\.csv: born is of type date32.*must be text"),
+        ("user_id,team\n", r"people\.csv: has no rows"),
+    ],
+)
+def test_bad_users(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "people.csv").write_text(text)
+    with pytest.raises(FellrayError, match=message):
+        read(parquet(tmp_path), users=tmp_path / "people.csv")
+    with pytest.raises(FellrayError, match=r"none\.csv: does not exist.*data\.users"):
+        read(parquet(tmp_path), users=tmp_path / "none.csv")
 
 
 def test_a_column_that_is_there_twice(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 """Who belongs to which client."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
-from fellray.platform.config import KMeansPartition, PerUser
+from fellray.platform.config import ByAttribute, DirichletPartition, KMeansPartition, PerUser
 from fellray.platform.errors import FellrayError
 from fellray.platform.partition import partition, user_embeddings
 
@@ -78,3 +79,37 @@ def test_embeddings_do_not_touch_the_global_generator() -> None:
     before = torch.get_rng_state()
     user_embeddings(np.array([0, 1]), np.array([0, 1]), 2, 2, 4, 2, 0)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_by_attribute_names_clients_by_their_value() -> None:
+    user, item, splits = planted()
+    splits[user == 100] = 1  # no training row: in no client
+    people = pa.table({"user_id": range(100, 160), "sex": ["F"] * 40 + ["M"] * 15 + [None] * 5})
+    config = ByAttribute(attribute="sex", min_users=5)
+    clients = partition(config, user, item, splits, 0, people)
+    assert {name: (len(u), u[0], u[-1]) for name, u in clients.items()} == {
+        "sex-F": (39, 101, 139),
+        "sex-M": (15, 140, 154),
+        "sex-other": (5, 155, 159),
+    }
+    assert list(clients) == sorted(clients)
+    with pytest.raises(FellrayError, match=r"attribute=age: .*no such attribute; known: sex"):
+        partition(ByAttribute(attribute="age"), user, item, splits, 0, people)
+    with pytest.raises(FellrayError, match=r"attribute=sex: the source says nothing.*data\.users="):
+        partition(config, user, item, splits, 0)
+
+
+def test_dirichlet_looks_at_training_rows_only() -> None:
+    user, item, splits = planted()
+    splits[9::10] = 2
+    items = pa.table({"item_id": range(45), "categories": ["A"] * 15 + ["B"] * 15 + ["C"] * 15})
+    config = DirichletPartition(num_clients=4, alpha=1e-3)
+    dealt = partition(config, user, item, splits, 0, catalogue=items)
+    assert list(dealt) == ["c0", "c1", "c2", "c3"]
+    assert [len(users) for users in dealt.values()] == [15] * 4
+    assert sorted(np.concatenate(list(dealt.values()))) == list(range(100, 160))
+    c0 = dealt["c0"]
+    assert any(((low <= c0) & (c0 < high)).all() for low, high in [(100, 130), (130, 150)])
+    other = np.where(splits == 2, 44 - item, item)
+    again = partition(config, user, other, splits, 0, catalogue=items)
+    assert {k: v.tolist() for k, v in again.items()} == {k: v.tolist() for k, v in dealt.items()}

@@ -1,5 +1,6 @@
 """The prepared folder: written whole, the same bytes each time, checked when read."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,44 @@ def test_manifest_counts_and_drops_users_without_a_client(tmp_path: Path) -> Non
     assert manifest["encoder"] == {"name": "tiny", "sha256": "ab" * 32}
     assert manifest["vectors"]["dim"] == 5
     assert "path" not in manifest["data"]
+
+
+def described() -> Interactions:
+    """`rows` from a source with text ids and attributes that left something out."""
+    attributes = pa.table({"user_id": [4, 8, 9], "gender": ["F", "M", None], "age": [1, 2, 3]})
+    items = rows().items.append_column("source_id", pa.array(["x", "y", "z"]))
+    return replace(rows(), items=items, users=attributes, left_out={"interactions": 5})
+
+
+def write_described(path: Path) -> dict[str, Any]:
+    config = DataConfig(path=path)
+    return shards.write(config, described(), SPLIT, CLIENTS, "tiny", "ab" * 32, VECTORS)
+
+
+def test_users_text_ids_and_what_was_left_out_are_kept(tmp_path: Path) -> None:
+    manifest = write_described(tmp_path / "data")
+    assert manifest["left_out"] == {"interactions": 5}
+    assert (manifest["users"]["file"], manifest["users"]["count"]) == ("users.parquet", 3)
+    got = shards.Dataset(tmp_path / "data")
+    assert got.source_ids == ["x", "y", "z"]
+    assert got.users is not None
+    assert got.users.to_pydict() == {  # 4 is in no client, of 7 nothing is known
+        "user_id": [7, 8, 9],
+        "gender": [None, "M", None],
+        "age": [None, 2, 3],
+    }
+    damaged = tmp_path / "data" / "users.parquet"
+    damaged.write_bytes(b"\xff" + damaged.read_bytes()[1:])
+    with pytest.raises(FellrayError, match=r"users\.parquet: is missing, or its bytes"):
+        shards.Dataset(tmp_path / "data").users  # noqa: B018
+
+
+def test_a_source_without_them_has_none(tmp_path: Path) -> None:
+    manifest = write(tmp_path / "data")
+    assert not {"users", "left_out"} & manifest.keys()
+    assert "users" not in manifest["data"]
+    got = shards.Dataset(tmp_path / "data")
+    assert (got.users, got.source_ids) == (None, None)
 
 
 def test_same_input_same_bytes_wherever_it_lies(tmp_path: Path) -> None:
