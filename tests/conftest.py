@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     BertConfig,
     BertModel,
     PreTrainedTokenizerFast,
@@ -76,7 +78,7 @@ def _fill(module: torch.nn.Module, seed: int) -> None:
         for parameter in module.parameters():
             parameter.normal_(0.0, 0.3, generator=generator)
         for name, parameter in module.named_parameters():
-            if name.endswith("LayerNorm.weight"):
+            if name.endswith(("LayerNorm.weight", "norm.weight")):
                 parameter.add_(1.0)
 
 
@@ -119,6 +121,56 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as a RoBERTa, whose positions count real tokens."""
     return _save_encoder(tmp_path_factory.mktemp("encoder") / "tiny-roberta", "roberta")
+
+
+def _save_decoder(folder: Path, family: str) -> Path:
+    """Four blocks of width 32, two query heads to one of keys, positions and all."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<bos>", "<eos>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=360,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([f'"{word} {word}" Response:\n' for word in WORDS], trainer)
+    names = {"eos_token": special[1]}
+    if family == "llama":  # as its own tokenizer does; Qwen's begins with the text
+        names["bos_token"] = special[0]
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"{special[0]} $A", special_tokens=[(special[0], 0)]
+        )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=tokenizer.get_vocab_size(),
+        **{**SIZES, "num_hidden_layers": 4, "max_position_embeddings": 512},
+        num_key_value_heads=1,
+        head_dim=16,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=None,
+        tie_word_embeddings=family == "qwen2",
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    _fill(model, seed=13)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_decoder("qwen3")`: a random decoder of 4 blocks and width 32 with a tokenizer."""
+    folder, made = tmp_path_factory.mktemp("decoder"), {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = _save_decoder(folder / f"tiny-{family}", family)
+        return made[family]
+
+    return make
 
 
 def _write_source(folder: Path, num_users: int = 40, num_items: int = 50) -> Path:
