@@ -11,7 +11,7 @@ import numpy as np
 
 from fellray.actors.session import ray
 from fellray.platform.ledger import payload_bytes
-from fellray.platform.messages import Activation, Gradient, Lease, StaleLease
+from fellray.platform.messages import Activation, Continuation, Gradient, Lease, StaleLease
 from fellray.platform.span import Answer
 
 
@@ -70,6 +70,18 @@ class RayRemote:
             down: np.ndarray = _wait(asked)
             self.bytes += payload_bytes(activation, gradient, down)
             return down
+
+        return answer
+
+    def extend(self, continuation: Continuation) -> Answer:
+        """See `Remote`."""
+        asked = self._server.extend.remote(continuation)
+
+        def answer() -> np.ndarray:
+            output: np.ndarray = _wait(asked)
+            places = (continuation.parent_N, continuation.held_N)
+            self.bytes += payload_bytes(continuation.activation, *places, output)
+            return output
 
         return answer
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fellray.platform.adapters import Bank, GradientSum, Site, finite_rows, start
+from fellray.platform.caches import Cache, Caches, Stretches
+from fellray.platform.causal import CausalBlocks, Look
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.faults import committed
@@ -28,7 +30,14 @@ from fellray.platform.kernel import Loras
 from fellray.platform.lanes import Lanes
 from fellray.platform.ledger import payload_bytes
 from fellray.platform.manifest import Staged
-from fellray.platform.messages import Activation, Gradient, Installation, Lease, StaleLease
+from fellray.platform.messages import (
+    Activation,
+    Continuation,
+    Gradient,
+    Installation,
+    Lease,
+    StaleLease,
+)
 from fellray.platform.own import ALIKE, Own
 from fellray.platform.packed import Batch
 from fellray.platform.rounds import Rounds
@@ -94,6 +103,7 @@ class TrunkHost:
         """The share [P] in the common gradient of clients who are through with the round."""
         self._shared_round = -1
         self._keep = Keep(config.server.keep_graphs_mib * 2**20)
+        self._caches = Caches(config.server.cache_mib * 2**20)
         self._turns: dict[str, _Turn] = {}
         self._leases = 0
         self._installed = -1
@@ -105,6 +115,7 @@ class TrunkHost:
         Whatever an earlier try of this round left behind, a dead actor's half round say, is gone,
         and what still arrives from it is refused.
         """
+        self._caches.clear()
         self._bring_shared(round - 1)
         slots = self._slots.hold(round - 1, clients)
         self._slots.train(clients)
@@ -127,6 +138,14 @@ class TrunkHost:
     def backward(self, sent: Sequence[tuple[Activation, Gradient]]) -> list[np.ndarray | Exception]:
         """Gradients at the lower cut [L, d], after stepping the rows' personal adapters."""
         return self._each(sent, self._check_step, self._backward)
+
+    def extend(self, continuations: Sequence[Continuation]) -> list[np.ndarray | Exception]:
+        """Hidden states at the upper cut [L, d] of tokens that follow others, for each message; no
+        token where what came before is not in the cache."""
+        answers: list[np.ndarray | Exception] = []
+        for _, alike in groupby(continuations, key=lambda c: (c.activation.round, c.plain)):
+            answers += self._each(list(alike), self._check_continuation, self._extend)
+        return answers
 
     def report(
         self, lives: Collection[str], clients: Sequence[str], shared: bool
@@ -211,6 +230,7 @@ class TrunkHost:
         self._summed.clear()
         self._turns.clear()
         self._keep.clear()
+        self._caches.clear()
         self._installed = round
         return self._staged
 
@@ -224,6 +244,7 @@ class TrunkHost:
         self._summed.clear()
         self._turns.clear()
         self._keep.clear()
+        self._caches.clear()
         self._shared_round = self._installed = -1
 
     def _stage_shared(self, round: int) -> tuple[Staged, ...]:
@@ -294,6 +315,62 @@ class TrunkHost:
         expected = all(self._turns[c].next_step == activation.step for c in activation.clients)
         if key != (gradient.run, gradient.round, gradient.step) or not expected:
             raise StaleLease(f"step {activation.step} of round {activation.round} is not due")
+
+    def _check_continuation(self, continuation: Continuation) -> None:
+        activation, parent_N = continuation.activation, continuation.parent_N
+        if not isinstance(self._engine.module.packed, CausalBlocks):
+            raise FellrayError("an encoder's trunk was asked to continue a text")
+        if activation.lease:
+            raise FellrayError("a text was sent with a lease: nobody trains by writing")
+        self._check(activation)
+        rows, begins = len(activation.lengths_N), bool((parent_N < 0).all())
+        held_N = continuation.held_N
+        if not (
+            len(parent_N) == len(held_N) == rows
+            and (not held_N.any() if begins else int(parent_N.min()) >= 0 and int(held_N.min()) > 0)
+        ):
+            raise FellrayError(f"a continuation of {rows} rows does not add up")
+
+    def _extend(self, continuations: Sequence[Continuation]) -> list[np.ndarray]:
+        caches = [self._resume(continuation) for continuation in continuations]
+        ready = [(c, cache) for c, cache in zip(continuations, caches, strict=True) if cache]
+        found = iter(self._write(ready) if ready else ())
+        return [
+            next(found) if cache else c.activation.h_Ld[:0]
+            for c, cache in zip(continuations, caches, strict=True)
+        ]
+
+    def _resume(self, continuation: Continuation) -> Cache | None:
+        """What is held of a message's rows; None where that is not what was sent before."""
+        parent_N = torch.from_numpy(continuation.parent_N.astype(np.int64))
+        if bool((parent_N < 0).all()):
+            return Cache(len(parent_N))
+        cache = self._caches.take(continuation.text)
+        if cache is None or int(parent_N.max()) >= len(cache.lengths_N):
+            return None
+        cache.follow(parent_N)
+        same = np.array_equal(cache.lengths_N.numpy(), continuation.held_N)
+        return cache if same else None
+
+    def _write(self, ready: Sequence[tuple[Continuation, Cache]]) -> list[np.ndarray]:
+        activations = [continuation.activation for continuation, _ in ready]
+        lanes, slots_K, _ = self._lay(activations)
+        plain = ready[0][0].plain
+        batch = Batch(lanes, []) if plain else self._load(lanes, slots_K, train=False)
+        multiple, looks = self._config.model.pad_multiple, []
+        for continuation, cache in ready:
+            lengths_N = torch.from_numpy(continuation.activation.lengths_N.astype(np.int64))
+            rows = Stretches(cache.lengths_N, lengths_N, multiple, self._device)
+            cache.lengths_N = cache.lengths_N + lengths_N
+            looks.append(Look(rows, cache))
+        h_Md = self._spread(lanes, [activation.h_Ld for activation in activations])
+        packed = self._engine.module.packed
+        assert isinstance(packed, CausalBlocks)
+        y_Md = packed.extend(h_Md, batch, looks)
+        for continuation, cache in ready:
+            if continuation.goes_on:
+                self._caches.put(continuation.text, cache)
+        return _part(lanes.collect(y_Md), activations)
 
     def _forward(self, activations: Sequence[Activation]) -> list[np.ndarray]:
         lanes, slots_K, keys = self._lay(activations)
@@ -423,6 +500,13 @@ class InProcess:
         down = _only(self._host.backward([(activation, gradient)]))
         self.bytes += payload_bytes(activation, gradient, down)
         return lambda: down
+
+    def extend(self, continuation: Continuation) -> Answer:
+        """See `Remote`."""
+        output = _only(self._host.extend([continuation]))
+        places = (continuation.parent_N, continuation.held_N)
+        self.bytes += payload_bytes(continuation.activation, *places, output)
+        return lambda: output
 
 
 def _check_shape(activation: Activation) -> None:

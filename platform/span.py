@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from fellray.platform.ledger import Ledger
-from fellray.platform.messages import Activation, Gradient, Lease
+from fellray.platform.messages import Activation, Continuation, Gradient, Lease
 
 Result = TypeVar("Result")
 
@@ -44,6 +44,11 @@ class Remote(Protocol):
 
         The activation comes again: the trunk may not have kept the forward pass (recompute).
         """
+        ...
+
+    def extend(self, continuation: Continuation) -> Answer:
+        """Ask for the trunk's hidden states [L, d] of tokens that follow others; none if what came
+        before is lost."""
         ...
 
 
@@ -79,6 +84,20 @@ class Span:
             self._ledger.enter_rows(activation, "input_gradient", down)
             self._ledger.enter_envelope(activation)
             return down
+
+        return answer
+
+    def extend(self, continuation: Continuation) -> Answer:
+        """One crossing up and one down, of new tokens [L, d]; see `Remote.extend`."""
+        asked, activation = self.remote.extend(continuation), continuation.activation
+
+        def answer() -> np.ndarray:
+            output = asked()
+            self._ledger.enter_rows(activation, "evaluation_activation", activation.h_Ld)
+            self._ledger.enter_rows(activation, "evaluation_output", output)
+            self._ledger.enter_envelope(activation)
+            self._ledger.enter_places(activation, continuation.parent_N, continuation.held_N)
+            return output
 
         return answer
 

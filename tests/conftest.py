@@ -128,7 +128,7 @@ def _save_decoder(folder: Path, family: str) -> Path:
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<bos>", "<eos>"]
+    special = ["<bos>", "<|endoftext|>"]  # the latter is what transformers' Qwen2 pads with
     trainer = trainers.BpeTrainer(
         vocab_size=360,
         special_tokens=special,
@@ -201,6 +201,56 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> P
     tree = {**TINY, "data": data, "model": {**TINY["model"], "name": str(tiny_encoder)}}
     prepare(configs.parse(tree, "conftest"))
     return folder / "prepared"
+
+
+@pytest.fixture(scope="session")
+def tiny_writer(
+    tmp_path_factory: pytest.TempPathFactory, tiny_decoder: Callable[[str], Path]
+) -> Callable[..., RunConfig]:
+    """`tiny_writer("qwen3", train={...})`: a config like `tiny_config` of a model that writes; two
+    items have the titles of two others."""
+    prepared: dict[str, dict[str, Any]] = {}
+    shown = {
+        "lora": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
+        "max_tokens": 192,
+        "generation": {
+            "template": "Chosen:\n{history}\nResponse:\n",
+            "max_new_tokens": 12,
+            "at_once": 4,
+        },
+    }
+
+    def make(family: str, **overrides: Any) -> RunConfig:
+        folder = tmp_path_factory.mktemp("writer")
+        if family not in prepared:
+            source = _write_source(folder, num_users=20, num_items=30)
+            lines = source.read_text().splitlines()
+            titles = {line.split(",")[1]: line.split(",")[2] for line in lines[1:]}
+            for new, old in (("4", "9"), ("7", "11")):
+                lines = [
+                    line.replace(f",{new},{titles[new]},", f",{new},{titles[old]},")
+                    for line in lines
+                ]
+            source.write_text("\n".join(lines) + "\n")
+            prepared[family] = {
+                "path": str(folder / "prepared"),
+                "source": str(source),
+                "k_core": 1,
+                "partition": {"kind": "kmeans", "num_clients": 3, "dim": 4, "epochs": 2},
+            }
+        place = {
+            "name": "tiny",
+            "storage": str(folder),
+            "data": prepared[family],
+            "model": {**shown, "name": str(tiny_decoder(family))},
+            "train": {"local_samples": 8},
+        }
+        config = configs.parse(_merge(_merge(TINY, place), overrides), "tiny_writer")
+        if not config.data.path.exists():
+            prepare(config)
+        return config
+
+    return make
 
 
 def _merge(tree: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

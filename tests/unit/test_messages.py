@@ -24,6 +24,7 @@ FIELDS = {
         "h_Ld",
     ),
     "Gradient": ("run", "round", "step", "g_Ld", "done"),
+    "Continuation": ("activation", "text", "parent_N", "held_N", "plain", "goes_on"),
     "LedgerRow": ("client", "kind", "messages", "bytes", "digest"),
     "Update": ("lives", "clients", "theta_SP", "losses", "samples", "seconds", "refused"),
     "Installation": ("round", "clients", "theta_SP", "refused", "common"),
