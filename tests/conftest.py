@@ -215,7 +215,8 @@ def tiny_writer(
         "max_tokens": 192,
         "generation": {
             "template": "Chosen:\n{history}\nResponse:\n",
-            "max_new_tokens": 12,
+            "max_new_tokens": 8,
+            "beams": 2,
             "at_once": 4,
         },
     }
