@@ -192,8 +192,8 @@ def test_the_oldest_are_left_out(backbone: Backbone) -> None:
         assert kept == 0 or len(whole.prompts(history[:, kept - 1 :])[0]) > tokens - 8
         counts.append(9 - kept)
     assert counts == sorted(set(counts))
-    (alone,) = script(backbone, ["word01 " * 90], 100).prompts(np.array([[0]]))
-    assert alone == script(backbone, titles, 100).prompts(np.array([[-1]]))[0]
+    (alone,) = script(backbone, ["word01 " * 90], 112).prompts(np.array([[0]]))
+    assert alone == script(backbone, titles, 112).prompts(np.array([[-1]]))[0]
 
 
 def test_long_titles_are_cut_off(backbone: Backbone) -> None:
