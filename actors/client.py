@@ -342,7 +342,7 @@ class Client:
         for step, (batch, seen, truth) in enumerate(desk.reader.held_out(split, max_users)):
             header = self._header(desk, batch, round, step, None)
             scores = yield from desk.rank(tower, batch, slots[batch.slot_N], header, self._span)
-            evaluators[_owner(desk, batch)].add(scores, seen, desk.aim(truth, seen))
+            desk.judge(evaluators[_owner(desk, batch)], scores, seen, truth)
         return {client: evaluator.score() for client, evaluator in evaluators.items()}
 
     def _evaluators(self, desk: Desk) -> dict[str, Evaluator]:

@@ -20,6 +20,7 @@ from fellray.platform.config import GenerationConfig
 from fellray.platform.decoder import Head
 from fellray.platform.grounding import Grounding
 from fellray.platform.messages import Activation
+from fellray.platform.metrics import Evaluator
 from fellray.platform.reader import Batch, Reader
 from fellray.platform.retrieval import Scorer, mean_losses
 from fellray.platform.rows import Rows
@@ -53,10 +54,15 @@ class Desk:
         y_Ld = from_dlpack(output).to(h_Ld.device)
         return self.scorer.score(tower.finish(batch.rows, y_Ld, used), batch.shard_N)
 
-    def aim(self, truth: Sequence[np.ndarray], seen: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """What a ranking is to hit, for each user."""
-        del seen
-        return list(truth)
+    def judge(
+        self,
+        evaluator: Evaluator,
+        scores_NI: Tensor,
+        seen: Sequence[np.ndarray],
+        truth: Sequence[np.ndarray],
+    ) -> None:
+        """Add held-out users to their client's score."""
+        evaluator.add(scores_NI, seen, truth)
 
 
 class LessonReader(Reader):
@@ -138,9 +144,21 @@ class WritingDesk(Desk):
             scores_NI[rows] = self.grounding.score(vectors)
         return scores_NI
 
-    def aim(self, truth: Sequence[np.ndarray], seen: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """See `Grounding.aim`."""
-        return [self.grounding.aim(*user) for user in zip(truth, seen, strict=True)]
+    def judge(
+        self,
+        evaluator: Evaluator,
+        scores_NI: Tensor,
+        seen: Sequence[np.ndarray],
+        truth: Sequence[np.ndarray],
+    ) -> None:
+        """Add held-out users, those to whom an empty answer recommends nothing too."""
+        users = list(zip(seen, truth, strict=True))
+        said = (scores_NI > -torch.inf).any(1).tolist()
+        evaluator.miss([own[1] for own, found in zip(users, said, strict=True) if not found])
+        heard = [own for own, found in zip(users, said, strict=True) if found]
+        if heard:
+            aims = [self.grounding.aim(relevant, known) for known, relevant in heard]
+            evaluator.add(scores_NI[said], [known for known, _ in heard], aims)
 
 
 def write(

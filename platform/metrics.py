@@ -83,8 +83,7 @@ class Evaluator:
 
         Args:
             scores_UI: any float type, any device; higher is better. Equal scores are ranked by
-                item index, the smaller first. A user whose scores all are -inf is recommended
-                nothing and counts with hits of zero.
+                item index, the smaller first.
             seen: per user, indices of items not to recommend. A truth item stays a candidate.
             truth: per user, indices of relevant items. Repeats count once; a user without any
                 is skipped.
@@ -108,13 +107,19 @@ class Evaluator:
         masked_UI = _mark(seen, scores_UI) & ~truth_UI
         top_UK = _rank(scores_UI, masked_UI)
         listed_UK = ~masked_UI.gather(1, top_UK)
-        silent_U1 = (scores_UI == -torch.inf).all(1, keepdim=True)
-        listed_UK &= ~silent_U1
-        hits_UK = (truth_UI.gather(1, top_UK) & ~silent_U1).cpu().double()
+        hits_UK = truth_UI.gather(1, top_UK).cpu().double()
         self._sum(hits_UK, truth_UI.sum(1).cpu())
         top, listed = top_UK.cpu().numpy(), listed_UK.cpu().numpy()
         for k, recommended_I in self._recommended.items():
             recommended_I[top[:, :k][listed[:, :k]]] = True
+
+    def miss(self, truth: Sequence[np.ndarray]) -> None:
+        """Add users to whom nothing was recommended: each metric of theirs is 0.
+
+        Args:
+            truth: as of `add`.
+        """
+        self._users += sum(len(relevant) > 0 for relevant in truth)
 
     def _sum(self, hits_UK: torch.Tensor, relevant_U: torch.Tensor) -> None:
         users, width = hits_UK.shape

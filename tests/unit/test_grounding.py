@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fellray.platform.config import ModelConfig
+from fellray.platform.desk import WritingDesk
 from fellray.platform.encoder import Backbone, load_backbone
 from fellray.platform.errors import FellrayError
 from fellray.platform.grounding import Grounding, embed_titles
@@ -118,15 +119,20 @@ def test_aims() -> None:
 
 
 def test_who_is_recommended_nothing_counts_as_missed() -> None:
-    evaluator = Evaluator(3)
-    scores = torch.tensor([[-torch.inf] * 3, [3.0, 2.0, 1.0]])
-    evaluator.add(scores, [np.array([], int)] * 2, [np.array([0])] * 2)
+    """An empty answer among others: a user of zeros, no item recommended."""
+    grounding = Grounding(TITLES, torch.zeros(7, 2))
+    only: Any = SimpleNamespace(grounding=grounding)
+    scores = torch.full((2, 7), -torch.inf)
+    scores[1] = -torch.arange(7.0)
+    nobody, first = np.array([], np.int32), np.array([0], np.int32)
+    evaluator = Evaluator(7)
+    WritingDesk.judge(only, evaluator, scores, [nobody] * 2, [first] * 2)
     means = evaluator.score().means()
     assert means["recall@5"] == means["ndcg@20"] == means["hit@5"] == 0.5
-    assert means["coverage@5"] == 1.0
-    silent = Evaluator(3)
-    silent.add(scores[:1], [np.array([], int)], [np.array([0])])
-    assert silent.score().means()["coverage@20"] == 0.0
+    silent = Evaluator(7)
+    WritingDesk.judge(only, silent, scores[:1], [nobody], [first])
+    assert silent.score().users == 1
+    assert set(silent.score().means().values()) == {0.0}
 
 
 # --- prompts and answers ------------------------------------------------------------------------
