@@ -11,7 +11,6 @@ Shapes: S slots, N rows of a step, P parameters of a client's side, I items.
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -23,8 +22,10 @@ from fellray.actors.world import Catalogue
 from fellray.platform.adapters import Bank, find_columns, name_blocks, start
 from fellray.platform.allocator import give_back_freed_memory
 from fellray.platform.config import NoPrivacy, RunConfig
+from fellray.platform.desk import Desk, LessonReader, WritingDesk
 from fellray.platform.device import own_device
 from fellray.platform.encoder import Backbone
+from fellray.platform.grounding import Grounding
 from fellray.platform.ledger import Ledger
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import (
@@ -40,22 +41,15 @@ from fellray.platform.metrics import Evaluator, Score
 from fellray.platform.own import ALIKE, Own
 from fellray.platform.privacy import find_key, privatise_round
 from fellray.platform.reader import Batch, Reader
-from fellray.platform.retrieval import Scorer, mean_losses
+from fellray.platform.retrieval import Scorer
 from fellray.platform.rounds import Rounds
+from fellray.platform.script import Script
 from fellray.platform.shards import Dataset
 from fellray.platform.slots import Slots
 from fellray.platform.span import Remote, Span, Trip, take_turns
 from fellray.platform.split import cut_model
 from fellray.platform.tower import Tower
 from fellray.platform.wire import Wire
-
-
-@dataclass(frozen=True)
-class Desk:
-    """The data of a crew: learners who train side by side."""
-
-    reader: Reader
-    scorer: Scorer
 
 
 def deal(learners: Sequence[str], size: int) -> list[tuple[str, ...]]:
@@ -105,6 +99,11 @@ class Client:
             own,
         )
         self._ends = (bottom, top, catalogue.tokens.pad)
+        self._script: tuple[Script, Grounding] | None = None
+        if catalogue.wording:
+            titles = self._data.titles
+            script = Script(catalogue.wording, config.model, titles)
+            self._script = (script, Grounding(titles, self._vectors))
         self._ledger = Ledger()
         self._span = Span(remote, self._ledger)
         self._sent = find_columns(name_blocks(sites, lora.r), config.method.sends)
@@ -263,7 +262,8 @@ class Client:
                 for name, scores_KI in rows.items():
                     evaluators = self._evaluators(desk)
                     for batch, seen, truth in desk.reader.held_out(split, None):
-                        evaluators[_owner(desk, batch)].add(scores_KI[batch.shard_N], seen, truth)
+                        scores = scores_KI[batch.shard_N]
+                        evaluators[_owner(desk, batch)].add(scores, seen, truth)
                     found[name] |= {client: e.score() for client, e in evaluators.items()}
         return found
 
@@ -328,8 +328,7 @@ class Client:
         activation = self._wire.send_activation(header, h_Ld)
         output = yield self._span.forward(activation)
         y_Ld = self._wire.read_output(output).to(h_Ld.device).requires_grad_()
-        scores = desk.scorer.score(tower.finish(batch.rows, y_Ld, used), batch.shard_N)
-        loss_S = mean_losses(scores, target_N, batch.slot_N, len(desk.reader.learners))
+        loss_S = desk.losses(tower, batch, target_N, y_Ld, used)
         loss_S.sum().backward()
         assert y_Ld.grad is not None
         g_Ld = self._wire.send_gradient(y_Ld.grad, activation)
@@ -369,12 +368,9 @@ class Client:
         """A crew's scores."""
         evaluators, tower = self._evaluators(desk), self._tower()
         for step, (batch, seen, truth) in enumerate(desk.reader.held_out(split, max_users)):
-            h_Ld, used = tower.rise(batch.rows, batch.ids_L, slots[batch.slot_N], False)
             header = self._header(desk, batch, round, step, None)
-            output = yield self._span.forward(self._wire.send_activation(header, h_Ld))
-            y_Ld = self._wire.read_output(output).to(h_Ld.device)
-            scores = desk.scorer.score(tower.finish(batch.rows, y_Ld, used), batch.shard_N)
-            evaluators[_owner(desk, batch)].add(scores, seen, truth)
+            scores = yield from desk.rank(tower, batch, slots[batch.slot_N], header, self._span)
+            desk.judge(evaluators[_owner(desk, batch)], scores, seen, truth)
         return {client: evaluator.score() for client, evaluator in evaluators.items()}
 
     def _evaluators(self, desk: Desk) -> dict[str, Evaluator]:
@@ -392,11 +388,18 @@ class Client:
 
     def _desk(self, crew: tuple[str, ...]) -> Desk:
         shards = {c: [self._data.shard(own) for own in self._seats[c]] for c in crew}
-        reader = Reader(self._config, self._catalogue.tokens, shards, self._device, self._own)
+        given = (self._config, self._catalogue.tokens, shards, self._device, self._own)
         model = self._config.model
-        return Desk(
-            reader,
-            Scorer(self._vectors, reader.shards, model.temperature, model.prior, self._device),
+        reader = LessonReader(self._script[0], *given) if self._script else Reader(*given)
+        scorer = Scorer(self._vectors, reader.shards, model.temperature, model.prior, self._device)
+        if not self._script:
+            return Desk(reader, scorer, self._wire)
+        bottom, top, pad = self._ends
+        assert top.head
+        plain = Tower(bottom, top, pad, None)
+        multiple, rule = model.pad_multiple, model.generation
+        return WritingDesk(
+            reader, scorer, self._wire, *self._script, top.head, plain, multiple, rule
         )
 
 

@@ -11,7 +11,14 @@ import numpy as np
 
 from fellray.actors.session import ray
 from fellray.platform.ledger import payload_bytes
-from fellray.platform.messages import Activation, Gradient, Lease, StaleLease, Unheld
+from fellray.platform.messages import (
+    Activation,
+    Continuation,
+    Gradient,
+    Lease,
+    StaleLease,
+    Unheld,
+)
 from fellray.platform.span import Answer
 
 
@@ -68,6 +75,18 @@ class RayRemote:
 
         def answer() -> np.ndarray:
             return self._await(asked, activation, gradient)
+
+        return answer
+
+    def extend(self, continuation: Continuation) -> Answer:
+        """See `Remote`."""
+        asked = self._server.extend.remote(continuation)
+
+        def answer() -> np.ndarray:
+            output: np.ndarray = _wait(asked)
+            places = (continuation.parent_N, continuation.held_N)
+            self.bytes += payload_bytes(continuation.activation, *places, output)
+            return output
 
         return answer
 

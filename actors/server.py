@@ -19,7 +19,7 @@ from fellray.platform.device import own_device
 from fellray.platform.encoder import Backbone
 from fellray.platform.host import TrunkHost
 from fellray.platform.manifest import Staged
-from fellray.platform.messages import Activation, Gradient, Installation, Lease
+from fellray.platform.messages import Activation, Continuation, Gradient, Installation, Lease
 from fellray.platform.own import ALIKE, Own
 from fellray.platform.rounds import Rounds
 from fellray.platform.slots import WRITTEN
@@ -89,6 +89,13 @@ class Server:
         future = self._batcher.submit(self._host.backward, (activation, gradient), size)
         down: np.ndarray = await asyncio.wrap_future(future)
         return down
+
+    async def extend(self, continuation: Continuation) -> np.ndarray:
+        """See `Remote.extend`; merged with whatever else waits."""
+        size = len(continuation.activation.h_Ld)
+        future = self._batcher.submit(self._host.extend, continuation, size)
+        output: np.ndarray = await asyncio.wrap_future(future)
+        return output
 
     async def report(
         self, lives: Collection[str], clients: Sequence[str], shared: bool

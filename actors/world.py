@@ -9,6 +9,7 @@ from fellray.platform.config import RunConfig
 from fellray.platform.encoder import Backbone, Tokens, load_backbone, load_tokenizer, tokenize
 from fellray.platform.errors import FellrayError
 from fellray.platform.own import ALIKE, Own, check_cuts, read_own
+from fellray.platform.script import Script, Wording, load_wording
 from fellray.platform.shards import Dataset
 from fellray.platform.split import plan_cut
 
@@ -18,11 +19,13 @@ class Catalogue:
     """What is public about the items, one copy per node."""
 
     tokens: Tokens
-    """Token ids of every title."""
+    """Token ids of every title; none of them where the model writes."""
     vectors_Id: np.ndarray
-    """Unit vectors of the frozen encoder, fp32."""
+    """Unit vectors of the frozen encoder, or embeddings of titles (`grounding`), fp32."""
     popularity_I: np.ndarray
     """Count in everybody's training split, int64: for the baseline row only."""
+    wording: Wording | None = None
+    """The tokenizer of a model that writes."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ def survey(config: RunConfig, own: Own | None = None) -> World:
 
     Raises:
         FellrayError: the run is on attributes, the data is not prepared, was prepared with another
-            encoder, the cut does not fit the model, or as `read_own` and `check_cuts`.
+            encoder, the cut does not fit the model, a model that writes has no end of text or no
+            room for it, or as `read_own` and `check_cuts`.
     """
     if config.attributes is not None:
         raise FellrayError(
@@ -83,12 +87,29 @@ def survey(config: RunConfig, own: Own | None = None) -> World:
             f"({data.manifest['encoder']['name']}, weights {made_with[:12]}) than model.name "
             f"{config.model.name} ({backbone.sha256[:12]}): run `fellray prepare` again"
         )
-    tokens = tokenize(load_tokenizer(config.model.name), data.titles, config.model.max_tokens)
-    catalogue = Catalogue(tokens, data.vectors.numpy(), data.popularity)
+    wording = None
+    if backbone.generative and config.wire.pooled:
+        raise FellrayError(
+            f"wire.pooled sends means of texts, and {backbone.name} writes them token by token; "
+            "set wire.pooled=false"
+        )
+    if backbone.generative:
+        wording = load_wording(backbone)
+        Script(wording, config.model, data.titles)  # refuses what has no room
+        none = np.empty(0, np.int64)
+        tokens = Tokens(none, np.zeros(1, np.int64), wording.end, wording.end, wording.pad)
+    else:
+        tokens = tokenize(load_tokenizer(config.model.name), data.titles, config.model.max_tokens)
+    catalogue = Catalogue(tokens, data.vectors.numpy(), data.popularity, wording)
     method: Method = config.method
     seats = method.seat(data.clients)
     entries = data.manifest["clients"]
     sizes = {learner: sum(entries[c]["train"] for c in own) for learner, own in seats.items()}
     own = read_own(config) if own is None else own
     check_cuts(config, own, backbone.num_blocks)
+    if own.cuts and backbone.generative:
+        raise FellrayError(
+            f"{config.clients.own}: cuts of clients' own go with encoders only; {backbone.name} "
+            "writes titles: leave the column `cut` out"
+        )
     return World(seats, backbone, catalogue, data.sha256, data.manifest["counts"], sizes, own)

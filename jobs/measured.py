@@ -20,7 +20,7 @@ from fellray.jobs.whole import Whole
 from fellray.platform.config import RunConfig
 from fellray.platform.encoder import Backbone, build
 from fellray.platform.manifest import Staged
-from fellray.platform.messages import Activation, Gradient, Lease
+from fellray.platform.messages import Activation, Continuation, Gradient, Lease
 from fellray.platform.rounds import Rounds
 from fellray.platform.span import Answer
 
@@ -68,6 +68,11 @@ class Timed:
                 return asked()
 
         return leave
+
+    def extend(self, continuation: Continuation) -> Answer:
+        """See `Remote`."""
+        with self._clock():
+            return self._await(self._remote.extend(continuation))
 
     def forward(self, activation: Activation) -> Answer:
         """See `Remote`."""

@@ -8,12 +8,13 @@ from rich.progress import track
 
 from fellray.jobs.attributes import prepare_attributes
 from fellray.platform import config as configs
-from fellray.platform import shards
+from fellray.platform import grounding, shards
 from fellray.platform.config import RunConfig
 from fellray.platform.encoder import Backbone, load_backbone, load_tokenizer, tokenize
 from fellray.platform.interactions import read, split
 from fellray.platform.item_vectors import ROWS, embed
 from fellray.platform.partition import partition
+from fellray.platform.script import Script, load_wording
 from fellray.platform.split import cut_model
 
 
@@ -40,11 +41,18 @@ def prepare(config: RunConfig) -> dict[str, Any]:
 
 
 def encode_titles(config: RunConfig, backbone: Backbone, titles: list[str]) -> np.ndarray:
-    """Unit vectors [titles, d] of the whole frozen encoder."""
-    parts = cut_model(backbone, config.model)
-    tokens = tokenize(load_tokenizer(config.model.name), titles, config.model.max_tokens)
-    batches = embed(parts, tokens, config.model)
-    total = -(-len(titles) // ROWS)
+    """Unit vectors [titles, d] of the whole frozen encoder, or a decoder's embeddings of titles."""
+    model = config.model
+    parts = cut_model(backbone, model)
+    rows = ROWS
+    if backbone.generative:
+        wording, rows = load_wording(backbone), grounding.ROWS
+        ids = Script(wording, model, titles).titles(titles)
+        batches = grounding.embed_titles(parts, ids, model.pad_multiple, wording.pad)
+    else:
+        tokens = tokenize(load_tokenizer(model.name), titles, model.max_tokens)
+        batches = embed(parts, tokens, model)
+    total = -(-len(titles) // rows)
     shown = track(batches, total=total, description="Item vectors", transient=True)
     return np.concatenate(list(shown))
 

@@ -167,12 +167,50 @@ class LoraSpec(Config):
         return self.lora_alpha / (rank**0.5 if self.use_rslora else rank)
 
 
+class GenerationConfig(Config):
+    """How a decoder-only model (`llama`, `qwen2`, `qwen3`) is asked for the next title.
+
+    The answer is the title in quotes, and the model's end of text. The title's embedding, and that
+    of every item's title, are the last hidden state at the last token, of the model without
+    adapters; items are ranked by L2 distance (BIGRec's grounding, Bao et al., 2023). The count
+    prior and the temperature are not used.
+    """
+
+    template: str = (
+        "### Instruction:\nHere is what somebody chose so far, the oldest first. Name one more "
+        "title that this person will like.\n\n### Input:\n{history}\n\n### Response:\n"
+    )
+    """The prompt, the same in training and inference. `{history}` stands for the titles, each in
+    quotes, with commas between them. The oldest are left out where prompt and answer together would
+    be longer than `model.max_tokens`."""
+    max_new_tokens: int = Field(default=32, ge=1)
+    """Most tokens of an answer, its end included; a longer title is cut off."""
+    beams: int = Field(default=4, ge=1)
+    """Beams of the search (transformers' `num_beams`); 1: the likeliest token each time."""
+    at_once: int = Field(default=16, ge=1)
+    """Texts of an evaluation that are written side by side. Each has as many rows in the caches as
+    there are beams."""
+    train_on_inputs: bool = False
+    """The prompt's tokens are in the loss too, as in the published code."""
+    published_whitespace: bool = False
+    """A defect of the published code: in training every line of the prompt, and the answer's,
+    begins with 16 spaces that inference does not have, and an answer's quotes are taken off only
+    where nothing stands before them."""
+
+    @model_validator(mode="after")
+    def _one_history(self) -> Self:
+        if self.template.count("{history}") != 1:
+            raise ValueError("template must hold {history} once")
+        return self
+
+
 class ModelConfig(Config):
     """The language model, where it is cut, and how a history becomes a score."""
 
     name: str = "all-MiniLM-L6-v2"
     """`all-MiniLM-L6-v2` (comes with the installation), or any BERT-family encoder by Hugging
-    Face name or by path."""
+    Face name or by path; or a decoder of the families of Llama, Qwen2 and Qwen3, which then writes
+    titles (`model.generation`)."""
     cut: int = Field(default=1, ge=0)
     """k: blocks 0..k-1 stay on the client with the embeddings (the bottom)."""
     cuts: tuple[int, int] | None = None
@@ -192,6 +230,8 @@ class ModelConfig(Config):
     temperature: float = Field(default=0.5, gt=0)
     """Cosine scores are divided by this. Beside the prior 0.5 ranks better than RecFormer's 0.05
     (docs/results.md); without it try 0.05."""
+    generation: GenerationConfig = GenerationConfig()
+    """Prompt and answer of a model that writes."""
     prior: bool = True
     """Add log(1 + the item's count in this client's own training split) to the scores."""
     freeze_bottom: bool = False
@@ -378,6 +418,10 @@ class ServerConfig(Config):
     keep_graphs_mib: int = Field(default=512, ge=0)
     """Memory for what forward passes leave for their backward; beyond it the oldest are dropped and
     made again, with the same bits. 0: every forward is computed twice, nothing is kept."""
+    cache_mib: int = Field(default=256, ge=0)
+    """Memory for keys and values of texts that a generative model is writing; beyond it the longest
+    unused are dropped, and their clients send them again whole. 0: every token costs its whole
+    text."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """In what the trunk computes. Messages, adapters, their gradients and moments stay float32.
     bfloat16 is for GPUs (and CPUs with bfloat16 products); elsewhere it is slower."""

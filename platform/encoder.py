@@ -1,4 +1,4 @@
-"""The pretrained encoder: where its frozen weights come from and how titles become tokens.
+"""The pretrained model: where its frozen weights come from and how titles become tokens.
 
 Weights are public and never trained. They travel as plain arrays (`Backbone`), so that a node holds
 one read-only copy however many actors use it. This file knows nothing of adapters, cuts or clients.
@@ -25,12 +25,14 @@ MINILM_HUB = f"sentence-transformers/{MINILM}"
 """The same model's name on the hub; both mean the installed one."""
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 FAMILIES = ("bert", "camembert", "roberta", "xlm-roberta")
+DECODERS = ("llama", "qwen2", "qwen3")
+"""Families of generative models."""
 SEPARATOR = ";"
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A Hugging Face encoder as data: its config and its frozen arrays by name."""
+    """A Hugging Face model as data: its config and its frozen arrays by name."""
 
     name: str
     sha256: str
@@ -46,6 +48,11 @@ class Backbone:
     def dim(self) -> int:
         """Width d at the cuts and of a user's vector."""
         return int(self.config["hidden_size"])
+
+    @property
+    def generative(self) -> bool:
+        """Whether it writes titles (decoder-only) instead of making vectors."""
+        return self.config["model_type"] in DECODERS
 
     def select(self, prefixes: Sequence[str]) -> "Backbone":
         """The same model with only the arrays of some modules: what one side of the cut is sent."""
@@ -93,23 +100,28 @@ def locate(name: str) -> str:
 
 
 def load_backbone(name: str) -> Backbone:
-    """The encoder's frozen weights.
+    """The model's frozen weights: those of an encoder, or of a decoder with its head.
 
     Raises:
         FellrayError: the model cannot be found or is of no supported family.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     where = locate(name)
     try:
         config = AutoConfig.from_pretrained(where)
-        if config.model_type not in FAMILIES:
+        if config.model_type not in FAMILIES + DECODERS:
             raise FellrayError(
                 f"model.name {name}: family {config.model_type!r} is not supported; "
-                f"known: {', '.join(FAMILIES)}"
+                f"known: {', '.join(FAMILIES + DECODERS)}"
             )
         with _quiet():
-            model = AutoModel.from_pretrained(where, add_pooling_layer=False, dtype=torch.float32)
+            if config.model_type in DECODERS:
+                model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
+            else:
+                model = AutoModel.from_pretrained(
+                    where, add_pooling_layer=False, dtype=torch.float32
+                )
     except (OSError, ValueError, SafetensorError) as error:
         raise FellrayError(
             f"model.name {name}: cannot be loaded ({str(error).splitlines()[0]}); give "
@@ -121,7 +133,7 @@ def load_backbone(name: str) -> Backbone:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The encoder's own tokenizer."""
+    """The model's own tokenizer."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(locate(name))
@@ -146,11 +158,15 @@ def build(backbone: Backbone) -> nn.Module:
     Modules whose arrays were not selected stay on the meta device: they hold no memory, and using
     one is an error.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**backbone.config)
+    model: nn.Module
     with torch.device("meta"):
-        model: nn.Module = AutoModel.from_config(config, add_pooling_layer=False)
+        if backbone.generative:
+            model = AutoModelForCausalLM.from_config(config)
+        else:
+            model = AutoModel.from_config(config, add_pooling_layer=False)
     for name, array in backbone.arrays.items():
         owner, leaf = _owner(model, name)
         tensor = from_dlpack(array)  # no copy; accepts read-only shared memory
@@ -158,6 +174,9 @@ def build(backbone: Backbone) -> nn.Module:
             owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         else:
             owner._buffers[leaf] = tensor
+    if backbone.generative and config.tie_word_embeddings:
+        head = model.get_submodule("lm_head")
+        head._parameters["weight"] = model.get_submodule("model.embed_tokens")._parameters["weight"]
     return model.eval()
 
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fellray.platform.adapters import Bank, GradientSum, Site, start
+from fellray.platform.caches import Cache, Caches, Stretches
+from fellray.platform.causal import CausalBlocks, Look
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.faults import committed
@@ -30,6 +32,7 @@ from fellray.platform.ledger import payload_bytes
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import (
     Activation,
+    Continuation,
     Gradient,
     Installation,
     Lease,
@@ -106,6 +109,7 @@ class TrunkHost:
         self._keep = Keep(config.server.keep_graphs_mib * 2**20)
         self._recall = Recall(config.wire.keep_rows_mib * 2**20)
         self._wire = Wire(config, engine.module.packed.dim)
+        self._caches = Caches(config.server.cache_mib * 2**20)
         self._turns: dict[str, _Turn] = {}
         self._leases = 0
         self._installed = -1
@@ -124,6 +128,7 @@ class TrunkHost:
         Raises:
             StaleLease: the anchors were trained in another life of this server.
         """
+        self._caches.clear()
         if self._rule.twin and not twin and not self._slots.have_twins(clients):
             raise StaleLease("the server was restarted during the round")
         self._bring_shared(round - 1)
@@ -148,6 +153,14 @@ class TrunkHost:
     def backward(self, sent: Sequence[tuple[Activation, Gradient]]) -> list[np.ndarray | Exception]:
         """Gradients at the lower cut [L, d], after stepping the rows' personal adapters."""
         return self._each(sent, self._check_step, self._backward)
+
+    def extend(self, continuations: Sequence[Continuation]) -> list[np.ndarray | Exception]:
+        """Hidden states at the upper cut [L, d] of tokens that follow others, for each message; no
+        token where what came before is not in the cache."""
+        answers: list[np.ndarray | Exception] = []
+        for _, alike in groupby(continuations, key=lambda c: (c.activation.round, c.plain)):
+            answers += self._each(list(alike), self._check_continuation, self._extend)
+        return answers
 
     def report(
         self, lives: Collection[str], clients: Sequence[str], shared: bool
@@ -232,6 +245,7 @@ class TrunkHost:
         self._summed.clear()
         self._turns.clear()
         self._keep.clear()
+        self._caches.clear()
         self._installed = round
         return self._staged
 
@@ -245,6 +259,7 @@ class TrunkHost:
         self._summed.clear()
         self._turns.clear()
         self._keep.clear()
+        self._caches.clear()
         self._shared_round = self._installed = -1
 
     def _stage_shared(self, round: int) -> tuple[Staged, ...]:
@@ -319,6 +334,63 @@ class TrunkHost:
         if key != (gradient.run, gradient.round, gradient.step) or not expected:
             raise StaleLease(f"step {activation.step} of round {activation.round} is not due")
         return activation, gradient
+
+    def _check_continuation(self, continuation: Continuation) -> Continuation:
+        activation, parent_N = continuation.activation, continuation.parent_N
+        if not isinstance(self._engine.module.packed, CausalBlocks):
+            raise FellrayError("an encoder's trunk was asked to continue a text")
+        if activation.lease:
+            raise FellrayError("a text was sent with a lease: nobody trains by writing")
+        self._check(activation)
+        rows, begins = len(activation.lengths_N), bool((parent_N < 0).all())
+        held_N = continuation.held_N
+        if not (
+            len(parent_N) == len(held_N) == rows
+            and (not held_N.any() if begins else int(parent_N.min()) >= 0 and int(held_N.min()) > 0)
+        ):
+            raise FellrayError(f"a continuation of {rows} rows does not add up")
+        return continuation
+
+    def _extend(self, continuations: Sequence[Continuation]) -> list[np.ndarray]:
+        caches = [self._resume(continuation) for continuation in continuations]
+        ready = [(c, cache) for c, cache in zip(continuations, caches, strict=True) if cache]
+        found = iter(self._write(ready) if ready else ())
+        return [
+            next(found) if cache else c.activation.h_Ld[:0]
+            for c, cache in zip(continuations, caches, strict=True)
+        ]
+
+    def _resume(self, continuation: Continuation) -> Cache | None:
+        """What is held of a message's rows; None where that is not what was sent before."""
+        parent_N = torch.from_numpy(continuation.parent_N.astype(np.int64))
+        if bool((parent_N < 0).all()):
+            return Cache(len(parent_N))
+        cache = self._caches.take(continuation.text)
+        if cache is None or int(parent_N.max()) >= len(cache.lengths_N):
+            return None
+        cache.follow(parent_N)
+        same = np.array_equal(cache.lengths_N.numpy(), continuation.held_N)
+        return cache if same else None
+
+    def _write(self, ready: Sequence[tuple[Continuation, Cache]]) -> list[np.ndarray]:
+        activations = [continuation.activation for continuation, _ in ready]
+        lanes, slots_K, _ = self._lay(activations)
+        plain = ready[0][0].plain
+        batch = Batch(lanes, []) if plain else self._load(lanes, slots_K, train=False)
+        multiple, looks = self._config.model.pad_multiple, []
+        for continuation, cache in ready:
+            lengths_N = torch.from_numpy(continuation.activation.lengths_N.astype(np.int64))
+            rows = Stretches(cache.lengths_N, lengths_N, multiple, self._device)
+            cache.lengths_N = cache.lengths_N + lengths_N
+            looks.append(Look(rows, cache))
+        h_Md = self._spread(lanes, self._wire.read_activations(activations))
+        packed = self._engine.module.packed
+        assert isinstance(packed, CausalBlocks)
+        y_Md = packed.extend(h_Md, batch, looks)
+        for continuation, cache in ready:
+            if continuation.goes_on:
+                self._caches.put(continuation.text, cache)
+        return self._wire.send_outputs(lanes.collect(y_Md), activations)
 
     def _forward(self, activations: Sequence[Activation]) -> list[np.ndarray]:
         lanes, slots_K, keys = self._lay(activations)
@@ -451,7 +523,9 @@ class InProcess:
         (answer,) = self._host.backward([(activation, gradient)])
         return self._hand_over(answer, activation, gradient)
 
-    def _hand_over(self, answer: np.ndarray | Exception, *sent: Activation | Gradient) -> Answer:
+    def _hand_over(
+        self, answer: np.ndarray | Exception, *sent: Activation | Gradient | np.ndarray
+    ) -> Answer:
         if isinstance(answer, Exception):
             if isinstance(answer, Unheld):
                 self.bytes += payload_bytes(*sent)
@@ -459,6 +533,12 @@ class InProcess:
             return lambda: _refuse(raise_later)
         self.bytes += payload_bytes(*sent, answer)
         return lambda: answer
+
+    def extend(self, continuation: Continuation) -> Answer:
+        """See `Remote`."""
+        (answer,) = self._host.extend([continuation])
+        places = (continuation.parent_N, continuation.held_N)
+        return self._hand_over(answer, continuation.activation, *places)
 
 
 def _adds_up(activation: Activation) -> bool:

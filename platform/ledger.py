@@ -63,6 +63,13 @@ class Ledger:
                     if more is not None:
                         self.enter(client, "envelope", more[rows], 0)
 
+    def enter_places(self, message: Activation, *places_N: np.ndarray) -> None:
+        """More of the envelope: whole numbers of every row."""
+        for c, client in enumerate(message.clients):
+            rows = message.row_client_N == c
+            if rows.any():
+                self.enter(client, "envelope", np.stack([places[rows] for places in places_N]))
+
     def void(self) -> None:
         """What was entered belongs to a round that is begun again: a kind of its own."""
         for client in {client for client, _ in self._entries}:

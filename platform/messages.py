@@ -91,6 +91,29 @@ class Gradient:
 
 
 @dataclass(frozen=True)
+class Continuation:
+    """Hidden states of tokens that follow others in texts being written.
+
+    What came before lies in the trunk's cache, if it is still there; an answer without any token
+    says that it is not, and all tokens have to be sent. Whoever holds the cache learns which of the
+    texts went on (the beams), and when.
+    """
+
+    activation: Activation
+    """The new tokens; without a lease."""
+    text: str
+    """Under what keys and values are kept: the same for all calls of one batch of texts."""
+    parent_N: np.ndarray
+    """int32: the row of the last call that each row goes on from; -1: they begin."""
+    held_N: np.ndarray
+    """int32: tokens of each row that were sent before."""
+    plain: bool
+    """Without anybody's adapters."""
+    goes_on: bool
+    """Whether another call may follow."""
+
+
+@dataclass(frozen=True)
 class LedgerRow:
     """What one client exchanged in one round, of one kind."""
 

@@ -113,6 +113,14 @@ class Evaluator:
         for k, recommended_I in self._recommended.items():
             recommended_I[top[:, :k][listed[:, :k]]] = True
 
+    def miss(self, truth: Sequence[np.ndarray]) -> None:
+        """Add users to whom nothing was recommended: each metric of theirs is 0.
+
+        Args:
+            truth: as of `add`.
+        """
+        self._users += sum(len(relevant) > 0 for relevant in truth)
+
     def _sum(self, hits_UK: torch.Tensor, relevant_U: torch.Tensor) -> None:
         users, width = hits_UK.shape
         places_K = torch.arange(1, width + 1, dtype=torch.float64)

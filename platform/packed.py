@@ -11,9 +11,9 @@ Shapes: M tokens of all lanes, X tokens of rows padded one by one, n rows of one
 d width, f width inside the feed-forward part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,8 @@ class Saved:
     wide_Mf: Tensor
     """Before the activation function."""
     end_Md: Tensor
-    """Before the second normalisation."""
+    """Before the second normalisation; in a decoder's block, what the gate is multiplied by [M, f].
+    """
 
 
 class Projection:
@@ -70,8 +71,8 @@ class Projection:
 
     def forward(self, x_Mi: Tensor, batch: Batch) -> Tensor:
         """base(x) and the adapters' part [M, o]."""
-        assert self._base.bias is not None
-        y = torch.addmm(self._base.bias, x_Mi, self.weight.T)
+        bias = self._base.bias
+        y = x_Mi @ self.weight.T if bias is None else torch.addmm(bias, x_Mi, self.weight.T)
         add_product(y, x_Mi, batch.pieces(self._site))
         return y
 
@@ -85,6 +86,31 @@ class Projection:
             assert x_Mi is not None
             backpropagate(dx, dy_Mo, x_Mi, pieces)
         return dx
+
+
+class Block(Protocol):
+    """One block on lanes."""
+
+    @property
+    def dim(self) -> int:
+        """The width d."""
+        ...
+
+    def forward(self, x_Md: Tensor, batch: Batch) -> tuple[Tensor, Saved]:
+        """Hidden states after the block [M, d]."""
+        ...
+
+    def backward(self, dy_Md: Tensor, saved: Saved, batch: Batch) -> Tensor:
+        """The gradient at the block's input [M, d]; adapters' gradients go to their rows."""
+        ...
+
+    def skip(self, h_Md: Tensor) -> Saved:
+        """What is left where no lane is in."""
+        ...
+
+    def bytes_per_token(self) -> int:
+        """Of `Saved`."""
+        ...
 
 
 class PackedBlock:
@@ -191,8 +217,13 @@ class PackedBlock:
 class PackedBlocks:
     """A run of blocks on lanes."""
 
-    def __init__(self, blocks: Blocks):
-        self._blocks = [PackedBlock(layer, blocks.adapted) for layer in blocks.blocks]
+    def __init__(
+        self,
+        blocks: Blocks,
+        make: Callable[[Any, Sequence[LoraLinear]], Block] = PackedBlock,
+    ):
+        """Args: make: one block on lanes, of a family's module."""
+        self._blocks = [make(layer, blocks.adapted) for layer in blocks.blocks]
         self._first = blocks.first
 
     @property

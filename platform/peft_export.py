@@ -27,7 +27,8 @@ def export(run: Run, round: int, learners: Sequence[str]) -> list[str]:
 
     `PeftModel.from_pretrained(AutoModel.from_pretrained(encoder), folder)` then is the learner's
     model up to the pooling: a user's vector is the normalised mean of its hidden states over real
-    tokens. peft knows one adapter per projection; where all learners share a trunk adapter, the
+    tokens. A decoder is loaded by `AutoModelForCausalLM` and writes what the learner's does. peft
+    knows one adapter per projection; where all learners share a trunk adapter, the
     personal and the shared one stand there as one of both ranks together, whose product is their
     sum. A learner's folder has the learner's own rank, and each block from whoever holds it.
 
@@ -40,7 +41,8 @@ def export(run: Run, round: int, learners: Sequence[str]) -> list[str]:
     """
     model = run.config.model
     r = model.lora.r
-    planned = plan_cut(load_backbone(model.name), model)
+    backbone = load_backbone(model.name)
+    planned = plan_cut(backbone, model)
     ends, trunk = planned.outer, planned.sites["trunk"]
     loaded = run.rounds.load(round, learners, ["client.values", "trunk.values"])
     stacked = _by_path(ends, views(loaded["client.values"], ends, r))
@@ -64,7 +66,8 @@ def export(run: Run, round: int, learners: Sequence[str]) -> list[str]:
         for path, (c, d) in doubled.items():
             a, b = pairs[path]
             pairs[path] = torch.cat([a, c[0]]), torch.cat([b * extra, d[0]], 1)
-        described = _describe(model, rank, list(pairs), list(doubled))
+        task = "CAUSAL_LM" if backbone.generative else "FEATURE_EXTRACTION"
+        described = _describe(model, rank, list(pairs), list(doubled), task)
         config = json.dumps(described, indent=2, sort_keys=True) + "\n"
         run.storage.write(f"{folder}/adapter_model.safetensors", _pack(pairs))
         # equal for all rounds of a run: whatever ends the process between the two writes, weights
@@ -78,7 +81,7 @@ def _by_path(sites: Sequence[Site], pairs: Sequence[Pair]) -> dict[str, Pair]:
 
 
 def _describe(
-    model: ModelConfig, rank: int, paths: Sequence[str], doubled: Sequence[str]
+    model: ModelConfig, rank: int, paths: Sequence[str], doubled: Sequence[str], task: str
 ) -> dict[str, Any]:
     """peft's `adapter_config.json`; what is left out has peft's default.
 
@@ -92,7 +95,7 @@ def _describe(
     alpha = lora.lora_alpha * (math.sqrt(times) if lora.use_rslora else times)
     return {
         "peft_type": "LORA",
-        "task_type": "FEATURE_EXTRACTION",
+        "task_type": task,
         "base_model_name_or_path": MINILM_HUB if model.name == MINILM else model.name,
         "inference_mode": True,
         "r": rank,

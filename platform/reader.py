@@ -37,6 +37,8 @@ class Batch:
     rows: Rows
     ids_L: Tensor
     """Token ids, packed, int64."""
+    label_L: Tensor | None = None
+    """Where a model learns to write: the token that follows each, -100 where nobody asks."""
 
 
 def assemble(tokens: Tokens, items_NH: np.ndarray, max_tokens: int) -> tuple[Tensor, Tensor]:
@@ -70,6 +72,8 @@ def assemble(tokens: Tokens, items_NH: np.ndarray, max_tokens: int) -> tuple[Ten
 
 class Reader:
     """The data of one actor's learners, as arrays over all their shards."""
+
+    _at_once = EVALUATION_ROWS
 
     def __init__(
         self,
@@ -134,9 +138,9 @@ class Reader:
             slots = np.repeat(np.arange(len(parts)), [len(p) for p in parts])
             positions = np.concatenate(parts)
             history = self._history(positions)
-            batch = self._batch(slots, self._shard[positions], history)
-            target = torch.from_numpy(self._items[positions].astype(np.int64))
-            yield batch, target.to(self._device)
+            target = self._items[positions].astype(np.int64)
+            batch = self._batch(slots, self._shard[positions], history, target)
+            yield batch, torch.from_numpy(target).to(self._device)
 
     def held_out(
         self, split: Literal[1, 2], max_users: int | None
@@ -153,14 +157,14 @@ class Reader:
             users = np.arange(len(held.users))
             if max_users is not None and len(users) > max_users:
                 users = np.sort(_generator(0, shard.client, split).permutation(users)[:max_users])
-            for at in range(0, len(users), EVALUATION_ROWS):
-                chosen = users[at : at + EVALUATION_ROWS]
+            for at in range(0, len(users), self._at_once):
+                chosen = users[at : at + self._at_once]
                 history = np.full((len(chosen), width), -1, np.int64)
                 for row, user in enumerate(chosen):
                     last = held.histories[user][-width:]
                     history[row, width - len(last) :] = last
                 slots = np.full(len(chosen), self._slot_of_shard[index])
-                batch = self._batch(slots, np.full(len(chosen), index), history)
+                batch = self._batch(slots, np.full(len(chosen), index), history, None)
                 yield batch, [held.seen[u] for u in chosen], [held.truth[u] for u in chosen]
 
     def _order(self, slot: int, round: int) -> np.ndarray:
@@ -176,7 +180,14 @@ class Reader:
         known = places >= self._first[positions, None]
         return np.where(known, self._items[np.maximum(places, 0)], -1)
 
-    def _batch(self, slots: np.ndarray, shards: np.ndarray, history_NH: np.ndarray) -> Batch:
+    def _batch(
+        self,
+        slots: np.ndarray,
+        shards: np.ndarray,
+        history_NH: np.ndarray,
+        target_N: np.ndarray | None,
+    ) -> Batch:
+        """Rows of histories. Args: target_N: what they are to lead to; None: nobody learns."""
         model = self._config.model
         ids, lengths = assemble(self._tokens, history_NH, model.max_tokens)
         return Batch(

@@ -51,7 +51,7 @@ def write(
     Args:
         splits: uint8 [N], as `interactions.split` gives them.
         clients: client id -> its users' ids, as `partition.partition` gives them.
-        vectors_ID: float32 [I, D], unit rows, one per row of `interactions.items`.
+        vectors_ID: float32 [I, D], one per row of `interactions.items`.
         events: plain JSON data, which of the clients' events are among the interactions.
 
     Raises:
@@ -61,7 +61,7 @@ def write(
     num_items = interactions.items.num_rows
     assert vectors_ID.dtype == np.float32, vectors_ID.dtype
     assert len(vectors_ID) == num_items, vectors_ID.shape
-    assert np.allclose(np.linalg.norm(vectors_ID, axis=1), 1, atol=1e-3), "rows of unit length"
+    assert np.isfinite(vectors_ID).all(), "an item's vector is a NaN or an infinity"
     path = config.path
     if path.exists() and not (path.is_dir() and _may_replace(path)):
         raise FellrayError(

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from fellray.platform.ledger import Ledger
-from fellray.platform.messages import Activation, Gradient, Lease, Unheld
+from fellray.platform.messages import Activation, Continuation, Gradient, Lease, Unheld
 from fellray.platform.recall import Known, leave_out_all, rows_sent
 
 Result = TypeVar("Result")
@@ -52,6 +52,11 @@ class Remote(Protocol):
 
         The activation comes again: the trunk may not have kept the forward pass (recompute).
         """
+        ...
+
+    def extend(self, continuation: Continuation) -> Answer:
+        """Ask for the trunk's hidden states [L, d] of tokens that follow others; none if what came
+        before is lost."""
         ...
 
 
@@ -119,6 +124,20 @@ class Span:
                 self._enter_up(sent, gradient)
             self._enter(activation, "input_gradient", down)
             return down
+
+        return answer
+
+    def extend(self, continuation: Continuation) -> Answer:
+        """One crossing up and one down, of new tokens [L, d]; see `Remote.extend`."""
+        asked, activation = self.remote.extend(continuation), continuation.activation
+
+        def answer() -> np.ndarray:
+            output = asked()
+            self._ledger.enter_rows(activation, "evaluation_activation", activation.h_Ld)
+            self._ledger.enter_rows(activation, "evaluation_output", output)
+            self._ledger.enter_envelope(activation)
+            self._ledger.enter_places(activation, continuation.parent_N, continuation.held_N)
+            return output
 
         return answer
 

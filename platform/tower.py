@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fellray.platform.adapters import Bank, Pair
+from fellray.platform.caches import Cache, Sight, Stretches
 from fellray.platform.rows import Rows
 from fellray.platform.split import Blocks, Bottom, Parts, Top
 
@@ -86,6 +87,45 @@ class Tower:
         order = torch.cat([group.rows_n for group in rows.groups])
         u_nd = torch.cat(vectors)
         return u_nd.new_zeros(u_nd.shape).index_copy(0, order, u_nd)
+
+    def read(self, rows: Rows, y_Ld: Tensor, used: Used) -> Tensor:
+        """A decoder's last hidden states [L, d], as its head takes them, from packed ones at the
+        upper cut."""
+        states = []
+        for group, (slots_n, pairs) in zip(rows.groups, used, strict=True):
+            sets = self._sets(slots_n, pairs[self._split :])
+            states.append(self._top(rows.pad(y_Ld, group), group.mask_nT, sets))
+        return rows.pack(states)
+
+    def rise_on(
+        self, rows: Stretches, ids_L: Tensor, slot_N: Tensor, cache: Cache
+    ) -> tuple[Tensor, Used]:
+        """`rise` for tokens that follow others; nobody trains by that."""
+        used, hidden = [], []
+        for stretch in rows.stretches:
+            slots_n = slot_N[stretch.rows_n]
+            pairs = self._bank.gather(slots_n, False) if self._bank else []
+            used.append((slots_n, pairs))
+            ids = torch.full_like(stretch.mask_nT, self._pad, dtype=torch.int64)
+            ids[stretch.mask_nT] = ids_L[stretch.tokens]
+            sets = self._sets(slots_n, pairs[: self._split])
+            sight = Sight(cache, stretch)
+            h = self._bottom.embeddings(ids)
+            hidden.append(self._bottom.blocks.extend(h, sight, sets, None))
+        return rows.pack(hidden), used
+
+    def read_on(self, rows: Stretches, y_Ld: Tensor, used: Used, cache: Cache) -> Tensor:
+        """`read` for tokens that follow others."""
+        states = []
+        head = self._top.head
+        assert head
+        for stretch, (slots_n, pairs) in zip(rows.stretches, used, strict=True):
+            sets = self._sets(slots_n, pairs[self._split :])
+            sight = Sight(cache, stretch)
+            states.append(
+                head.norm(self._top.blocks.extend(rows.pad(y_Ld, stretch), sight, sets, None))
+            )
+        return rows.pack(states)
 
     def _sets(self, slots_n: Tensor, pairs: Sequence[Pair]) -> tuple[Sequence[Pair], ...]:
         return (self._bank.scale(slots_n, pairs),) if self._bank else ()

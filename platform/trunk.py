@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fellray.platform.adapters import Site, start
+from fellray.platform.causal import CausalBlocks
 from fellray.platform.config import RunConfig
 from fellray.platform.encoder import Backbone
 from fellray.platform.packed import Batch, PackedBlocks, Saved
@@ -28,7 +29,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.blocks = blocks.to(dtype)
         self.dtype = dtype
-        self.packed = PackedBlocks(blocks)
+        self.packed = pack(blocks)
         self.shared_P = nn.Parameter(shared_P.clone())
 
     def forward(self, h_Md: Tensor, batch: Batch, saved: Sequence[Saved]) -> Tensor:
@@ -104,6 +105,11 @@ class TorchEngine:
     def load_shared(self, state: Mapping[str, Tensor]) -> None:
         """See `Engine`."""
         load_adam_state(self._optimizer, self.module.shared_P, state)
+
+
+def pack(blocks: Blocks) -> PackedBlocks:
+    """Blocks on lanes, of either kind of model."""
+    return CausalBlocks(blocks) if blocks.rotary else PackedBlocks(blocks)
 
 
 def build_trunk(

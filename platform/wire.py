@@ -48,13 +48,16 @@ class Wire:
         """No gradient crosses the lower cut, and a history's hidden states there stay the same."""
         self._names = names and rule.keep_rows_mib > 0
 
-    def send_activation(self, header: Activation, h_Ld: Tensor) -> Activation:
-        """The message with hidden states at the lower cut, and with names where rows are kept."""
+    def send_activation(self, header: Activation, h_Ld: Tensor, again: bool = True) -> Activation:
+        """The message with hidden states at the lower cut, and with names where rows are kept.
+
+        Args:
+            again: the same rows may be sent once more.
+        """
         activation = replace(header, h_Ld=self._states.encode(h_Ld.detach()))
         # what nobody will ask for again needs no name
-        return (
-            name_rows(activation) if self._names and (header.lease or self.frozen) else activation
-        )
+        named = self._names and again and (header.lease or self.frozen)
+        return name_rows(activation) if named else activation
 
     def read_activations(self, activations: Sequence[Activation]) -> Tensor:
         """Hidden states at the lower cut [L, d] of several messages."""

@@ -66,6 +66,11 @@ class Recommender:
         self._config = config = plain_config(run.config)
         data = Dataset(config.data.path)
         backbone = load_backbone(config.model.name)
+        if backbone.generative:
+            raise FellrayError(
+                f"{run.storage}: was trained with a model that writes titles, which cannot be "
+                f"served yet; `fellray evaluate {args.run}` ranks with it"
+            )
         made_with = data.manifest["encoder"]["sha256"]
         if made_with != backbone.sha256:
             raise FellrayError(

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     BertConfig,
     BertModel,
     PreTrainedTokenizerFast,
@@ -76,7 +78,7 @@ def _fill(module: torch.nn.Module, seed: int) -> None:
         for parameter in module.parameters():
             parameter.normal_(0.0, 0.3, generator=generator)
         for name, parameter in module.named_parameters():
-            if name.endswith("LayerNorm.weight"):
+            if name.endswith(("LayerNorm.weight", "norm.weight")):
                 parameter.add_(1.0)
 
 
@@ -121,6 +123,56 @@ def tiny_roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _save_encoder(tmp_path_factory.mktemp("encoder") / "tiny-roberta", "roberta")
 
 
+def _save_decoder(folder: Path, family: str) -> Path:
+    """Four blocks of width 32, two query heads to one of keys, positions and all."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<bos>", "<|endoftext|>"]  # the latter is what transformers' Qwen2 pads with
+    trainer = trainers.BpeTrainer(
+        vocab_size=360,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([f'"{word} {word}" Response:\n' for word in WORDS], trainer)
+    names = {"eos_token": special[1]}
+    if family == "llama":  # as its own tokenizer does; Qwen's begins with the text
+        names["bos_token"] = special[0]
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"{special[0]} $A", special_tokens=[(special[0], 0)]
+        )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=tokenizer.get_vocab_size(),
+        **{**SIZES, "num_hidden_layers": 4, "max_position_embeddings": 512},
+        num_key_value_heads=1,
+        head_dim=16,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=None,
+        tie_word_embeddings=family == "qwen2",
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    _fill(model, seed=13)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_decoder("qwen3")`: a random decoder of 4 blocks and width 32 with a tokenizer."""
+    folder, made = tmp_path_factory.mktemp("decoder"), {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = _save_decoder(folder / f"tiny-{family}", family)
+        return made[family]
+
+    return make
+
+
 def _write_source(folder: Path, num_users: int = 40, num_items: int = 50) -> Path:
     """Users of four tastes; titles of 1 to 9 words, so that histories differ in length."""
     draw = np.random.default_rng(5)
@@ -149,6 +201,57 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> P
     tree = {**TINY, "data": data, "model": {**TINY["model"], "name": str(tiny_encoder)}}
     prepare(configs.parse(tree, "conftest"))
     return folder / "prepared"
+
+
+@pytest.fixture(scope="session")
+def tiny_writer(
+    tmp_path_factory: pytest.TempPathFactory, tiny_decoder: Callable[[str], Path]
+) -> Callable[..., RunConfig]:
+    """`tiny_writer("qwen3", train={...})`: a config like `tiny_config` of a model that writes; two
+    items have the titles of two others."""
+    prepared: dict[str, dict[str, Any]] = {}
+    shown = {
+        "lora": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
+        "max_tokens": 192,
+        "generation": {
+            "template": "Chosen:\n{history}\nResponse:\n",
+            "max_new_tokens": 8,
+            "beams": 2,
+            "at_once": 4,
+        },
+    }
+
+    def make(family: str, **overrides: Any) -> RunConfig:
+        folder = tmp_path_factory.mktemp("writer")
+        if family not in prepared:
+            source = _write_source(folder, num_users=20, num_items=30)
+            lines = source.read_text().splitlines()
+            titles = {line.split(",")[1]: line.split(",")[2] for line in lines[1:]}
+            for new, old in (("4", "9"), ("7", "11")):
+                lines = [
+                    line.replace(f",{new},{titles[new]},", f",{new},{titles[old]},")
+                    for line in lines
+                ]
+            source.write_text("\n".join(lines) + "\n")
+            prepared[family] = {
+                "path": str(folder / "prepared"),
+                "source": str(source),
+                "k_core": 1,
+                "partition": {"kind": "kmeans", "num_clients": 3, "dim": 4, "epochs": 2},
+            }
+        place = {
+            "name": "tiny",
+            "storage": str(folder),
+            "data": prepared[family],
+            "model": {**shown, "name": str(tiny_decoder(family))},
+            "train": {"local_samples": 8},
+        }
+        config = configs.parse(_merge(_merge(TINY, place), overrides), "tiny_writer")
+        if not config.data.path.exists():
+            prepare(config)
+        return config
+
+    return make
 
 
 def _merge(tree: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

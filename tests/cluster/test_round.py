@@ -124,6 +124,15 @@ def test_one_process_deals_as_it_likes(
     assert record(tiny_config(**settings(engine, per_actor=per_actor)), Plant.inline) == reference
 
 
+@pytest.mark.long
+def test_a_model_that_writes(tiny_writer: Configure, local_ray: None) -> None:
+    """Training under DeepSpeed and generation by two actors at once, against one process."""
+    few = {"evaluation": {"max_users": 3}, "train": {"rounds": 1}}
+    alone = tiny_writer("qwen3", **settings("torch", per_actor=1) | few)
+    config = tiny_writer("qwen3", **settings("deepspeed", per_actor=2) | few)
+    assert record(config, Plant.on_ray) == record(alone, Plant.inline)
+
+
 def test_any_order_of_arrival(
     reference: Record, tiny_config: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ FIELDS = {
         "sent_N",
     ),
     "Gradient": ("run", "round", "step", "g_Ld", "done"),
+    "Continuation": ("activation", "text", "parent_N", "held_N", "plain", "goes_on"),
     "LedgerRow": ("client", "kind", "messages", "bytes", "digest"),
     "Update": ("lives", "clients", "theta_SP", "losses", "samples", "seconds", "refused"),
     "Installation": ("round", "clients", "theta_SP", "refused", "common"),
