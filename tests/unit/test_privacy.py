@@ -16,11 +16,12 @@ from fellray.actors.client import Client
 from fellray.actors.plant import Plant
 from fellray.actors.pool import InlinePool
 from fellray.actors.world import survey
+from fellray.jobs import cli
 from fellray.jobs.display import Display
 from fellray.jobs.finish import SPENT, exit_status, finish
 from fellray.jobs.train import one_round
-from fellray.platform.accountant import compute_epsilon
-from fellray.platform.config import GaussianNoise, PaperLikeNoise, RunConfig, parse
+from fellray.platform.accountant import Spending, compute_epsilon
+from fellray.platform.config import GaussianNoise, NoPrivacy, PaperLikeNoise, RunConfig, parse
 from fellray.platform.errors import FellrayError
 from fellray.platform.messages import Update
 from fellray.platform.own import read_own
@@ -176,6 +177,12 @@ def test_any_grouping_and_any_order_of_arrival_give_the_same_noised_run(
     bare = play(tiny_config(**settings | {"privacy": {"kind": "none"}}), last=1)
     same = [of_last(run, "trunk.values", 1) for run in (bare, together)]
     assert torch.equal(*same), "what the server itself computed is not noised"
+    loose = {"clip": 1e3, "sigma": 1e-9}  # next to no stage: what is sent is what was trained
+    near, far = (
+        run.outcomes[1].reports.theta_CP
+        for run in (play(tiny_config(**settings | {"privacy": loose}), last=1), bare)
+    )
+    torch.testing.assert_close(near, far, rtol=0, atol=2e-5)
     reports = together.outcomes[1].reports
     assert all(math.isnan(loss) for loss in reports.losses.values())
     assert "loss" not in {row.kind for row in together.ledger[1]}
@@ -278,3 +285,30 @@ def test_ranks_of_ones_own_do_not_go_with_noise(tiny_config: Make, tmp_path: Pat
         read_own(
             tiny_config(clients={"own": str(file)}, privacy={"kind": "paper_like", "scale": 0.1})
         )
+
+
+def test_the_command_says_what_was_spent_and_ends_with_a_status_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    spending = Spending(NOISE.model_copy(update={"epsilon": 10.0}), "user")
+    trained = []
+    for round in spending.affordable(range(9), lambda _: ["a"]):
+        trained.append(round)
+        spending.take_part(["a"] if round else [])
+    summary = {"per_client": {"a": {}}, "privacy": spending.tree()}
+    monkeypatch.setattr("fellray.jobs.train.train", lambda _: summary)
+    monkeypatch.setattr(cli, "show_summary", lambda _: None)
+    config = tmp_path / "run.yaml"
+    config.write_text("name: demo\n")
+    monkeypatch.setattr("sys.argv", ["fellray", "train", str(config)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == SPENT == 3
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"Privacy: epsilon {spending.epsilon:.3f} at delta 1e-05, per user" in told
+    assert "recommend" in told, "the run is whole"
+    summary["privacy"] = Spending(NoPrivacy(), "user").tree()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert "Privacy" not in capsys.readouterr().out
