@@ -116,6 +116,22 @@ def test_ray_equals_one_process(
     assert record(config, Plant.on_ray) == reference
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("method", "train"),
+    [("ditto", {"optimizer": "adamw"}), ("scaffold", {"optimizer": "sgd"})],
+    ids=["two trainings", "control variates"],
+)
+def test_what_a_rule_of_local_training_keeps_is_the_same_on_ray(
+    method: str, train: dict[str, Any], tiny_config: Configure, local_ray: None
+) -> None:
+    """Actors of two servers, side by side in one bank, and one process."""
+    common = {"method": {"kind": method}, "train": train | {"rounds": 2}}
+    one = record(tiny_config(**common), Plant.inline)
+    many = {"clients": {"per_actor": 2}, "server": {"engine": "torch", "count": 2}}
+    assert record(tiny_config(**common | many), Plant.on_ray) == one
+
+
 @pytest.mark.parametrize(("engine", "per_actor"), [("deepspeed", 2), ("torch", 5)])
 def test_one_process_deals_as_it_likes(
     engine: str, per_actor: int, reference: Record, tiny_config: Configure

@@ -18,7 +18,7 @@ from fellray.platform.config import RunConfig
 from fellray.platform.handover import hand_over
 from fellray.platform.host import TrunkHost
 from fellray.platform.ledger import total
-from fellray.platform.messages import Lease
+from fellray.platform.messages import Lease, StaleLease
 from fellray.platform.rounds import EVERYONE, Rounds
 from fellray.platform.storage import Storage
 
@@ -143,7 +143,9 @@ def test_a_server_lost_between_both_trainings_replays_the_round_to_the_same_bits
             plant._servers.pool.members[0] = fresh
             for client in plant._clients.members:
                 client._span.remote._hosts, client._span.remote._host = (fresh,), fresh
-            return begin(fresh, run, round, clients, twin)
+            with pytest.raises(StaleLease, match="restarted") as refusal:
+                begin(fresh, run, round, clients, twin)
+            raise refusal.value
         return begin(self, run, round, clients, twin)
 
     monkeypatch.setattr(TrunkHost, "begin", strike)
