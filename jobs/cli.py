@@ -174,9 +174,22 @@ def compare(
         ),
     ] = False,
 ) -> None:
-    """Train several methods on the same data and seeds, and set them side by side."""
-    from fellray.platform.config import load
+    """Train several methods on the same data and seeds, and set them side by side.
 
+    Where CONFIG is a study (jobs/study.yaml), that says everything itself: arms,
+    what each may tune, sets, seeds, and the page that is written.
+    """
+    from fellray.platform.config import load
+    from fellray.platform.study import is_study, load_study
+
+    if is_study(config):
+        from fellray.jobs.study import run_study
+
+        if overrides:
+            raise FellrayError(f"{config} is a study: change it in the file, not by {overrides[0]}")
+        with interruptible("the same command goes on with the runs that are not finished"):
+            tell(f"Written: {run_study(load_study(config))}")
+        return
     loaded = load(config, overrides or [])
     if client_cost:
         from fellray.jobs.cost import measure_costs, show_costs

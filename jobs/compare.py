@@ -45,7 +45,7 @@ def compare(config: RunConfig, methods: Sequence[str], seeds: Sequence[int]) -> 
     runs = {(m, s): _variant(config, m, s) for m in methods for s in seeds}
     actors = len(deal(list(world.seats), config.clients.together))
     with connect(config, actors):
-        summaries = {key: _finished(run) or train(run) for key, run in runs.items()}
+        summaries = {key: find_finished(run) or train(run) for key, run in runs.items()}
     rows: dict[str, list[dict[str, float]]] = {
         name: [summaries[methods[0], seed][name] for seed in seeds] for name in BASELINES
     }
@@ -83,7 +83,7 @@ def _variant(config: RunConfig, method: str, seed: int) -> RunConfig:
     return configs.parse(tree, f"method {method}")
 
 
-def _finished(config: RunConfig) -> dict[str, Any] | None:
+def find_finished(config: RunConfig) -> dict[str, Any] | None:
     """The summary of a run that was trained to its end with this very config."""
     run = Run(config)
     if run.to_go() or not run.storage.exists("summary.json"):

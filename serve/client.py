@@ -38,7 +38,10 @@ from fellray.serve.schema import (
     ClientState,
     Filters,
     Item,
+    NewEvent,
+    NewEvents,
     Queries,
+    Receipt,
     RunState,
     RunStates,
     State,
@@ -136,6 +139,13 @@ class Client:
     def add_items(self, items: Sequence[NewItem]) -> Added:
         """Add items that are new since the training, all or none; an operator's token is needed."""
         return self._ask(Added, "POST", "/v1/items", body=_make(NewItems, {"items": list(items)}))
+
+    def add_events(self, events: Sequence[NewEvent]) -> Receipt:
+        """Store what users have met since, all or none; the answer says that it is on the disk.
+
+        Sent again, by this client or another one, an event is stored once.
+        """
+        return self._ask(Receipt, "POST", "/v1/events", body=_make(NewEvents, {"events": events}))
 
     def clients(self, prefix: str = "", after: str | None = None, limit: int = 100) -> Clients:
         """Clients that the token opens, by name."""

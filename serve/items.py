@@ -59,6 +59,8 @@ class Items:
         """Indices in the order of ids."""
         self._of_title: dict[str, list[int]] = {}
         self._of_category: dict[str, list[int]] = {}
+        self._folded: list[str] = []
+        """For `search`: each word has a space in front."""
         self._enter(0)
 
     def __len__(self) -> int:
@@ -82,16 +84,17 @@ class Items:
         more._order = np.argsort(more.ids, kind="stable")
         more._of_title = {title: list(items) for title, items in self._of_title.items()}
         more._of_category = {name: list(items) for name, items in self._of_category.items()}
+        more._folded = list(self._folded)
         more._enter(len(self))
         return more
 
     def _enter(self, first: int) -> None:
         for item in range(first, len(self)):
-            self._of_title.setdefault(_fold(self.titles[item]), []).append(item)
+            title = _fold(self.titles[item])
+            self._folded.append(f" {title}")
+            self._of_title.setdefault(title, []).append(item)
             for name in self.categories[item]:
                 self._of_category.setdefault(name, []).append(item)
-        self._folded = [f" {_fold(title)}" for title in self.titles]
-        """For `search`: each word has a space in front."""
 
     def find(
         self, item_ids: Sequence[int], field: str, places: Sequence[int] | None = None

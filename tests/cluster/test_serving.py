@@ -6,6 +6,7 @@ import json
 import random
 import re
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from contract import run_schemathesis
 from driver import Driver, plain_environment, title, wait_until
 from shown import CONTRAST, Shown, hidden, text
 from strangers import Attempt, Stranger, attempts, leaks, try_all, twins
+from texts import draw_query
 
 from fellray.actors.plant import Plant
 from fellray.actors.world import survey
@@ -33,7 +35,7 @@ from fellray.platform.storage import Storage
 from fellray.serve.args import Args
 from fellray.serve.client import Client
 from fellray.serve.listings import NewItem
-from fellray.serve.schema import ByHistory, ByUser
+from fellray.serve.schema import Answer, ByHistory, ByUser, Refused
 from fellray.serve.tokens import new_token
 from fellray.serve.transport import ServiceError
 from fellray.serve.whole import open_whole
@@ -629,6 +631,28 @@ def test_it_keeps_to_its_document(
     assert found == ""
     assert count >= 6 * cases
     assert after < 1.1 * before + 20
+
+
+@pytest.mark.parametrize(
+    "count",
+    [200, 6001, 6002, pytest.param(6000, marks=[pytest.mark.long, pytest.mark.timeout(1500)])],
+)
+def test_any_text_is_read_or_refused(service: Service, tiny_data: Path, count: int) -> None:
+    """Every answer is one of the document's; never a 500."""
+    data, draw, met = Dataset(tiny_data), random.Random(count), Counter[int]()
+    stranger = Stranger(service.port, service.operator)
+    before = pss_mib(service)
+    for _ in range(count):
+        body = draw_query(draw, data.titles, data.item_ids.tolist())
+        said = stranger.send(Attempt("POST", "/v1/recommend", body))
+        met[said.status] += 1
+        assert said.status in (200, 404, 413, 422), (said, body)
+        kind = Answer if said.status == 200 else Refused
+        kind.model_validate_json(said.body)
+    stranger.close()
+    print(f"{count} requests: {dict(met)}; PSS {before:.0f} MiB, then {pss_mib(service):.0f} MiB")
+    assert met[200] > count / 10
+    assert met[422] > count / 20
 
 
 def pss_mib(service: Service) -> float:

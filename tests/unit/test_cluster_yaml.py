@@ -1,6 +1,7 @@
 """cluster.yaml, read by Ray's own code: no cloud is asked anything."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import yaml
 
 from fellray.actors.pool import Demand, pack
 from fellray.platform.config import ClientsConfig, ServerConfig
+from fellray.serve.args import Args
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,3 +108,32 @@ def test_the_ray_job_fits_the_rest(ray_job: Any) -> None:
         for container in group["template"]["spec"]["containers"]:
             assert container["resources"]["requests"] == container["resources"]["limits"]
             assert told[3].startswith(container["volumeMounts"][0]["mountPath"] + "/")
+
+
+def test_the_ray_service_serves_what_serve_takes() -> None:
+    """Nothing here knows KubeRay's schema; Serve's part of it is read by Serve's own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Serve's own fields, at its first import
+        from ray.serve.schema import ServeDeploySchema
+
+    written = yaml.safe_load((ROOT / "k8s/ray-service.yaml").read_text(encoding="utf-8"))["spec"]
+    ours = yaml.safe_load((ROOT / "serve/application.yaml").read_text(encoding="utf-8"))
+    (told,) = ServeDeploySchema(**yaml.safe_load(written["serveConfigV2"])).applications
+    assert told.import_path == ours["applications"][0]["import_path"]
+    args = Args(**told.args)
+    cluster = written["rayClusterConfig"]
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
+    assert f"ray=={cluster['rayVersion']}" in pinned
+    assert cluster["authOptions"] == {"mode": "token"}
+    (workers,) = cluster["workerGroupSpecs"]
+    cpus = float(workers["rayStartParams"]["num-cpus"])
+    least = args.cpus * (args.recommenders + args.trunks)
+    most = args.cpus * ((args.most_recommenders or 0) + (args.most_trunks or 0))
+    assert least <= workers["minReplicas"] * cpus
+    assert most <= workers["maxReplicas"] * cpus
+    for group in (cluster["headGroupSpec"], workers):
+        for container in group["template"]["spec"]["containers"]:
+            assert container["resources"]["requests"] == container["resources"]["limits"]
+            assert args.run.startswith(container["volumeMounts"][0]["mountPath"] + "/")
+            (porter,) = [e["value"] for e in container["env"] if "PROXY" in e["name"]]
+            assert porter == "fellray.serve.porter.place_porter"

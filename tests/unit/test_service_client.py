@@ -12,7 +12,7 @@ from fellray.platform.errors import FellrayError
 from fellray.serve import transport
 from fellray.serve.client import Client
 from fellray.serve.listings import NewItem
-from fellray.serve.schema import ByHistory, Filters
+from fellray.serve.schema import ByHistory, Filters, NewEvent, Receipt
 from fellray.serve.transport import ServiceError
 
 ANSWER = {
@@ -123,6 +123,18 @@ def test_names_are_one_part_of_a_path(service: Service, monkeypatch: pytest.Monk
         "/healthz",
     ]
     assert service.asked[0][2]["authorization"] == "Bearer from-the-environment"
+
+
+def test_events_are_sent_together(service: Service) -> None:
+    event = NewEvent(event_id="e1", client="c0", user_id=5, item_id=7, timestamp=9)
+    service.answers = [(200, {}, {"stored": 1, "known": 1})]
+    with Client(service.url, "t") as client:
+        assert client.add_events([event, event]) == Receipt(stored=1, known=1)
+        with pytest.raises(FellrayError, match="events: "):
+            client.add_events([])
+    (asked,) = service.asked
+    assert asked[:2] == ("POST", "/v1/events")
+    assert asked[3] == {"events": [event.model_dump()] * 2}
 
 
 def test_what_passes_is_asked_again(service: Service, pauses: list[float]) -> None:

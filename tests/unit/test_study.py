@@ -1,0 +1,201 @@
+"""Studies: what is run for them, how arms are told apart, and the page and the plot."""
+
+import itertools
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fellray.platform.errors import FellrayError
+from fellray.platform.paired import adjust, weigh_signs
+from fellray.platform.study import (
+    Study,
+    Trial,
+    choose,
+    is_study,
+    list_arms,
+    list_seeds,
+    list_tries,
+    load_study,
+)
+from fellray.platform.study_page import digest, render_study
+from fellray.platform.study_plot import draw_arms
+
+ROOT = Path(__file__).resolve().parents[2]
+TREE: dict[str, Any] = {
+    "study": "small",
+    "results": "results.md",
+    "seeds": [3, 4],
+    "tune": {"train.learning_rate": [0.1, 0.2], "train.batch_size": [8]},
+    "sets": {"demo": {"config": str(ROOT / "jobs/demo.yaml"), "set": ["train.rounds=2"]}},
+    "parts": [
+        {
+            "title": "Methods",
+            "sets": ["demo"],
+            "arms": {"fellrec": [], "fedavg": ["method.kind=fedavg", "train.learning_rate=0.3"]},
+        },
+        {"title": "Again", "sets": ["demo"], "arms": {"fellrec": []}},
+    ],
+}
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(TREE | changes, sort_keys=False))
+    return path
+
+
+def summary(ndcg: list[float], loss: float = 0.0, baseline: float = 0.01) -> dict[str, Any]:
+    """Of a run whose clients have these values."""
+    clients = {f"c{at}": {"ndcg@10": value} for at, value in enumerate(ndcg)}
+    mean = sum(ndcg) / len(ndcg)
+    return {
+        "test": {"ndcg@10": mean, "recall@10": 2 * mean},
+        "validation": {"ndcg@10": mean - loss},
+        "per_client": clients,
+        "balance": {"min": min(ndcg), "cv": 0.1},
+        "bytes": {"activation": 4_000_000, "evaluation_activation": 9_000_000},
+        "clients": 2,
+        "rounds": 2,
+        "hashes": {"c0": "a" * 64},
+        "popularity": {"ndcg@10": baseline},
+        "prior": {"ndcg@10": baseline / 2},
+        "untrained": {"ndcg@10": baseline / 2},
+    }
+
+
+def test_every_arm_tries_alike_and_a_run_is_a_command(tmp_path: Path) -> None:
+    study = load_study(write(tmp_path))
+    assert [(name, arm) for name, arm, _ in list_arms(study)] == [
+        ("demo", "fellrec"),
+        ("demo", "fedavg"),
+    ]
+    tries = list_tries(study, "demo", "fellrec")
+    assert [trial.tuned for trial in tries] == [
+        ("train.learning_rate=0.1", "train.batch_size=8"),
+        ("train.learning_rate=0.2", "train.batch_size=8"),
+    ]
+    # what an arm fixes is not tuned
+    (fixed,) = list_tries(study, "demo", "fedavg")
+    assert fixed.tuned == ("train.batch_size=8",)
+    first, second = list_seeds(study, tries[1])
+    assert (first, second.seed) == (tries[1], 4)
+    assert second.name == "small-demo-fellrec-0.2-8-s4"
+    assert second.command.startswith("fellray train ")
+    assert "train.learning_rate=0.2 train.batch_size=8 seed=4 name=small" in second.command
+    config = second.settle()
+    assert (config.seed, config.train.rounds, config.train.learning_rate) == (4, 2, 0.2)
+
+
+def test_validation_chooses_not_test(tmp_path: Path) -> None:
+    first, second = list_tries(load_study(write(tmp_path)), "demo", "fellrec")
+    results = {first: summary([0.3, 0.3], loss=0.2), second: summary([0.2, 0.2])}
+    assert choose(results, "ndcg@10") == second
+    assert choose({first: summary([0.3]), second: summary([0.3])}, "ndcg@10") == first
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"sedes": [1]}, "sedes"),
+        ({"parts": [{"title": "x", "sets": ["nowhere"], "arms": {"a": []}}]}, "no set 'nowhere'"),
+        ({"parts": [{"title": "x", "sets": ["demo"], "arms": {"a": ["train.runds=1"]}}]}, "rounds"),
+        ({"parts": [{"title": "x", "sets": ["demo"], "arms": {"a": []}, "champion": "b"}]}, "'b'"),
+        ({"tune": {"train.learning_rate": [-1]}}, "learning_rate"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_runs(
+    tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(FellrayError, match=told):
+        load_study(write(tmp_path, **changes))
+
+
+def test_one_name_is_one_arm(tmp_path: Path) -> None:
+    other = {"title": "x", "sets": ["demo"], "arms": {"fellrec": ["train.rounds=3"]}}
+    with pytest.raises(FellrayError, match="means two things"):
+        load_study(write(tmp_path, parts=[*TREE["parts"], other]))
+
+
+def test_the_studies_that_come_along_are_whole() -> None:
+    for path in sorted((ROOT / "jobs").glob("*.yaml")):
+        assert is_study(path) == path.name.startswith("study"), path
+        if is_study(path):
+            # configs in it are named from the root, where commands are given
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(ROOT)
+                load_study(path)
+    assert not is_study(ROOT / "nothing.yaml")
+
+
+def test_signs_are_weighed_exactly() -> None:
+    """Against all 2^n sign patterns, counted by hand."""
+    first, second = [0.5, 0.4, 0.7, 0.1, 0.6], [0.3, 0.5, 0.2, 0.05, 0.1]
+    d = [a - b for a, b in zip(first, second, strict=True)]
+    sums = [sum(s * x for s, x in zip(signs, d, strict=True))
+            for signs in itertools.product((1, -1), repeat=5)]  # fmt: skip
+    expected = sum(abs(total) >= abs(sum(d)) - 1e-12 for total in sums) / len(sums)
+    assert weigh_signs(first, second) == pytest.approx(expected)
+    assert weigh_signs(first, first) == 1.0
+    assert weigh_signs([1.0], [0.0]) == 1.0
+
+
+def test_holm_by_hand() -> None:
+    assert adjust([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert adjust([0.9, 0.8]) == [1.0, 1.0]
+    assert adjust([]) == []
+
+
+def results_of(study: Study, values: dict[str, list[list[float]]]) -> Any:
+    found: dict[tuple[str, str], dict[Trial, Any]] = {}
+    for name, arm, _ in list_arms(study):
+        best = list_tries(study, name, arm)[0]
+        seeds = list_seeds(study, best)
+        found[name, arm] = {t: summary(v) for t, v in zip(seeds, values[arm], strict=True)}
+    return found
+
+
+def test_the_page_begins_with_who_does_not_win(tmp_path: Path) -> None:
+    study = load_study(write(tmp_path))
+    low, high = [[0.10, 0.12], [0.11, 0.12]], [[0.20, 0.22], [0.21, 0.25]]
+    page = render_study(study, results_of(study, {"fellrec": low, "fedavg": high}), {})
+    found = page.split("## What was found")[1].split("##")[0]
+    assert "`fellrec` does not win: 0.1125, `fedavg` 0.2200" in found
+    assert "Its lowest client has 0.1050, with `fedavg` 0.2050" in found
+    assert "alone in its table" in found
+    page = render_study(study, results_of(study, {"fellrec": high, "fedavg": low}), {})
+    assert "`fellrec` has the highest mean: 0.2200, `fedavg` 0.1125" in page
+    assert "All are above the rows without training (popularity 0.0100)" in page
+    row = next(line for line in page.splitlines() if line.startswith("| `fedavg`"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1] == "0.1125 ± 0.0035"
+    assert cells[5:] == ["-0.1075", "0.125", "8", "1.0"]
+    # every run with its command and its hash
+    for trials in results_of(study, {"fellrec": high, "fedavg": low}).values():
+        for trial, own in trials.items():
+            assert f"| `{digest(own)}` | `{trial.command}` |" in page
+
+
+def test_arms_below_a_baseline_are_named(tmp_path: Path) -> None:
+    study = load_study(write(tmp_path))
+    tiny = [[0.001, 0.002], [0.001, 0.002]]
+    page = render_study(study, results_of(study, {"fellrec": tiny, "fedavg": tiny}), {})
+    assert "Not above popularity (0.0100): `fellrec`, `fedavg`" in page
+    assert "No arm is told apart" in page
+
+
+def test_the_plot_is_a_file_of_its_own() -> None:
+    across = {f"arm {at} <b>": [0.1 + at / 100, 0.11 + at / 100] for at in range(30)}
+    up = {arm: [value / 2 for value in values] for arm, values in across.items()}
+    drawn = draw_arms("Methods", across, up, "arm 3 <b>", "NDCG@10")
+    root = ElementTree.fromstring(drawn)
+    name = "{http://www.w3.org/2000/svg}"
+    assert len(root.findall(f"{name}circle")) == 30
+    words = [(one.text, float(one.attrib["y"])) for one in root.findall(f"{name}text")]
+    places = sorted(y for text, y in words if text and text.startswith("arm "))
+    assert len(places) == 30
+    assert min(b - a for a, b in itertools.pairwise(places)) >= 12.9  # no two names overlap
+    assert places[-1] <= float(root.attrib["height"])
+    assert drawn == draw_arms("Methods", across, up, "arm 3 <b>", "NDCG@10")
