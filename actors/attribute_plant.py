@@ -77,6 +77,9 @@ class AttributeWorld:
 class AttributePlant:
     """Holders of adapters, as one. Make it with `on_ray` or `inline`."""
 
+    _client: type[AttributeClient] = AttributeClient
+    """What becomes actors."""
+
     def __init__(self, config: RunConfig, world: AttributeWorld, rounds: Rounds, clients: Pool):
         self._config, self._world, self._rounds, self._clients = config, world, rounds, clients
         self._layout = world.layout
@@ -94,7 +97,7 @@ class AttributePlant:
     def inline(cls, config: RunConfig, world: AttributeWorld, rounds: Rounds) -> Self:
         """Everything in this process: for tests and debugging; the same numbers."""
         args = _client_args(config, world, rounds, lambda name, value: value)
-        return cls(config, world, rounds, InlinePool(AttributeClient, args))
+        return cls(config, world, rounds, InlinePool(cls._client, args))
 
     @classmethod
     def on_ray(cls, config: RunConfig, world: AttributeWorld, rounds: Rounds) -> Self:
@@ -109,7 +112,7 @@ class AttributePlant:
         demand = Demand("client", len(args), config.clients.cpus, 1 / share if share else 0.0)
         if not wait_s:
             check_places([demand])
-        pool = RayPool(AttributeClient, args, demand, events.append, wait_s)
+        pool = RayPool(cls._client, args, demand, events.append, wait_s)
         plant = cls(config, world, rounds, pool)
         plant._events = events
         return plant

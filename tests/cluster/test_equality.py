@@ -18,6 +18,7 @@ from test_serving import up
 
 from fellray.actors.plant import Plant
 from fellray.actors.world import survey
+from fellray.jobs import opening
 from fellray.jobs import train as training
 from fellray.jobs.ports import find_ports
 from fellray.jobs.prepare import prepare
@@ -53,7 +54,7 @@ def make_run(
     config = make(storage=str(folder / "runs"), data={**data, "partition": parts})
     prepare(config)
     monkeypatch.setattr(Plant, "on_ray", Plant.inline)
-    monkeypatch.setattr(training, "connect", lambda *_: nullcontext())
+    monkeypatch.setattr(opening, "connect", lambda *_: nullcontext())
     monkeypatch.setattr(training, "RunTelemetry", Quiet)
     training.train(config)
     monkeypatch.undo()

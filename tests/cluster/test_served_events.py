@@ -20,6 +20,7 @@ from driver import Driver, title, wait_until
 from test_serving import Service, train_here, up
 
 from fellray.actors.plant import Plant
+from fellray.jobs import opening
 from fellray.jobs import train as training
 from fellray.jobs.continuation import continue_run
 from fellray.jobs.ports import find_ports
@@ -232,7 +233,7 @@ def test_sent_twice_and_a_replica_killed_each_event_is_trained_on_once(
     assert answered["/v1/recommend 200"] >= 120
     check_stored(replicas[1], events)
     monkeypatch.setattr(Plant, "on_ray", Plant.inline)
-    monkeypatch.setattr(training, "connect", lambda *_: nullcontext())
+    monkeypatch.setattr(opening, "connect", lambda *_: nullcontext())
     monkeypatch.setattr(training, "RunTelemetry", Quiet)
     summary = continue_run(replicas[1].folder)
     assert summary["run"] == "tiny-1"

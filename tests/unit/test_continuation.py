@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fellray.actors.plant import Plant
+from fellray.jobs import opening
 from fellray.jobs import train as training
 from fellray.jobs.continuation import continue_run
 from fellray.platform.config import RunConfig
@@ -46,7 +47,7 @@ def inline() -> Iterator[None]:
     """`train` itself, over actors in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Plant, "on_ray", Plant.inline)
-        patch.setattr(training, "connect", lambda *_: nullcontext())
+        patch.setattr(opening, "connect", lambda *_: nullcontext())
         patch.setattr(training, "RunTelemetry", Quiet)
         patch.setattr(
             "fellray.jobs.finish.export", lambda *_: None
