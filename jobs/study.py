@@ -1,5 +1,6 @@
 """Study: every arm of a study on every set, tuned alike, over all seeds; then the page."""
 
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,9 @@ from fellray.actors.client import deal
 from fellray.actors.session import connect
 from fellray.jobs.compare import find_finished
 from fellray.jobs.display import console, make_bar
+from fellray.jobs.orientation import check_orientation, orient
 from fellray.jobs.train import train
+from fellray.platform import config as configs
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.journal import Journal
@@ -21,6 +24,7 @@ from fellray.platform.study import (
     Study,
     Trial,
     choose,
+    count_tries,
     list_arms,
     list_seeds,
     list_tries,
@@ -47,6 +51,8 @@ def run_study(study: Study) -> Path:
     arms = list(list_arms(study))
     for name in study.sets:
         _refuse_unprepared(study, name)
+        if study.orientation:
+            check_orientation(configs.load(study.sets[name].config, study.sets[name].set))
     runs = sum(len(list_tries(study, n, arm)) + len(study.seeds) - 1 for n, arm, _ in arms)
     results: Results = {}
     config, actors = _find_largest(study)
@@ -66,7 +72,24 @@ def run_study(study: Study) -> Path:
             best = choose(tries, part.metric)
             rest = {trial: run(trial) for trial in list_seeds(study, best)[1:]}
             results[name, arm] = {best: tries[best]} | rest
-    return _write(study, results)
+    return _write(study, results, _orient(study))
+
+
+def _orient(study: Study) -> dict[str, dict[str, Any]]:
+    """Set -> row for orientation -> what was found; nothing where the study does not ask."""
+    found: dict[str, dict[str, Any]] = {}
+    tries, seeds = count_tries(study), ",".join(map(str, study.seeds))
+    for name, own in study.sets.items() if study.orientation else ():
+        place = (f"name={study.study}-{name}", f"storage={study.storage}")
+        changes = (*own.set, *place)
+        rows = orient(configs.load(own.config, changes), tries, study.seeds)
+        start = ("python", "-m", "fellray.jobs.orientation", str(own.config))
+        asked = ("--tries", str(tries), "--seeds", seeds)
+        found[name] = {
+            row: result | {"command": shlex.join([*start, *asked, "--rows", row, *changes])}
+            for row, result in rows.items()
+        }
+    return found
 
 
 def _find_largest(study: Study) -> tuple[RunConfig, int]:
@@ -99,7 +122,7 @@ def _refuse_unprepared(study: Study, name: str) -> None:
         )
 
 
-def _write(study: Study, results: Results) -> Path:
+def _write(study: Study, results: Results, central: dict[str, dict[str, Any]]) -> Path:
     page = study.results
     beside = Journal(Storage(page.parent))
     plots: dict[tuple[str, str], str] = {}
@@ -119,12 +142,16 @@ def _write(study: Study, results: Results) -> Path:
             plot = draw_arms(title, across, up, part.first, name_metric(part.metric))
             beside.write_text(file, plot)
             plots[part.title, name] = file
-    beside.write_text(page.name, render_study(study, results, plots))
-    _write_rows(study, results)
+    beside.write_text(page.name, render_study(study, results, plots, central))
+    _write_rows(study, results, central)
     return page
 
 
-def _write_rows(study: Study, results: Mapping[tuple[str, str], Mapping[Trial, Any]]) -> None:
+def _write_rows(
+    study: Study,
+    results: Mapping[tuple[str, str], Mapping[Trial, Any]],
+    central: dict[str, dict[str, Any]],
+) -> None:
     rows = [
         {
             "set": trial.set,
@@ -143,7 +170,10 @@ def _write_rows(study: Study, results: Mapping[tuple[str, str], Mapping[Trial, A
         for trial, summary in trials.items()
     ]
     folder = Storage(study.storage).sub(f"{study.study}-study")
-    Journal(folder).write_json("study.json", {"study": study.study, "rows": rows})
+    told: dict[str, Any] = {"study": study.study, "rows": rows}
+    if central:
+        told["orientation"] = central
+    Journal(folder).write_json("study.json", told)
 
 
 def main() -> None:

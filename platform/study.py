@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any, Self
 
@@ -74,6 +75,9 @@ class Study(Config):
     tune: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     """Key -> values. Every arm tries every combination with the first seed, and keeps the one with
     the best validation."""
+    orientation: bool = False
+    """Also item-kNN, BPR-MF and SASRec on every set, trained on everybody's data in one place, with
+    as many tries as an arm has at most: rows for orientation, no arms."""
     sets: dict[str, DataSet] = Field(min_length=1)
     parts: tuple[Part, ...] = Field(min_length=1)
 
@@ -194,6 +198,11 @@ def list_tries(study: Study, name: str, arm: str) -> list[Trial]:
         )
         for values in product(*grid.values())
     ]
+
+
+def count_tries(study: Study) -> int:
+    """How many settings an arm tries that fixes nothing itself."""
+    return prod(len(values) for values in study.tune.values())
 
 
 def list_seeds(study: Study, best: Trial) -> list[Trial]:
