@@ -46,7 +46,8 @@ def tell_central(central: Central, metric: str, arms: Sequence[float]) -> str:
     best = max(means, key=lambda row: means[row])
     above = sum(mean > means[best] for mean in arms)
     told = ", ".join(f"{row} {mean:.4f}" for row, mean in means.items())
-    return f" With everybody's data in one place: {told}; {above} of {len(arms)} arms are above {best}."
+    place = f"{above} of {len(arms)} arms are above {best}"
+    return f" With everybody's data in one place: {told}; {place}."
 
 
 def digest_central(found: Mapping[str, Any]) -> str:
