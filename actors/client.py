@@ -21,7 +21,7 @@ from torch.utils.dlpack import from_dlpack
 from fellray.actors.world import Catalogue
 from fellray.platform.adapters import Bank, find_columns, name_blocks, start
 from fellray.platform.allocator import give_back_freed_memory
-from fellray.platform.config import NoPrivacy, RunConfig
+from fellray.platform.config import RunConfig
 from fellray.platform.desk import Desk, LessonReader, WritingDesk
 from fellray.platform.device import own_device
 from fellray.platform.encoder import Backbone
@@ -40,6 +40,7 @@ from fellray.platform.messages import (
 from fellray.platform.metrics import Evaluator, Score
 from fellray.platform.own import ALIKE, Own
 from fellray.platform.privacy import find_key, privatise_round
+from fellray.platform.privacy_config import NoPrivacy
 from fellray.platform.reader import Batch, Reader
 from fellray.platform.retrieval import Scorer
 from fellray.platform.rounds import Rounds

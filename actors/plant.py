@@ -26,7 +26,7 @@ from fellray.actors.servers import Servers, check_servers
 from fellray.actors.world import World
 from fellray.platform.adapters import cut_, find_columns, name_blocks, start, views
 from fellray.platform.aggregation import Plan, Reports, describe, name_layers, split_columns
-from fellray.platform.config import NoPrivacy, RunConfig
+from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.faults import Stop, decide
 from fellray.platform.handover import METHOD
@@ -37,6 +37,7 @@ from fellray.platform.messages import Damaged, Installation, LedgerRow, StaleLea
 from fellray.platform.metrics import Score
 from fellray.platform.middle import Middle
 from fellray.platform.own import ALIKE, Own
+from fellray.platform.privacy_config import NoPrivacy
 from fellray.platform.rounds import EVERYONE, Rounds
 from fellray.platform.sampling import Sampler
 from fellray.platform.server_step import Snapshot, State

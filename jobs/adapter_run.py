@@ -11,8 +11,8 @@ import torch
 from fellray.jobs.crowd import make_crowd
 from fellray.platform import config as configs
 from fellray.platform.adapters import start
-from fellray.platform.config import ModelConfig
 from fellray.platform.encoder import load_backbone
+from fellray.platform.model_config import ModelConfig
 from fellray.platform.rounds import EVERYONE
 from fellray.platform.run import Outcome, open_run
 from fellray.platform.shards import Dataset

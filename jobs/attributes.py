@@ -29,11 +29,12 @@ from fellray.platform.click_data import (
     split_clicks,
     write_clicks,
 )
-from fellray.platform.config import NoPrivacy, RunConfig
+from fellray.platform.config import RunConfig
 from fellray.platform.fedpa import Fedpa
 from fellray.platform.ledger import total
 from fellray.platform.messages import LedgerRow
 from fellray.platform.pretraining import Fitted, Samples, distil, evaluate_backbone, pretrain
+from fellray.platform.privacy_config import NoPrivacy
 from fellray.platform.run import Run, environment, open_run, pool
 
 EXPORT = "student"

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fellray.platform.config import LoraSpec, TrainConfig
 from fellray.platform.local import (
     ANCHOR,
     CONTROL,
@@ -26,6 +25,8 @@ from fellray.platform.local import (
     LocalRule,
     advance_control,
 )
+from fellray.platform.model_config import LoraSpec
+from fellray.platform.train_config import TrainConfig
 
 CACHED = 2**17
 """Numbers of a step that are worked on at a time: AdamW passes over them often, so they are to stay

@@ -28,7 +28,7 @@ from fellray.platform.accountant import Spending, open_account
 from fellray.platform.adapters import state_names
 from fellray.platform.aggregation import Plan, Reports
 from fellray.platform.click_score import ClickScore
-from fellray.platform.config import NoPrivacy, RunConfig
+from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.journal import Journal
 from fellray.platform.ledger import total
@@ -37,6 +37,7 @@ from fellray.platform.messages import Damaged, LedgerRow
 from fellray.platform.metrics import Score, balance
 from fellray.platform.origin import read_origin
 from fellray.platform.own import ALIKE, Own, read_own
+from fellray.platform.privacy_config import NoPrivacy
 from fellray.platform.promotion import read_promotion
 from fellray.platform.rounds import Rounds
 from fellray.platform.storage import Storage

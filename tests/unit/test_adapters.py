@@ -22,9 +22,10 @@ from fellray.platform.adapters import (
     state_names,
     views,
 )
-from fellray.platform.config import LoraSpec, ModelConfig, TrainConfig
 from fellray.platform.encoder import load_backbone
+from fellray.platform.model_config import LoraSpec, ModelConfig
 from fellray.platform.split import PARTS, Parts, cut_model
+from fellray.platform.train_config import TrainConfig
 
 SITES = [Site("encoder.layer.0.q", 3, 4), Site("encoder.layer.1.v", 5, 2)]
 SPEC = LoraSpec(r=2)

@@ -21,11 +21,12 @@ from fellray.jobs.display import Display
 from fellray.jobs.finish import SPENT, exit_status, finish
 from fellray.jobs.train import one_round
 from fellray.platform.accountant import Spending, compute_epsilon
-from fellray.platform.config import GaussianNoise, NoPrivacy, PaperLikeNoise, RunConfig, parse
+from fellray.platform.config import RunConfig, parse
 from fellray.platform.errors import FellrayError
 from fellray.platform.messages import Update
 from fellray.platform.own import read_own
 from fellray.platform.privacy import clip_row, find_key, privatise, privatise_losses
+from fellray.platform.privacy_config import GaussianNoise, NoPrivacy, PaperLikeNoise
 from fellray.platform.run import Run, list_runs, open_run
 
 Play = Callable[..., Any]
