@@ -45,17 +45,13 @@ from fellray.platform.reader import Batch, Reader
 from fellray.platform.retrieval import Scorer
 from fellray.platform.rounds import Rounds
 from fellray.platform.script import Script
+from fellray.platform.seating import deal
 from fellray.platform.shards import Dataset
 from fellray.platform.slots import Slots
 from fellray.platform.span import Remote, Span, Trip, take_turns
 from fellray.platform.split import cut_model
 from fellray.platform.tower import Tower
 from fellray.platform.wire import Wire
-
-
-def deal(learners: Sequence[str], size: int) -> list[tuple[str, ...]]:
-    """Neighbours by id, so many at a time."""
-    return [tuple(learners[at : at + size]) for at in range(0, len(learners), size)]
 
 
 class Client:

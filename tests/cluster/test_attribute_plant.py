@@ -8,7 +8,8 @@ import pytest
 from attribute_clicks import make_config, write_source
 
 from fellray.actors.attribute_client import PRIVATE, AttributeClient
-from fellray.actors.attribute_plant import AttributePlant, AttributeWorld
+from fellray.actors.attribute_plant import AttributePlant
+from fellray.actors.attribute_world import AttributeWorld
 from fellray.actors.pool import RayPool
 from fellray.actors.session import ray
 from fellray.jobs.attributes import prepare_attributes

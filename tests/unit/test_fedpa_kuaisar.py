@@ -11,7 +11,8 @@ from statistics import fmean, stdev
 import pytest
 import torch
 
-from fellray.actors.attribute_plant import AttributePlant, AttributeWorld
+from fellray.actors.attribute_plant import AttributePlant
+from fellray.actors.attribute_world import AttributeWorld
 from fellray.jobs.attributes import prepare_attributes
 from fellray.jobs.train import one_round
 from fellray.platform import config as configs
