@@ -25,7 +25,7 @@ from fellray.platform.aggregation import Plan, Reports, describe, name_layers
 from fellray.platform.allotment import Allotment
 from fellray.platform.answers import read_updates, take_on_time
 from fellray.platform.config import RunConfig
-from fellray.platform.host import InProcess
+from fellray.platform.in_process import InProcess
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import Damaged, LedgerRow
 from fellray.platform.metrics import Score

@@ -114,7 +114,7 @@ def pages(plant: Plant, round: int, clients: Sequence[str]) -> Tensor:
 def steps(plant: Plant) -> dict[str, int]:
     """What the server counted of each client."""
     (host,) = plant._servers.pool.members  # type: ignore[attr-defined]
-    return {client: turn.next_step for client, turn in host._turns.items()}
+    return {client: turn.next_step for client, turn in host._admission.turns.items()}
 
 
 # --- rank ---------------------------------------------------------------------------------------

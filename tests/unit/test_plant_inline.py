@@ -21,7 +21,8 @@ from fellray.platform.aggregation import Reports, reduce
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.faults import TRIES
-from fellray.platform.host import InProcess, TrunkHost
+from fellray.platform.host import TrunkHost
+from fellray.platform.in_process import InProcess
 from fellray.platform.ledger import total
 from fellray.platform.messages import (
     Activation,
