@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fellray.actors.world import Catalogue
-from fellray.platform.adapters import Bank, find_columns, name_blocks, start
+from fellray.platform.adapters import find_columns, name_blocks, start
 from fellray.platform.allocator import give_back_freed_memory
+from fellray.platform.bank import Bank
 from fellray.platform.config import RunConfig
 from fellray.platform.desk import Desk, LessonReader, WritingDesk
 from fellray.platform.device import own_device

@@ -30,12 +30,14 @@ from fellray.platform.click_data import (
     write_clicks,
 )
 from fellray.platform.config import RunConfig
+from fellray.platform.environment import environment
 from fellray.platform.fedpa import Fedpa
 from fellray.platform.ledger import total
 from fellray.platform.messages import LedgerRow
+from fellray.platform.outcome import pool
 from fellray.platform.pretraining import Fitted, Samples, distil, evaluate_backbone, pretrain
 from fellray.platform.privacy_config import NoPrivacy
-from fellray.platform.run import Run, environment, open_run, pool
+from fellray.platform.run import Run, open_run
 from fellray.platform.seating import deal
 
 EXPORT = "student"

@@ -227,7 +227,7 @@ def runs(
     storage: Annotated[str, typer.Argument(help="A folder or URI that holds runs.")] = "runs",
 ) -> None:
     """List the runs on a storage."""
-    from fellray.platform.run import list_runs
+    from fellray.platform.run_list import list_runs
 
     found = list_runs(storage)
     if not found:

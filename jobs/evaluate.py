@@ -9,7 +9,8 @@ from fellray.actors.session import connect
 from fellray.actors.world import survey
 from fellray.platform.errors import FellrayError
 from fellray.platform.metrics import balance
-from fellray.platform.run import BALANCED, pool, read_run
+from fellray.platform.outcome import BALANCED, pool
+from fellray.platform.run import read_run
 from fellray.platform.seating import deal
 
 SPLITS = {"valid": 1, "test": 2}

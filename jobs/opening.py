@@ -9,7 +9,8 @@ from fellray.actors.world import World, survey
 from fellray.jobs.display import Display
 from fellray.jobs.plan import settle
 from fellray.platform.config import RunConfig
-from fellray.platform.run import Outcome, Run, open_run
+from fellray.platform.outcome import Outcome
+from fellray.platform.run import Run, open_run
 from fellray.platform.seating import deal
 
 VALIDATION = 1

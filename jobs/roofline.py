@@ -24,7 +24,7 @@ from fellray.jobs.display import console
 from fellray.jobs.figures import Figure, figure, make_messages, train_step
 from fellray.jobs.timings import BUSY, Taken, interleave, load_average, spread
 from fellray.platform import config as configs
-from fellray.platform.adapters import Bank
+from fellray.platform.bank import Bank
 from fellray.platform.config import RunConfig
 from fellray.platform.encoder import Backbone
 from fellray.platform.host import TrunkHost

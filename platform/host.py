@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from fellray.platform.adapters import Bank, Site, start
+from fellray.platform.adapters import Site, start
 from fellray.platform.admission import Admission, follows
+from fellray.platform.bank import Bank
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.keep import Keep

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fellray.platform.adapters import GradientSum, Site
+from fellray.platform.adapters import Site
 from fellray.platform.config import RunConfig
+from fellray.platform.gradient_sum import GradientSum
 from fellray.platform.kernel import Loras
 from fellray.platform.lanes import Lanes
 from fellray.platform.messages import Activation, Lease

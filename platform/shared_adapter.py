@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from fellray.platform.adapters import GradientSum, Site
+from fellray.platform.adapters import Site
 from fellray.platform.config import RunConfig
 from fellray.platform.faults import committed
+from fellray.platform.gradient_sum import GradientSum
 from fellray.platform.manifest import Staged
 from fellray.platform.rounds import Rounds
 from fellray.platform.trunk import Engine

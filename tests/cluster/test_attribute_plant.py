@@ -17,7 +17,8 @@ from fellray.jobs.train import one_round, train
 from fellray.platform.config import RunConfig
 from fellray.platform.messages import Update
 from fellray.platform.rounds import Rounds
-from fellray.platform.run import list_runs, read_run
+from fellray.platform.run import read_run
+from fellray.platform.run_list import list_runs
 from fellray.platform.storage import Storage
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(1200)]

@@ -38,8 +38,9 @@ from fellray.platform.fedpa import OTHER, Fedpa, form_groups, group_clients
 from fellray.platform.ledger import total
 from fellray.platform.messages import LedgerRow
 from fellray.platform.methods import FedAvg
+from fellray.platform.outcome import Outcome, pool
 from fellray.platform.rounds import EVERYONE, Rounds
-from fellray.platform.run import Outcome, open_run, pool
+from fellray.platform.run import open_run
 from fellray.platform.storage import Storage
 
 # rows of the tables of KuaiRand-Pure's features, and those of the three binned ones

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from fellray.actors.plant import Plant
-from fellray.platform.adapters import Bank, Site, find_columns, name_blocks, views
+from fellray.platform.adapters import Site, find_columns, name_blocks, views
+from fellray.platform.bank import Bank
 from fellray.platform.config import RunConfig, parse
 from fellray.platform.errors import FellrayError
 from fellray.platform.ledger import total

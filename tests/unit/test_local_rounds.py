@@ -13,7 +13,8 @@ from fellray.actors.plant import Plant
 from fellray.actors.pool import InlinePool
 from fellray.actors.server import make_host
 from fellray.actors.world import survey
-from fellray.platform.adapters import cut_, name_blocks, start, state_names, views
+from fellray.platform.adapters import cut_, name_blocks, start, views
+from fellray.platform.bank import state_names
 from fellray.platform.config import RunConfig
 from fellray.platform.handover import hand_over
 from fellray.platform.host import TrunkHost

@@ -21,9 +21,10 @@ from fellray.platform.aggregation import Plan, Reports, reduce
 from fellray.platform.config import RunConfig
 from fellray.platform.encoder import load_backbone
 from fellray.platform.errors import FellrayError
+from fellray.platform.outcome import Outcome
 from fellray.platform.own import ALIKE, Own, read_own
 from fellray.platform.rounds import Rounds
-from fellray.platform.run import Outcome, open_run, read_run
+from fellray.platform.run import open_run, read_run
 from fellray.platform.slots import Slots
 from fellray.platform.split import plan_cut
 from fellray.platform.storage import Storage

@@ -27,7 +27,8 @@ from fellray.platform.messages import Update
 from fellray.platform.own import read_own
 from fellray.platform.privacy import clip_row, find_key, privatise, privatise_losses
 from fellray.platform.privacy_config import GaussianNoise, NoPrivacy, PaperLikeNoise
-from fellray.platform.run import Run, list_runs, open_run
+from fellray.platform.run import Run, open_run
+from fellray.platform.run_list import list_runs
 
 Play = Callable[..., Any]
 Make = Callable[..., RunConfig]

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fellray.platform.adapters import Bank, Site
+from fellray.platform.adapters import Site
+from fellray.platform.bank import Bank
 from fellray.platform.local import LocalRule
 from fellray.platform.model_config import LoraSpec
 from fellray.platform.own import ALIKE, Own

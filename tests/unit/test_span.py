@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fellray.platform.adapters import Bank, GradientSum, Site
+from fellray.platform.adapters import Site
+from fellray.platform.bank import Bank
 from fellray.platform.config import RunConfig, parse
 from fellray.platform.encoder import MINILM, load_backbone
+from fellray.platform.gradient_sum import GradientSum
 from fellray.platform.host import TrunkHost
 from fellray.platform.in_process import InProcess
 from fellray.platform.kernel import Loras
