@@ -299,7 +299,7 @@ def test_the_command_says_what_was_spent_and_ends_with_a_status_of_its_own(
         spending.take_part(["a"] if round else [])
     summary = {"per_client": {"a": {}}, "privacy": spending.tree()}
     monkeypatch.setattr("fellray.jobs.train.train", lambda _: summary)
-    monkeypatch.setattr(cli, "show_summary", lambda _: None)
+    monkeypatch.setattr("fellray.jobs.run_commands.show_summary", lambda _: None)
     config = tmp_path / "run.yaml"
     config.write_text("name: demo\n")
     monkeypatch.setattr("sys.argv", ["fellray", "train", str(config)])
