@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.progress import MofNCompleteColumn, TextColumn
 
-from fellray.actors.client import deal
 from fellray.actors.session import connect
 from fellray.jobs.compare import find_finished
 from fellray.jobs.display import console, make_bar
@@ -18,6 +17,7 @@ from fellray.platform import config as configs
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.journal import Journal
+from fellray.platform.seating import deal
 from fellray.platform.shards import Dataset
 from fellray.platform.storage import Storage
 from fellray.platform.study import (

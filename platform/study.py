@@ -17,12 +17,13 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from fellray.platform import config as configs
-from fellray.platform.config import Config, RunConfig
+from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
+from fellray.platform.section import Section
 from fellray.platform.words import HEADLINE
 
 
-class DataSet(Config):
+class DataSet(Section):
     """Data, and the config that all arms begin with on them."""
 
     config: Path
@@ -31,7 +32,7 @@ class DataSet(Config):
     """`key=value` changes for all arms: a smaller budget, say."""
 
 
-class Part(Config):
+class Part(Section):
     """A table: arms set against the first of them."""
 
     title: str
@@ -60,7 +61,7 @@ class Part(Config):
         return self
 
 
-class Study(Config):
+class Study(Section):
     """What `fellray compare` reads where a file has the key `study`."""
 
     study: str

@@ -114,7 +114,10 @@ def last(seed: int, **changes: object) -> Tensor:
 
 @pytest.mark.parametrize("loss", ["bce", "softmax"])
 def test_it_learns_what_comes_next(loss: str) -> None:
-    found = last(0, loss=loss, epochs=45).argmax(1)
+    scores = last(0, loss=loss, epochs=45)
+    for item in range(10):  # what was met is masked, as in an evaluation
+        scores[item, (np.arange(item - 3, item + 2) % 10).tolist()] = -torch.inf
+    found = scores.argmax(1)
     assert int((found == (torch.arange(10) + 2) % 10).sum()) >= 8  # by chance: one
 
 
