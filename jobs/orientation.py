@@ -25,7 +25,7 @@ from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.journal import Journal
 from fellray.platform.metrics import Score, balance
-from fellray.platform.run import pool
+from fellray.platform.outcome import pool
 from fellray.platform.sasrec import fit_sasrec
 from fellray.platform.shards import Dataset
 from fellray.platform.storage import Storage

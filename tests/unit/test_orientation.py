@@ -16,8 +16,8 @@ from fellray.jobs import orientation
 from fellray.jobs.orientation import orient, tabulate_orientation
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
+from fellray.platform.outcome import pool
 from fellray.platform.rounds import Rounds
-from fellray.platform.run import pool
 from fellray.platform.shards import Dataset
 from fellray.platform.storage import Storage
 from fellray.platform.union import Scorer, Union, gather, rank
