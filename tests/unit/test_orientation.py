@@ -49,12 +49,18 @@ def test_evaluated_as_methods_are(tiny_config: Make, split: Any) -> None:
     config = tiny_config()
     data = Dataset(config.data.path)
     popularity_I = torch.tensor(data.popularity).float()
+    union = gather(data)
+    before: dict[int, list[int]] = {}
+    for row in (row for client in data.clients for row in data.rows(client).to_pylist()):
+        before.setdefault(row["user_id"], []).extend([row["item"]] * (row["split"] < split))
 
     def scorer(places: np.ndarray, histories: Any) -> Tensor:
         assert len(places) == len(histories)
+        for user, history in zip(union.users[places].tolist(), histories, strict=True):
+            assert history.tolist() == before[user]  # and nothing of what is held out
         return popularity_I.expand(len(places), -1)
 
-    found = {client: score for client, score, _ in rank(data, gather(data), scorer, split)}
+    found = {client: score for client, score, _ in rank(data, union, scorer, split)}
     rounds = Rounds(Storage(config.storage).sub(config.name))
     with Plant.inline(config, survey(config), rounds) as plant:
         assert plant.evaluate_baselines(split)["popularity"] == found
