@@ -20,15 +20,8 @@ from fellray.actors.session import connect
 from fellray.jobs.display import Display, console
 from fellray.platform.attribute_model import Backbone, Shape, describe_backbone
 from fellray.platform.attributes import AttributeConfig
-from fellray.platform.click_data import (
-    TEST,
-    VALID,
-    Clicks,
-    name_tensors,
-    read_clicks,
-    split_clicks,
-    write_clicks,
-)
+from fellray.platform.click_data import name_tensors, write_clicks
+from fellray.platform.clicks import TEST, VALID, Clicks, read_clicks, split_clicks
 from fellray.platform.config import RunConfig
 from fellray.platform.environment import environment
 from fellray.platform.fedpa import Fedpa
