@@ -4,6 +4,7 @@ The rounds themselves are those of jobs/train.py.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fellray.actors.client import deal
 from fellray.actors.session import connect
 from fellray.jobs.display import Display, console
 from fellray.platform.attribute_model import Backbone, Shape, describe_backbone
+from fellray.platform.attribute_page import render_attributes
 from fellray.platform.attributes import AttributeConfig
 from fellray.platform.click_data import (
     TEST,
@@ -29,16 +31,17 @@ from fellray.platform.click_data import (
     split_clicks,
     write_clicks,
 )
+from fellray.platform.click_score import pool_clicks
 from fellray.platform.config import NoPrivacy, RunConfig
-from fellray.platform.fedpa import Fedpa
+from fellray.platform.fedpa import GROUP, Fedpa
 from fellray.platform.ledger import total
 from fellray.platform.messages import LedgerRow
 from fellray.platform.pretraining import Fitted, Samples, distil, evaluate_backbone, pretrain
 from fellray.platform.run import Run, environment, open_run, pool
+from fellray.platform.words import CLICK_METRICS
 
 EXPORT = "student"
 """Name of the exported student: a safetensors file, and a JSON file that describes it."""
-METRICS = ("auc", "gauc", "log_loss", "precision", "calibration", "ece")
 
 
 def prepare_attributes(config: RunConfig) -> dict[str, Any]:
@@ -100,7 +103,8 @@ def show_prepared(config: RunConfig, manifest: dict[str, Any]) -> None:
 def train_attributes(
     config: RunConfig, play: Callable[[Run, AttributePlant, Display], None]
 ) -> dict[str, Any]:
-    """Train, and then the row that the result is read beside: user embeddings alone, nothing sent.
+    """Train the row that the result is read beside, user embeddings alone, nothing sent; then the
+    run; its report.
 
     Args:
         play: turns the rounds.
@@ -110,18 +114,18 @@ def train_attributes(
     """
     world = AttributeWorld(config)
     with connect(config, len(deal(world.clients, config.clients.together))):
-        summary = _train(config, world, play)
+        rows = {}
         if (alone := _alone(config)) is not None:
-            beside = _train(alone, AttributeWorld(alone), play)
-            summary["embedding_only"] = beside["test"]
-            Run(config).journal.write_json("summary.json", summary)
-    return summary
+            # before the run, whose summary is then whole when it is there
+            rows["embedding_only"] = _train(alone, AttributeWorld(alone), play, {})["test"]
+        return _train(config, world, play, rows)
 
 
 def _train(
     config: RunConfig,
     world: AttributeWorld,
     play: Callable[[Run, AttributePlant, Display], None],
+    rows: dict[str, Any],
 ) -> dict[str, Any]:
     with (
         open_run(config, world.data_sha256) as run,
@@ -133,8 +137,12 @@ def _train(
             display.warn([run.spending.stop])
             run.events.append(run.spending.stop)
         display.say("testing")
-        summary = plant.replayed(summarise_attributes, run, world)
+        summary = plant.replayed(summarise_attributes, run, world) | rows
         run.journal.write_json("summary.json", summary)
+        page = render_attributes(
+            summary, run.journal.rows("metrics"), run.config.model_dump(mode="json")
+        )
+        run.journal.write_text("report.html", page)
     return summary
 
 
@@ -145,6 +153,7 @@ def summarise_attributes(plant: AttributePlant, run: Run, world: AttributeWorld)
         LedgerRow(**{k: v for k, v in row.items() if k != "round"})
         for row in run.journal.rows("ledger")
     ]
+    test, untrained = plant.evaluate(best, TEST), plant.evaluate(0, TEST)
     return {
         "run": config.name,
         "method": config.method.kind,
@@ -152,12 +161,20 @@ def summarise_attributes(plant: AttributePlant, run: Run, world: AttributeWorld)
         "rounds": last,
         "best_round": best,
         "clients": len(plant.learners),
-        "test": pool(plant.evaluate(best, TEST)),
+        "test": pool(test),
         "validation": pool(plant.evaluate(best, VALID)),
-        "untrained": pool(plant.evaluate(0, TEST)),
+        "untrained": pool(untrained),
+        "reliability": {
+            name: pool_clicks([scores[actor] for actor in sorted(scores)]).reliability()
+            for name, scores in (("test", test), ("untrained", untrained))
+        },
         "counts": world.layout.count(),
         "adapter_norms": plant.measure_adapters(best),
         "groups": {a: len(set(names)) for a, names in world.groups.items()},
+        "group_sizes": {
+            a: {name.removeprefix(f"{GROUP}{a}"): n for name, n in sorted(Counter(names).items())}
+            for a, names in world.groups.items()
+        },
         "bytes": total(ledger),
         "privacy": run.spending.tree(),
         "hashes": run.rounds.hashes(best, [PRIVATE], plant.learners),
@@ -177,11 +194,13 @@ def summarise_attributes(plant: AttributePlant, run: Run, world: AttributeWorld)
 
 def show_attributes(summary: dict[str, Any]) -> None:
     """The test table of a run: the method beside the rows that it must be read beside."""
-    table = Table("test", *METRICS, title=f"{summary['run']} (best round {summary['best_round']})")
+    table = Table(
+        "test", *CLICK_METRICS, title=f"{summary['run']} (best round {summary['best_round']})"
+    )
     for row in ("untrained", "embedding_only", "test"):
         if values := summary.get(row):
             name = summary["method"] if row == "test" else row.replace("_", " ")
-            table.add_row(name, *(f"{values[m]:.4f}" if m in values else "" for m in METRICS))
+            table.add_row(name, *(f"{values[m]:.4f}" if m in values else "" for m in CLICK_METRICS))
     console.print(table)
     norms = [f"{name} {value:.3g}" for name, value in summary["adapter_norms"].items()]
     console.print(f"largest norms of any adapter: {', '.join(norms)}")

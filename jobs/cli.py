@@ -150,6 +150,9 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
         from fellray.jobs.attributes import show_attributes
 
         show_attributes(summary)
+        tell(f"Report: {loaded.storage}/{loaded.name}/report.html")
+        if status := exit_status(summary):
+            raise typer.Exit(status)
         return
     show_summary(summary)
     if summary["privacy"]["mechanism"] != "none":

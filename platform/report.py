@@ -6,7 +6,7 @@ outside: its few charts are inline SVG, each with a table near it.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fellray.platform.charts import draw_bars
