@@ -13,7 +13,7 @@ from fellray.actors.session import connect
 from fellray.jobs.compare import find_finished
 from fellray.jobs.display import console, make_bar
 from fellray.jobs.train import train
-from fellray.platform.click_data import ClickData
+from fellray.platform.click_data import MANIFEST, ClickData
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.journal import Journal
@@ -99,7 +99,8 @@ def _run(trial: Trial) -> dict[str, Any]:
 
 def _refuse_unprepared(study: Study, name: str, arm: str) -> None:
     config = list_tries(study, name, arm)[0].settle()
-    if not (config.data.path / "manifest.json").is_file():
+    manifest = "manifest.json" if config.attributes is None else MANIFEST
+    if not (config.data.path / manifest).is_file():
         raise FellrayError(
             f"set {name!r}: {config.data.path} holds no prepared data; `fellray prepare "
             f"{study.sets[name].config}` makes it"
