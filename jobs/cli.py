@@ -147,7 +147,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     with interruptible("the same command goes on after the last round that was printed"):
         summary = run(loaded)
     if loaded.attributes is not None:
-        from fellray.jobs.attributes import show_attributes
+        from fellray.jobs.attribute_summary import show_attributes
 
         show_attributes(summary)
     else:

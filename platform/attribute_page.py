@@ -41,7 +41,7 @@ def render_attributes(
     """The page of one run on attributes.
 
     Args:
-        summary: as `jobs.attributes.summarise_attributes` gives it, with `embedding_only` where
+        summary: as `jobs.attribute_summary` gives it, with `embedding_only` where
             that was trained.
         metrics: rows of metrics.jsonl; of several rows of one round the last counts.
         config: the resolved config.
