@@ -86,7 +86,9 @@ def test_a_study_over_rankings_and_clicks(
     study = tmp_path / "study.yaml"
 
     misspelt = {**tree["parts"][1], "arms": {"corrected": [], "odd": ["method.as_publised=true"]}}
-    study.write_text(yaml.safe_dump(tree | {"parts": [tree["parts"][0], misspelt]}))
+    study.write_text(
+        yaml.safe_dump(tree | {"parts": [tree["parts"][0], misspelt]}, sort_keys=False)
+    )
     status, out, err = compare(launch, study)
     assert status == 2, err
     assert "arm 'odd' on clicks" in err
@@ -95,7 +97,7 @@ def test_a_study_over_rankings_and_clicks(
     assert not (tmp_path / "runs").exists(), out
     assert not (tmp_path / "page").exists()
 
-    study.write_text(yaml.safe_dump(tree))
+    study.write_text(yaml.safe_dump(tree, sort_keys=False))
     status, out, err = compare(launch, study)
     assert status == 0, err
     states = {row[0]: row for row in list_runs(str(tmp_path / "runs"))}

@@ -125,6 +125,7 @@ def test_validation_chooses_not_test(tmp_path: Path) -> None:
         ({"tune": {"train.learning_rate": [-1]}}, "learning_rate"),
         ({"tune_arms": {"felrec": {"seed": [1, 2]}}}, "'felrec', which is no arm"),
         ({"tune_arms": {"fellrec": {"seed": [1]}}}, "would have 1 tries, the others 2"),
+        ({"tune_arms": {"fellrec": {"seed": [1, 2, 3]}}}, "would have 3 tries, the others 2"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_runs(
