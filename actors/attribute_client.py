@@ -19,12 +19,13 @@ from fellray.platform.adaptation import Layout, Rows, pack, score, train, unpack
 from fellray.platform.attribute_model import Backbone, look_up
 from fellray.platform.click_data import SPLITS, TRAIN, ClickData
 from fellray.platform.click_score import ClickScore, pool_clicks, score_users
-from fellray.platform.config import NoPrivacy, RunConfig
+from fellray.platform.config import RunConfig
 from fellray.platform.fedpa import GROUP, Fedpa
 from fellray.platform.ledger import Ledger
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import LedgerRow, StaleLease, Update
 from fellray.platform.privacy import find_key, privatise_round
+from fellray.platform.privacy_config import NoPrivacy
 from fellray.platform.rounds import EVERYONE, Rounds
 
 PRIVATE, COMMON = "private.values", "common.values"

@@ -17,61 +17,23 @@ import torch
 from torch import Tensor
 
 from fellray.actors.attribute_client import COMMON, PRIVATE, AttributeClient, name_values
-from fellray.actors.client import deal
+from fellray.actors.attribute_world import AttributeWorld
 from fellray.actors.pool import Demand, InlinePool, Pool, RayPool, Shared, check_places
-from fellray.platform.adaptation import Layout
+from fellray.actors.replay import replay
 from fellray.platform.aggregation import Plan, Reports, describe
+from fellray.platform.answers import read_updates
 from fellray.platform.attribute_model import Backbone
-from fellray.platform.click_data import VALID, ClickData
+from fellray.platform.click_data import VALID
 from fellray.platform.click_score import ClickScore
 from fellray.platform.config import RunConfig
-from fellray.platform.errors import FellrayError
-from fellray.platform.faults import Stop, decide
-from fellray.platform.fedpa import GROUP, Fedpa, group_clients
+from fellray.platform.fedpa import GROUP
 from fellray.platform.manifest import Staged
-from fellray.platform.messages import Damaged, LedgerRow, StaleLease
+from fellray.platform.messages import LedgerRow
 from fellray.platform.rounds import EVERYONE, Rounds
 from fellray.platform.sampling import Sampler
+from fellray.platform.seating import Seating, choose, deal
 
 Answer = TypeVar("Answer")
-
-
-class AttributeWorld:
-    """A run's fixed surroundings: prepared data, the frozen backbone, who is in which group."""
-
-    def __init__(self, config: RunConfig):
-        """Raises: FellrayError: the data is not prepared, was prepared with other attributes, a
-        gate does not fit the layers, or no group has enough members."""
-        assert isinstance(config.method, Fedpa)
-        assert config.attributes is not None
-        data = ClickData(config.data.path)
-        self.clients = data.clients
-        self.backbone = data.backbone()
-        self.manifest = data.manifest
-        self.data_sha256 = data.sha256
-        self.sizes = data.sizes()
-        made_with = data.manifest["attributes"]
-        wanted = config.attributes.model_dump(mode="json")
-        if changed := sorted(
-            k for k in wanted if k != "baseline" and made_with.get(k) != wanted[k]
-        ):
-            raise FellrayError(
-                f"{config.data.path}: was prepared with another attributes.{changed[0]}: run "
-                "`fellray prepare` again"
-            )
-        self.layout = Layout(self.backbone.shape, config.method)
-        least = config.method.min_group_size
-        if config.method.groups and len(self.clients) < least:
-            raise FellrayError(
-                f"method.min_group_size is {least}, but there are {len(self.clients)} clients: no "
-                "group can have as many members; lower it"
-            )
-        codes, values = data.users(), {}
-        for at, feature in enumerate(data.user_features):
-            if feature.name in config.method.groups:
-                values[feature.name] = [feature.values[c] for c in codes[:, at].tolist()]
-        self.groups = group_clients({g: values[g] for g in config.method.groups}, least)
-        """Attribute -> the group of each client."""
 
 
 class AttributePlant:
@@ -83,12 +45,10 @@ class AttributePlant:
     def __init__(self, config: RunConfig, world: AttributeWorld, rounds: Rounds, clients: Pool):
         self._config, self._world, self._rounds, self._clients = config, world, rounds, clients
         self._layout = world.layout
-        hosts = deal(world.clients, config.clients.together)
-        self._num_hosts = len(hosts)
-        self._host = {client: i for i, host in enumerate(hosts) for client in host}
+        self._seating = Seating(world.clients, config.clients.together)
         self._place = {client: i for i, client in enumerate(world.clients)}
         self._sampler = Sampler(config.sampling, config.seed, world.clients, world.sizes)
-        self.learners = _choose(world.clients, config.evaluation.clients)
+        self.learners = choose(world.clients, config.evaluation.clients)
         """Those who are evaluated, sorted."""
         self._pending: tuple[int, tuple[Staged, ...]] = (-1, ())
         self._events: list[str] = []
@@ -127,30 +87,25 @@ class AttributePlant:
     def fit(self, round: int, clients: Sequence[str]) -> Reports:
         """Local training of those who take part, and what they report."""
         began = time.perf_counter()
-        updates = self._clients.map("fit", [round] * self._num_hosts, self._seated(clients))
-        learners = [c for update in updates for c in update.clients]
-        theta = torch.from_numpy(np.concatenate([update.theta_SP for update in updates]))
-        refused = {c: why for update in updates for c, why in update.refused.items()}
-        self._events += [f"round {round}: {c} refused: {why}" for c, why in sorted(refused.items())]
-        losses = {c: loss for u in updates for c, loss in zip(u.clients, u.losses, strict=True)}
-        samples = {c: n for u in updates for c, n in zip(u.clients, u.samples, strict=True)}
-        accepted = [c for c in learners if c not in refused]
-        if refused:
-            theta = theta[[i for i, c in enumerate(learners) if c not in refused]]
+        updates = self._clients.map("fit", self._seating.each(round), self._seating.split(clients))
+        told = read_updates(updates)
+        self._events += told.name_refused(round)
+        whole = torch.from_numpy(np.concatenate([update.theta_SP for update in updates]))
+        theta, accepted = told.select(whole), told.accepted
         blocks = self._layout.blocks()
         meta = describe(
             round,
             accepted,
-            [losses[c] for c in accepted],
-            [samples[c] for c in accepted],
+            [told.losses[c] for c in accepted],
+            [told.samples[c] for c in accepted],
             theta,
             theta,
             (),
             tuple(blocks),
             self._number_groups(accepted),
         )
-        seconds, counted = time.perf_counter() - began, sum(samples.values())
-        return Reports(meta, theta, refused, losses, counted, seconds, (), blocks)
+        seconds, counted = time.perf_counter() - began, sum(told.samples.values())
+        return Reports(meta, theta, told.refused, told.losses, counted, seconds, (), blocks)
 
     def install(self, reports: Reports, plan: Plan, mixed_CP: Tensor) -> list[Staged]:
         """Put down every group's copy and everybody's; clients put down what is their own.
@@ -163,7 +118,9 @@ class AttributePlant:
             StaleLease: an actor lost what it trained: see `replayed`.
         """
         round, accepted = reports.meta.round, reports.meta.clients
-        asked = self._clients.ask("install", [round] * self._num_hosts, self._seated(accepted))
+        asked = self._clients.ask(
+            "install", self._seating.each(round), self._seating.split(accepted)
+        )
         files: list[Staged] = []
         if accepted:
             files += self._stage_groups(round, accepted, reports.blocks, mixed_CP)
@@ -179,10 +136,10 @@ class AttributePlant:
         at, files = self._pending
         answers = self._clients.map(
             "evaluate",
-            [round] * self._num_hosts,
-            [split] * self._num_hosts,
-            self._seated(self.learners),
-            [files if at == round else None] * self._num_hosts,
+            self._seating.each(round),
+            self._seating.each(split),
+            self._seating.split(self.learners),
+            self._seating.each(files if at == round else None),
         )
         return {actor: score for answer in answers for actor, score in answer.items()}
 
@@ -194,7 +151,7 @@ class AttributePlant:
     def measure_adapters(self, round: int) -> dict[str, float]:
         """The largest norm of any client's adapter factors, by `user.A` and the like."""
         told = self._clients.map(
-            "measure_adapters", [round] * self._num_hosts, self._seated(self.learners)
+            "measure_adapters", self._seating.each(round), self._seating.split(self.learners)
         )
         return {name: max(norms[name] for norms in told) for name in told[0]}
 
@@ -226,26 +183,11 @@ class AttributePlant:
         Raises:
             FellrayError: it was lost too often, or what is damaged cannot be replaced.
         """
-        tries = 1
-        while True:
-            mended: list[str] = []
-            try:
-                return work(self, *args)
-            except StaleLease as lost:
-                reason = str(lost)
-            except Damaged as damage:
-                reason = str(damage)
-                mended = self._rounds.mend(damage)
-            self._events += mended
-            if not mended:
-                decision = decide(tries, False, reason)
-                if isinstance(decision, Stop):
-                    raise FellrayError(f"{decision.reason}; `fellray train` resumes the run")
-                self._events.append(f"the round was begun again: {reason}")
-                time.sleep(decision.pause_s)
-                tries += 1
-            self._clients.map("forget")
-            self._pending = (-1, ())
+        return replay(lambda: work(self, *args), self._rounds.mend, self._forget, self._events)
+
+    def _forget(self) -> None:
+        self._clients.map("forget")
+        self._pending = (-1, ())
 
     def close(self) -> None:
         """End all actors."""
@@ -294,21 +236,6 @@ class AttributePlant:
         self._pending = (round, tuple(staged))
         self._rounds.expect(round, staged)
         return staged
-
-    def _seated(self, clients: Sequence[str]) -> list[tuple[str, ...]]:
-        """Who of them sits in which actor."""
-        seated: list[list[str]] = [[] for _ in range(self._num_hosts)]
-        for client in clients:
-            seated[self._host[client]].append(client)
-        return [tuple(here) for here in seated]
-
-
-def _choose(clients: tuple[str, ...], count: int | None) -> tuple[str, ...]:
-    """A sample that depends on the roster alone."""
-    if count is None or count >= len(clients):
-        return clients
-    chosen = np.random.default_rng(0).choice(len(clients), count, replace=False)
-    return tuple(clients[i] for i in sorted(chosen.tolist()))
 
 
 def _client_args(

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fellray.actors.world import Catalogue
-from fellray.platform.adapters import Bank, find_columns, name_blocks, start
+from fellray.platform.adapters import find_columns, name_blocks, start
 from fellray.platform.allocator import give_back_freed_memory
-from fellray.platform.config import NoPrivacy, RunConfig
+from fellray.platform.bank import Bank
+from fellray.platform.config import RunConfig
 from fellray.platform.desk import Desk, LessonReader, WritingDesk
 from fellray.platform.device import own_device
 from fellray.platform.encoder import Backbone
@@ -40,21 +41,18 @@ from fellray.platform.messages import (
 from fellray.platform.metrics import Evaluator, Score
 from fellray.platform.own import ALIKE, Own
 from fellray.platform.privacy import find_key, privatise_round
+from fellray.platform.privacy_config import NoPrivacy
 from fellray.platform.reader import Batch, Reader
 from fellray.platform.retrieval import Scorer
 from fellray.platform.rounds import Rounds
 from fellray.platform.script import Script
+from fellray.platform.seating import deal
 from fellray.platform.shards import Dataset
 from fellray.platform.slots import Slots
 from fellray.platform.span import Remote, Span, Trip, take_turns
 from fellray.platform.split import cut_model
 from fellray.platform.tower import Tower
 from fellray.platform.wire import Wire
-
-
-def deal(learners: Sequence[str], size: int) -> list[tuple[str, ...]]:
-    """Neighbours by id, so many at a time."""
-    return [tuple(learners[at : at + size]) for at in range(0, len(learners), size)]
 
 
 class Client:

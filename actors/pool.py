@@ -17,6 +17,9 @@ from fellray.platform.messages import StaleLease
 START_S = 600.0
 """How long placed actors may take to load their model."""
 
+RETURN_S = 180.0
+"""How long a lost actor may take to be back where no node has to be brought for it."""
+
 ANSWER_S = 5.0
 """Who has not answered by then is taken for lost where another can take its place."""
 
@@ -240,21 +243,28 @@ class RayPool:
                 raise FellrayError(f"{method}: {decision.reason}; `fellray train` resumes the run")
             self._note(f"{method} on actor {index} was lost and begun again ({reason})")
             time.sleep(decision.pause_s)
-            self._await_return(index)
+            if not self._await_return(index):
+                raise FellrayError(
+                    f"{method}: actor {index} was lost and is not back after "
+                    f"{max(self._wait_s, RETURN_S):.0f} s ({reason}); `fellray train` resumes the "
+                    "run when there is room for it"
+                )
             tries += 1
             call = getattr(self.handles[index], method).remote(*row)
 
-    def _await_return(self, index: int) -> None:
-        """A lost actor waits for a node as long as a new one does; calls fail meanwhile."""
-        deadline = time.monotonic() + self._wait_s
+    def _await_return(self, index: int) -> bool:
+        """Whether a lost actor, whose calls fail meanwhile, is back in time. It loads its model
+        again, and may wait for a node as long as a new one does."""
+        deadline = time.monotonic() + max(self._wait_s, RETURN_S)
         while time.monotonic() < deadline:
             try:
                 ray.get(self.handles[index].__ray_ready__.remote())
-                return
+                return True
             except ray.exceptions.ActorUnavailableError:
-                time.sleep(1.0)
+                time.sleep(0.5)
             except ray.exceptions.RayActorError:
-                return  # it is gone for good: the next call says why
+                return True  # it is gone for good: the next call says why
+        return False
 
     def _await_start(self, demand: Demand) -> None:
         started = [handle.__ray_ready__.remote() for handle in self.handles]

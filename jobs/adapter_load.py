@@ -18,8 +18,8 @@ from fellray.jobs.load_settings import Settings
 from fellray.jobs.service import start_run
 from fellray.jobs.tally import add_errors
 from fellray.jobs.wire import Target
-from fellray.platform.config import ModelConfig
 from fellray.platform.errors import FellrayError
+from fellray.platform.model_config import ModelConfig
 from fellray.platform.run import read_run
 from fellray.platform.shards import Dataset
 

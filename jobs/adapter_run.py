@@ -11,10 +11,11 @@ import torch
 from fellray.jobs.crowd import make_crowd
 from fellray.platform import config as configs
 from fellray.platform.adapters import start
-from fellray.platform.config import ModelConfig
 from fellray.platform.encoder import load_backbone
+from fellray.platform.model_config import ModelConfig
+from fellray.platform.outcome import Outcome
 from fellray.platform.rounds import EVERYONE
-from fellray.platform.run import Outcome, open_run
+from fellray.platform.run import open_run
 from fellray.platform.shards import Dataset
 from fellray.platform.slots import WRITTEN
 from fellray.platform.split import plan_cut

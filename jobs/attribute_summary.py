@@ -6,15 +6,18 @@ from typing import Any
 from rich.table import Table
 
 from fellray.actors.attribute_client import PRIVATE
-from fellray.actors.attribute_plant import AttributePlant, AttributeWorld
+from fellray.actors.attribute_plant import AttributePlant
+from fellray.actors.attribute_world import AttributeWorld
 from fellray.jobs.display import console
 from fellray.platform.attribute_model import describe_backbone
 from fellray.platform.click_data import TEST, VALID
 from fellray.platform.click_score import pool_clicks
+from fellray.platform.environment import environment
 from fellray.platform.fedpa import GROUP
 from fellray.platform.ledger import total
 from fellray.platform.messages import LedgerRow
-from fellray.platform.run import Run, environment, pool
+from fellray.platform.outcome import pool
+from fellray.platform.run import Run
 from fellray.platform.words import CLICK_METRICS
 
 

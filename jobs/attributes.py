@@ -13,8 +13,8 @@ import torch
 from rich.table import Table
 from safetensors.torch import save_file
 
-from fellray.actors.attribute_plant import AttributePlant, AttributeWorld
-from fellray.actors.client import deal
+from fellray.actors.attribute_plant import AttributePlant
+from fellray.actors.attribute_world import AttributeWorld
 from fellray.actors.session import connect
 from fellray.jobs.attribute_summary import summarise_attributes
 from fellray.jobs.display import Display, console
@@ -29,10 +29,12 @@ from fellray.platform.click_data import (
     split_clicks,
     write_clicks,
 )
-from fellray.platform.config import NoPrivacy, RunConfig
+from fellray.platform.config import RunConfig
 from fellray.platform.fedpa import Fedpa
 from fellray.platform.pretraining import Fitted, Samples, distil, evaluate_backbone, pretrain
+from fellray.platform.privacy_config import NoPrivacy
 from fellray.platform.run import Run, open_run
+from fellray.platform.seating import deal
 
 EXPORT = "student"
 """Name of the exported student: a safetensors file, and a JSON file that describes it."""

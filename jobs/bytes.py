@@ -32,9 +32,9 @@ from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.journal import Journal
 from fellray.platform.ledger import total
+from fellray.platform.outcome import pool
 from fellray.platform.reader import Reader
 from fellray.platform.rounds import Rounds
-from fellray.platform.run import pool
 from fellray.platform.sampling import Sampler
 from fellray.platform.shards import Dataset
 from fellray.platform.split import PARTS, plan_cut

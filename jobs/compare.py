@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.table import Table
 
-from fellray.actors.client import deal
 from fellray.actors.session import connect
 from fellray.actors.world import survey
 from fellray.jobs.display import console
@@ -19,6 +18,7 @@ from fellray.platform.comparison import render_comparison
 from fellray.platform.config import RunConfig
 from fellray.platform.journal import Journal
 from fellray.platform.run import Run
+from fellray.platform.seating import deal
 from fellray.platform.storage import Storage
 from fellray.platform.words import BASELINES
 

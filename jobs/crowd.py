@@ -18,7 +18,8 @@ from fellray.jobs.prepare import encode_titles
 from fellray.jobs.tiny_encoder import make_encoder
 from fellray.platform import config as configs
 from fellray.platform import demo, shards
-from fellray.platform.config import LeaveOneOut, RunConfig
+from fellray.platform.config import RunConfig
+from fellray.platform.data_config import LeaveOneOut
 from fellray.platform.encoder import load_backbone
 from fellray.platform.interactions import Interactions, split
 

@@ -19,16 +19,12 @@ from rich.text import Text
 
 from fellray.jobs import checks, ray_checks
 from fellray.jobs.checks import Finding
-from fellray.platform.config import (
-    DirichletPartition,
-    KMeansPartition,
-    LoraSpec,
-    ModelConfig,
-    RunConfig,
-)
+from fellray.platform.config import RunConfig
+from fellray.platform.data_config import DirichletPartition, KMeansPartition
 from fellray.platform.encoder import Backbone
 from fellray.platform.errors import FellrayError
 from fellray.platform.lanes import Lanes
+from fellray.platform.model_config import LoraSpec, ModelConfig
 from fellray.platform.packed import Batch
 from fellray.platform.shards import Dataset
 from fellray.platform.split import cut_model

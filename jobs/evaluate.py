@@ -4,13 +4,14 @@ import json
 import sys
 from typing import Any
 
-from fellray.actors.client import deal
 from fellray.actors.plant import Plant
 from fellray.actors.session import connect
 from fellray.actors.world import survey
 from fellray.platform.errors import FellrayError
 from fellray.platform.metrics import balance
-from fellray.platform.run import BALANCED, pool, read_run
+from fellray.platform.outcome import BALANCED, pool
+from fellray.platform.run import read_run
+from fellray.platform.seating import deal
 
 SPLITS = {"valid": 1, "test": 2}
 

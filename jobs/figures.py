@@ -26,7 +26,8 @@ from fellray.jobs.whole import Whole, tokens_per_step
 from fellray.platform import config as configs
 from fellray.platform.aggregation import reduce
 from fellray.platform.config import RunConfig
-from fellray.platform.host import InProcess, TrunkHost
+from fellray.platform.host import TrunkHost
+from fellray.platform.in_process import InProcess
 from fellray.platform.ledger import total
 from fellray.platform.messages import Activation, Gradient, Lease
 from fellray.platform.rounds import Rounds

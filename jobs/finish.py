@@ -8,7 +8,8 @@ from fellray.actors.world import World
 from fellray.jobs.display import Display
 from fellray.platform.peft_export import export
 from fellray.platform.report import render
-from fellray.platform.run import COSTS, Run, summarise
+from fellray.platform.run import COSTS, Run
+from fellray.platform.summary import summarise
 
 VALIDATION, TEST = 1, 2
 SPENT = 3

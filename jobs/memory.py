@@ -26,7 +26,6 @@ import torch
 from rich import box
 from rich.table import Table
 
-from fellray.actors.client import deal
 from fellray.actors.plant import Plant
 from fellray.actors.pool import Demand, RayPool, Shared
 from fellray.actors.session import connect, ray
@@ -41,6 +40,7 @@ from fellray.platform import config as configs
 from fellray.platform.config import RunConfig
 from fellray.platform.journal import Journal
 from fellray.platform.run import Run, open_run
+from fellray.platform.seating import deal
 from fellray.platform.storage import Storage
 
 ACTIVE = (500, 2000)

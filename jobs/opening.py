@@ -3,14 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fellray.actors.client import deal
 from fellray.actors.plant import Plant
 from fellray.actors.session import connect
 from fellray.actors.world import World, survey
 from fellray.jobs.display import Display
 from fellray.jobs.plan import settle
 from fellray.platform.config import RunConfig
-from fellray.platform.run import Outcome, Run, open_run
+from fellray.platform.outcome import Outcome
+from fellray.platform.run import Run, open_run
+from fellray.platform.seating import deal
 
 VALIDATION = 1
 

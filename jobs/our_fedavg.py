@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors.numpy import save_file
 
-from fellray.actors.client import deal
 from fellray.actors.plant import Plant
 from fellray.actors.session import connect
 from fellray.actors.world import survey
@@ -23,6 +22,7 @@ from fellray.jobs.rival_job import CONFIG, to_rival_order
 from fellray.jobs.train import one_round
 from fellray.platform import config as configs
 from fellray.platform.rounds import Rounds
+from fellray.platform.seating import deal
 from fellray.platform.storage import Storage
 
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from fellray.actors.world import World, survey
 from fellray.platform import config as configs
-from fellray.platform.adapters import Bank, Pair, Site, start, views
+from fellray.platform.adapters import Pair, Site, start, views
+from fellray.platform.bank import Bank
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.metrics import Evaluator, Score

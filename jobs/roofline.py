@@ -24,18 +24,20 @@ from fellray.jobs.display import console
 from fellray.jobs.figures import Figure, figure, make_messages, train_step
 from fellray.jobs.timings import BUSY, Taken, interleave, load_average, spread
 from fellray.platform import config as configs
-from fellray.platform.adapters import Bank
-from fellray.platform.config import LoraSpec, ModelConfig, RunConfig
+from fellray.platform.bank import Bank
+from fellray.platform.config import RunConfig
 from fellray.platform.encoder import Backbone
 from fellray.platform.host import TrunkHost
 from fellray.platform.journal import Journal
 from fellray.platform.kernel import Loras
 from fellray.platform.lanes import Lanes
 from fellray.platform.messages import Activation, Gradient
+from fellray.platform.model_config import LoraSpec, ModelConfig
 from fellray.platform.packed import Batch, PackedBlocks
 from fellray.platform.rounds import Rounds
 from fellray.platform.split import cut_model
 from fellray.platform.storage import Storage
+from fellray.platform.train_config import TrainConfig
 
 THREADS = 2
 WIDTH, BLOCKS = 768, 2
@@ -126,7 +128,7 @@ def measure_ranks(backbone: Backbone, tokens: int, turns: int) -> Figure:
     def step(ranks: Sequence[int]) -> Callable[[], object]:
         ranks_K = torch.tensor(ranks).repeat(CLIENTS // len(ranks))
         spec = LoraSpec(r=max(ranks))
-        bank = Bank(sites, spec, configs.TrainConfig(), CLIENTS)
+        bank = Bank(sites, spec, TrainConfig(), CLIENTS)
         bank.set_ranks(torch.arange(CLIENTS), ranks_K.tolist())
         lengths_K = torch.full((CLIENTS,), tokens)
 

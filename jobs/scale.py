@@ -45,9 +45,10 @@ from fellray.jobs.train import one_round
 from fellray.platform.config import RunConfig
 from fellray.platform.journal import Journal
 from fellray.platform.prices import EXAMPLE, Prices, load_prices
-from fellray.platform.run import HASHED, Run, open_run
+from fellray.platform.run import Run, open_run
 from fellray.platform.scaling_page import render_scaling
 from fellray.platform.storage import Storage
+from fellray.platform.summary import HASHED
 
 
 def scale(

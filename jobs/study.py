@@ -7,8 +7,7 @@ from typing import Any
 
 from rich.progress import MofNCompleteColumn, TextColumn
 
-from fellray.actors.attribute_plant import AttributeWorld
-from fellray.actors.client import deal
+from fellray.actors.attribute_world import AttributeWorld
 from fellray.actors.session import connect
 from fellray.jobs.compare import find_finished
 from fellray.jobs.display import console, make_bar
@@ -17,6 +16,7 @@ from fellray.platform.click_data import MANIFEST, ClickData
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.journal import Journal
+from fellray.platform.seating import deal
 from fellray.platform.shards import Dataset
 from fellray.platform.storage import Storage
 from fellray.platform.study import (

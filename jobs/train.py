@@ -13,7 +13,8 @@ from fellray.jobs.opening import open_plant
 from fellray.platform import config as configs
 from fellray.platform.aggregation import reduce
 from fellray.platform.config import RunConfig
-from fellray.platform.run import Outcome, Run
+from fellray.platform.outcome import Outcome
+from fellray.platform.run import Run
 
 
 def one_round(plant: Plant | AttributePlant, t: int, config: RunConfig) -> Outcome:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fellray.actors.world import Catalogue
 from fellray.platform import packed as packing
-from fellray.platform.adapters import Bank, start
+from fellray.platform.adapters import start
+from fellray.platform.bank import Bank
 from fellray.platform.config import RunConfig
 from fellray.platform.encoder import Backbone
 from fellray.platform.kernel import Loras

@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fellray.platform.config import GaussianNoise, NoPrivacy, PaperLikeNoise, RunConfig
+from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
+from fellray.platform.privacy_config import GaussianNoise, NoPrivacy, PaperLikeNoise
 
 Unit = Literal["user", "client"]
 """Whose data may change as a whole: one user's, where each client is one user."""

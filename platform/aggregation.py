@@ -15,10 +15,10 @@ from types import MappingProxyType
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from fellray.platform.local import PLAIN, LocalRule
+from fellray.platform.section import Section
 from fellray.platform.server_step import ServerStep
 from fellray.platform.slabs import Stack, gram, mix
 
@@ -111,10 +111,8 @@ class Plan:
         return self.mixing_CC.diagonal()
 
 
-class Method(BaseModel):
+class Method(Section):
     """A federated method: its settings, which clients train together, and its plan."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     def seat(self, clients: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """Whose data trains under which adapters: learner -> the clients whose shards it reads.

@@ -6,14 +6,12 @@ al., IJCAI 2024). This file must not know how clients adapt it: that is the meth
 
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from fellray.platform.section import Section
 
 
-class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Bins(_Config):
+class Bins(Section):
     """How a number becomes a category: by equal steps of log(1 + value)."""
 
     low: float
@@ -30,7 +28,7 @@ class Bins(_Config):
         return self
 
 
-class OpenUsers(_Config):
+class OpenUsers(Section):
     """Whose interactions the backbone is pre-trained on; all others are clients."""
 
     attribute: str | None = None
@@ -51,7 +49,7 @@ class OpenUsers(_Config):
         return self
 
 
-class Student(_Config):
+class Student(Section):
     """A smaller backbone, distilled from the pre-trained one; clients then adapt the student.
 
     Its loss on the open users is (1 - alpha) BCE(y, s) + alpha tau^2 BCE(teacher / tau, s / tau).
@@ -67,7 +65,7 @@ class Student(_Config):
     """tau."""
 
 
-class AttributeConfig(_Config):
+class AttributeConfig(Section):
     """A run on users' and items' attributes instead of a language model.
 
     `data.source` is a folder with interactions.parquet (user_id, item_id, timestamp, label 0 or 1),

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fellray.platform.attribute_model import Backbone, read_backbone
 from fellray.platform.attributes import AttributeConfig
-from fellray.platform.config import DataConfig
+from fellray.platform.data_config import DataConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.features import Feature, encode, learn_features, read_feature
 

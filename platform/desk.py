@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fellray.platform.config import GenerationConfig
 from fellray.platform.decoder import Head
 from fellray.platform.grounding import Grounding
 from fellray.platform.messages import Activation
 from fellray.platform.metrics import Evaluator
+from fellray.platform.model_config import GenerationConfig
 from fellray.platform.reader import Batch, Reader
 from fellray.platform.retrieval import Scorer, mean_losses
 from fellray.platform.rows import Rows

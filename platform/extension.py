@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from fellray.platform import shards
-from fellray.platform.config import DataConfig
+from fellray.platform.data_config import DataConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.events import Event
 from fellray.platform.intake import Taken

@@ -13,10 +13,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fellray.platform.aggregation import Meta, Method, Mixture, Plan, Source
+from fellray.platform.section import Section
 
 OTHER = ":other"
 """The group of all values that are too rare for one of their own."""
@@ -24,10 +25,8 @@ GROUP = "group."
 """What the names of blocks begin with that are mixed within an attribute's groups."""
 
 
-class Rates(BaseModel):
+class Rates(Section):
     """Learning rates, one per kind of block. 0: the block stays as it began, and is not sent."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     embedding: float = Field(default=0.1, ge=0)
     """A user's own rows of the user features. PRIVATE."""

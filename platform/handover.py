@@ -7,7 +7,7 @@ on what data.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fellray.platform.adapters import state_names
+from fellray.platform.bank import state_names
 from fellray.platform.config import RunConfig
 from fellray.platform.manifest import Staged
 from fellray.platform.rounds import Rounds

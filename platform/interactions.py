@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fellray.platform.columns import to_ids, to_ratings, to_seconds, to_text
-from fellray.platform.config import DataConfig, LeaveOneOut, Temporal
+from fellray.platform.data_config import DataConfig, LeaveOneOut, Temporal
 from fellray.platform.errors import FellrayError
 from fellray.platform.sources import open_source
 from fellray.platform.tables import Source, TimestampKind

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from fellray.platform.config import ModelConfig
 from fellray.platform.encoder import Tokens
+from fellray.platform.model_config import ModelConfig
 from fellray.platform.reader import assemble
 from fellray.platform.rows import Rows
 from fellray.platform.split import Parts

@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from fellray.platform.config import NoPrivacy, RunConfig
+from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
+from fellray.platform.privacy_config import NoPrivacy
 from fellray.platform.shards import Dataset
 from fellray.platform.tables import find_delimiter
 

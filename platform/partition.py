@@ -14,7 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 from torch.nn import functional as F
 
-from fellray.platform.config import (
+from fellray.platform.data_config import (
     AnyPartition,
     ByAttribute,
     DirichletPartition,

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fellray.platform.adapters import Pair, Site, views
-from fellray.platform.config import ModelConfig
 from fellray.platform.encoder import MINILM, MINILM_HUB, load_backbone
+from fellray.platform.model_config import ModelConfig
 from fellray.platform.run import Run
 from fellray.platform.split import plan_cut
 

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fellray.platform.config import GaussianNoise, NoPrivacy, PaperLikeNoise, RunConfig
+from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
+from fellray.platform.privacy_config import GaussianNoise, NoPrivacy, PaperLikeNoise
 
 Stage = GaussianNoise | PaperLikeNoise
 """What an upload goes through."""

@@ -9,60 +9,34 @@ summary.json, costs.json, report.html, adapters/. A run that is served, or goes 
 serving.json, tokens.json, items/, events/, continuation.json, origin.json as well.
 """
 
-import hashlib
 import json
 import math
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any, TypeVar
 
-import fellray
 from fellray.platform import config as configs
 from fellray.platform.accountant import Spending, open_account
-from fellray.platform.adapters import state_names
-from fellray.platform.aggregation import Plan, Reports
-from fellray.platform.click_score import ClickScore
-from fellray.platform.config import NoPrivacy, RunConfig
+from fellray.platform.config import RunConfig
+from fellray.platform.environment import environment
 from fellray.platform.errors import FellrayError
 from fellray.platform.journal import Journal
 from fellray.platform.ledger import total
-from fellray.platform.manifest import Staged
 from fellray.platform.messages import Damaged, LedgerRow
-from fellray.platform.metrics import Score, balance
 from fellray.platform.origin import read_origin
+from fellray.platform.outcome import Outcome, describe_outcome, round_seconds
 from fellray.platform.own import ALIKE, Own, read_own
+from fellray.platform.privacy_config import NoPrivacy
 from fellray.platform.promotion import read_promotion
 from fellray.platform.rounds import Rounds
 from fellray.platform.storage import Storage
 
 Answer = TypeVar("Answer")
 
-LIBRARIES = ("torch", "transformers", "peft", "ray", "deepspeed", "numpy", "pyarrow")
-HASHED = [*state_names("client", False), *state_names("trunk", False)]
-"""What a client's adapter hash is taken of."""
 COSTS = "costs.json"
 """What one client needs, where it was measured."""
-BALANCED = "ndcg@10"
-"""The metric whose spread over clients is reported."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a round came to, before it is committed."""
-
-    staged: Sequence[Staged]
-    validation: Mapping[str, Score] | Mapping[str, ClickScore] | None
-    """Client -> scores, on attributes actor -> its clients' score; None in a round that is not
-    validated."""
-    reports: Reports | None = None
-    """None in round 0, the start."""
-    plan: Plan | None = None
 
 
 class Run:
@@ -134,7 +108,7 @@ class Run:
         """
         now, spending = time.monotonic(), self.spending
         row: dict[str, Any] = {"round": round, "seconds": round_seconds(now - self._clock)}
-        row |= _describe(outcome) | {
+        row |= describe_outcome(outcome) | {
             "bytes": sum(entry.bytes for entry in ledger),
             "bytes_by_kind": total(ledger),
             "events": [*self.events, *events],
@@ -154,7 +128,7 @@ class Run:
         if not self.storage.exists("summary.json"):
             return False
         done = (self.rounds.latest() or 0) >= self.config.train.rounds
-        return done or _ran_out(self.read_json("summary.json"))
+        return done or ran_out(self.read_json("summary.json"))
 
     def best_round(self) -> int:
         """The round with the best validation by `evaluation.select`; the earliest among equals."""
@@ -209,7 +183,7 @@ class Run:
         Raises:
             FellrayError: it is not there or damaged.
         """
-        return _read_json(self.storage, name)
+        return read_tree(self.storage, name)
 
 
 @contextmanager
@@ -247,11 +221,16 @@ def read_run(path: str) -> Run:
     if not storage.exists("config.json"):
         raise FellrayError(f"{storage}: holds no run (no config.json); `fellray runs` lists runs")
     return Run(
-        configs.parse(_read_json(storage, "config.json"), f"{storage}/config.json"), storage=storage
+        configs.parse(read_tree(storage, "config.json"), f"{storage}/config.json"), storage=storage
     )
 
 
-def _read_json(storage: Storage, name: str) -> dict[str, Any]:
+def read_tree(storage: Storage, name: str) -> dict[str, Any]:
+    """A JSON file in a run's folder.
+
+    Raises:
+        FellrayError: it is not there or damaged.
+    """
     try:
         tree = json.loads(storage.read(name))
     except ValueError as error:
@@ -263,142 +242,9 @@ def _read_json(storage: Storage, name: str) -> dict[str, Any]:
     return tree
 
 
-def _describe(outcome: Outcome) -> dict[str, Any]:
-    """A round as a row: losses and weights of its learners, validation of its clients."""
-    row: dict[str, Any] = {}
-    reports, plan = outcome.reports, outcome.plan
-    if reports and plan:
-        finite = {c: loss if math.isfinite(loss) else None for c, loss in reports.losses.items()}
-        counted = reports.meta.losses_C
-        row |= {
-            "loss": counted.mean().item() if counted.isfinite().all() and len(counted) else None,
-            "losses": finite,
-            "samples": reports.samples,
-            "samples_per_second": round_seconds(reports.samples / reports.seconds),
-            "refused": dict(reports.refused),
-            "late": list(reports.late),
-        }
-        for name, values in {"own_weight": plan.own_weight_C, **plan.notes}.items():
-            row[name] = dict(zip(reports.meta.clients, values.tolist(), strict=True))
-    if outcome.validation is not None:
-        row["validation"] = pool(outcome.validation)
-        if ranked := {c: s for c, s in outcome.validation.items() if isinstance(s, Score)}:
-            scored = {c: s.means()[BALANCED] for c, s in ranked.items() if s.users}
-            row["validation_per_client"] = scored
-            row["worst_ndcg@10"] = min(scored.values(), default=0.0)
-    return row
-
-
-def round_seconds(value: float) -> float:
-    """Times and rates to the millisecond: more digits would be noise."""
-    return round(value, 3)
-
-
-def list_runs(storage: str) -> list[tuple[str, ...]]:
-    """Every run below a storage, in words: name, method, seed, rounds, best, test, worst, state."""
-    place = Storage(storage)
-    folders = {name: place.sub(name) for name in place.list()}
-    return [
-        (name, *_list_run(folder))
-        for name, folder in folders.items()
-        if folder.exists("config.json")
-    ]
-
-
-def _list_run(folder: Storage) -> list[str]:
-    """One line of the list; a damaged run must not hide the others."""
-    try:
-        config = _read_json(folder, "config.json")
-        latest = Rounds(folder).latest()
-        done, wanted = latest or 0, config["train"]["rounds"]
-        row = [config["method"]["kind"], str(config["seed"]), f"{done}/{wanted}"]
-        if folder.is_locked("train"):
-            return [*row, "", "", "", "running"]
-        summary = _read_json(folder, "summary.json") if folder.exists("summary.json") else {}
-        if summary and (done >= wanted or _ran_out(summary)):
-            test = summary["test"]
-            if BALANCED in test:
-                told = [f"{test[BALANCED]:.4f}", f"{summary['balance']['min']:.4f}"]
-            else:
-                told = [f"AUC {test['auc']:.4f}", ""]
-            return [*row, str(summary["best_round"]), *told, "finished"]
-    except (FellrayError, KeyError, TypeError):
-        return [""] * 6 + ["damaged"]
-    return [*row, "", "", "", "interrupted" if latest is not None else "empty"]
-
-
-def summarise(
-    run: Run,
-    learners: Sequence[str],
-    data: Mapping[str, Any],
-    model_sha256: str,
-    test: Mapping[str, Score],
-    validation: Mapping[str, Score],
-    untrained: Mapping[str, Score],
-    baselines: Mapping[str, Mapping[str, Score]],
-) -> dict[str, Any]:
-    """The run in numbers: what `summary.json` holds (its keys are stable)."""
-    best = run.best_round()
-    rows = run.journal.rows("ledger")
-    ledger = [LedgerRow(**{k: v for k, v in row.items() if k != "round"}) for row in rows]
-    per_client = {c: {"users": s.users, **s.means()} for c, s in sorted(test.items())}
-    config = run.config
-    return {
-        "run": config.name,
-        "method": config.method.kind,
-        "seed": config.seed,
-        "rounds": run.rounds.latest() or 0,
-        "best_round": best,
-        "clients": len(test),
-        "test": pool(test),
-        "validation": pool(validation),
-        "per_client": per_client,
-        "balance": balance({c: m[BALANCED] for c, m in per_client.items() if BALANCED in m}),
-        "bytes": total(ledger),
-        "privacy": run.spending.tree(),
-        "hashes": run.rounds.hashes(best, HASHED, learners),
-        "shared_hash": _hash_shared(run, best),
-        "final_hashes": run.rounds.hashes(run.rounds.latest() or 0, HASHED, learners),
-        **{name: pool(scores) for name, scores in baselines.items()},
-        "untrained": pool(untrained),
-        "data": dict(data),
-        "model": {"name": config.model.name, "sha256": model_sha256},
-        "environment": environment(),
-        "events": [e for row in run.journal.rows("metrics") for e in row["events"]] + run.events,
-    }
-
-
-def _hash_shared(run: Run, round: int) -> str | None:
-    """Of the trunk adapter that belongs to all clients; None where the run has none."""
-    if not run.config.server.shared_adapter:
-        return None
-    values_P = run.rounds.load_shared(round, "shared.values")
-    return hashlib.sha256(values_P.numpy().tobytes()).hexdigest()
-
-
-def pool(scores: Mapping[str, Score] | Mapping[str, ClickScore]) -> dict[str, float]:
-    """Metrics over all users of all clients; clients are added in the order of their ids."""
-    first, *others = [scores[client] for client in sorted(scores)]
-    summed: Any = first  # all are of one kind
-    for other in others:
-        summed = summed + other
-    means: dict[str, float] = summed.means()
-    return means
-
-
-def environment() -> dict[str, Any]:
-    """What the numbers may depend on besides the config."""
-    return {
-        "fellray": fellray.__version__,
-        "python": sys.version.split()[0],
-        **{name: version(name) for name in LIBRARIES},
-        "cpus": os.cpu_count(),
-    }
-
-
 def _refuse_other(run: Run, data_sha256: str, own: Own) -> None:
     """A run goes on with the config and data it began with; its length and place may change."""
-    held = _flatten(_read_json(run.storage, "config.json"))
+    held = _flatten(read_tree(run.storage, "config.json"))
     wanted = _flatten(json.loads(configs.dump(run.config)))
     changed = sorted(
         name
@@ -417,7 +263,7 @@ def _refuse_other(run: Run, data_sha256: str, own: Own) -> None:
         )
 
 
-def _ran_out(summary: Mapping[str, Any]) -> bool:
+def ran_out(summary: Mapping[str, Any]) -> bool:
     """Whether the privacy budget ended the run."""
     return (summary.get("privacy") or {}).get("stopped_before") is not None
 

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fellray.platform.config import SamplingConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.traces import Trace
+from fellray.platform.train_config import SamplingConfig
 
 _DRAW, _ORDER = 1, 2
 """Streams of their own: of a round, and of the roster."""

@@ -16,9 +16,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fellray.platform.config import ModelConfig
 from fellray.platform.encoder import Backbone, load_tokenizer
 from fellray.platform.errors import FellrayError
+from fellray.platform.model_config import ModelConfig
 
 IGNORED = -100
 """A label that nobody asks for."""

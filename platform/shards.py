@@ -21,7 +21,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from fellray.platform.config import DataConfig
+from fellray.platform.data_config import DataConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.interactions import Interactions
 from fellray.platform.shard import LATER, Shard, is_training

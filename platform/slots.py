@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fellray.platform.adapters import Bank, finite_rows, state_names
+from fellray.platform.bank import Bank, finite_rows, state_names
 from fellray.platform.faults import committed
 from fellray.platform.local import ANCHOR
 from fellray.platform.manifest import Staged

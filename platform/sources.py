@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fellray.platform import demo
 from fellray.platform.amazon import find_reviews, open_reviews
-from fellray.platform.config import DataConfig
+from fellray.platform.data_config import DataConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.movielens import open_movielens
 from fellray.platform.recbole import find_interactions, open_atomic

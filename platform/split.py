@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from fellray.platform.adapters import LoraLinear, Pair, Site
 from fellray.platform.caches import Sight
-from fellray.platform.config import ModelConfig
 from fellray.platform.decoder import Head, check_decoder, find_projections
 from fellray.platform.encoder import Backbone, build
 from fellray.platform.errors import FellrayError
+from fellray.platform.model_config import ModelConfig
 
 PARTS = ("bottom", "trunk", "top")
 SIDES = ("bottom", "top")

@@ -17,8 +17,9 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from fellray.platform import config as configs
-from fellray.platform.config import Config, RunConfig
+from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
+from fellray.platform.section import Section
 from fellray.platform.study_values import refuse_metrics
 from fellray.platform.words import HEADLINE
 
@@ -26,7 +27,7 @@ Grid = dict[str, tuple[Any, ...]]
 """Key -> values that are tried."""
 
 
-class DataSet(Config):
+class DataSet(Section):
     """Data, and the config that all arms begin with on them."""
 
     config: Path
@@ -37,7 +38,7 @@ class DataSet(Config):
     """What arms try on this set instead of the study's `tune`; {}: nothing."""
 
 
-class Part(Config):
+class Part(Section):
     """A table: arms set against the first of them."""
 
     title: str
@@ -67,7 +68,7 @@ class Part(Config):
         return self
 
 
-class Study(Config):
+class Study(Section):
     """What `fellray compare` reads where a file has the key `study`."""
 
     study: str

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fellray.platform.adapters import Bank, Pair
+from fellray.platform.adapters import Pair
+from fellray.platform.bank import Bank
 from fellray.platform.caches import Cache, Sight, Stretches
 from fellray.platform.rows import Rows
 from fellray.platform.split import Blocks, Bottom, Parts, Top

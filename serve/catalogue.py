@@ -16,10 +16,10 @@ from contextlib import ExitStack
 import numpy as np
 import torch
 
-from fellray.platform.config import ModelConfig
 from fellray.platform.encoder import load_backbone
 from fellray.platform.errors import FellrayError
 from fellray.platform.item_vectors import embed
+from fellray.platform.model_config import ModelConfig
 from fellray.platform.split import Parts, cut_model
 from fellray.platform.storage import Storage
 from fellray.serve.additions import (

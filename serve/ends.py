@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fellray.platform.adapters import Bank
+from fellray.platform.bank import Bank
 from fellray.platform.config import RunConfig
 from fellray.platform.device import own_device
 from fellray.platform.encoder import Backbone

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fellray.platform.config import ModelConfig
 from fellray.platform.encoder import Tokens, tokenize
+from fellray.platform.model_config import ModelConfig
 from fellray.platform.reader import assemble
 from fellray.platform.shards import Dataset
 from fellray.serve.additions import Batch

@@ -34,8 +34,8 @@ from fellray.jobs.train import one_round
 from fellray.platform import config as configs
 from fellray.platform.config import RunConfig
 from fellray.platform.messages import LedgerRow
+from fellray.platform.outcome import Outcome
 from fellray.platform.rounds import Rounds
-from fellray.platform.run import Outcome
 from fellray.platform.shards import Dataset
 from fellray.platform.storage import Storage
 

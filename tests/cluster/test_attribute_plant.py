@@ -8,7 +8,8 @@ import pytest
 from attribute_clicks import make_config, write_source
 
 from fellray.actors.attribute_client import PRIVATE, AttributeClient
-from fellray.actors.attribute_plant import AttributePlant, AttributeWorld
+from fellray.actors.attribute_plant import AttributePlant
+from fellray.actors.attribute_world import AttributeWorld
 from fellray.actors.pool import RayPool
 from fellray.actors.session import ray
 from fellray.jobs.attributes import prepare_attributes
@@ -16,7 +17,8 @@ from fellray.jobs.train import one_round, train
 from fellray.platform.config import RunConfig
 from fellray.platform.messages import Update
 from fellray.platform.rounds import Rounds
-from fellray.platform.run import list_runs, read_run
+from fellray.platform.run import read_run
+from fellray.platform.run_list import list_runs
 from fellray.platform.storage import Storage
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(1200)]

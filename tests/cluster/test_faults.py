@@ -167,7 +167,8 @@ def test_a_client_and_the_server_are_killed_in_the_middle(
         striker.finish()
     events = {row["round"]: " ".join(row["events"]) for row in rows_of(config)}
     assert "fit on actor" in events[2]
-    assert "lost and begun again" in events[2]
+    # once, however long the actor takes to be back
+    assert events[2].count("lost and begun again") == 1
     assert "begun again" in events[4]
     assert events[0] == events[1] == ""
     assert_same(config, undisturbed)

@@ -20,7 +20,8 @@ from fellray.jobs.ports import find_ports
 from fellray.jobs.train import one_round
 from fellray.platform import config as configs
 from fellray.platform.config import RunConfig
-from fellray.platform.run import HASHED, open_run
+from fellray.platform.run import open_run
+from fellray.platform.summary import HASHED
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 RAY = ("-m", "ray.scripts.scripts")

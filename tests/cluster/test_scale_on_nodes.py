@@ -11,9 +11,10 @@ from driver import Driver
 from fellray.platform.config import dump
 from fellray.platform.journal import Journal
 from fellray.platform.rounds import Rounds
-from fellray.platform.run import HASHED, read_run
+from fellray.platform.run import read_run
 from fellray.platform.shards import Dataset
 from fellray.platform.storage import Storage
+from fellray.platform.summary import HASHED
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
 ROUNDS, SAMPLED = 5, 6

@@ -9,8 +9,9 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from fellray.platform.accountant import Spending, compute_epsilon, open_account, sent_besides
-from fellray.platform.config import GaussianNoise, NoPrivacy, PaperLikeNoise, RunConfig, parse
+from fellray.platform.config import RunConfig, parse
 from fellray.platform.errors import FellrayError
+from fellray.platform.privacy_config import GaussianNoise, NoPrivacy, PaperLikeNoise
 
 DELTA = 1e-5
 KNOWN = [

@@ -10,21 +10,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from fellray.platform.adapters import (
-    Bank,
-    GradientSum,
-    LoraLinear,
-    Pair,
-    Site,
-    cut_,
-    finite_rows,
-    start,
-    state_names,
-    views,
-)
-from fellray.platform.config import LoraSpec, ModelConfig, TrainConfig
+from fellray.platform.adapters import LoraLinear, Pair, Site, cut_, start, views
+from fellray.platform.bank import Bank, finite_rows, state_names
 from fellray.platform.encoder import load_backbone
+from fellray.platform.gradient_sum import GradientSum
+from fellray.platform.model_config import LoraSpec, ModelConfig
 from fellray.platform.split import PARTS, Parts, cut_model
+from fellray.platform.train_config import TrainConfig
 
 SITES = [Site("encoder.layer.0.q", 3, 4), Site("encoder.layer.1.v", 5, 2)]
 SPEC = LoraSpec(r=2)
@@ -392,7 +384,7 @@ def test_what_is_behind_a_rank_stays_zero_through_training() -> None:
 @pytest.mark.parametrize("cached", [10, 30, 2**17])
 def test_a_step_is_of_ones_own_rank(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit torch's AdamW on the row, and what is behind the rank is not touched."""
-    monkeypatch.setattr("fellray.platform.adapters.CACHED", cached)
+    monkeypatch.setattr("fellray.platform.bank.CACHED", cached)
     train = TrainConfig(learning_rate=0.03, weight_decay=0.1, clip=2.0)
     one, ranks = Bank(SITES, LoraSpec(r=4), train, 5), [4, 1, 3, 1, 2]
     one.set_ranks(torch.arange(5), ranks)

@@ -10,7 +10,8 @@ import pytest
 
 from fellray.jobs.prepare import prepare
 from fellray.platform import interactions as data
-from fellray.platform.config import DataConfig, parse
+from fellray.platform.config import parse
+from fellray.platform.data_config import DataConfig
 from fellray.platform.encoder import load_tokenizer
 from fellray.platform.errors import FellrayError
 from fellray.platform.shards import Dataset

@@ -365,14 +365,14 @@ def test_fedsa_where_clients_differ_in_rank_and_cut(tiny_config: Make, tmp_path:
         everyone = list(plant.learners)
         rounds.commit(0, plant.stage_start(), {})
         for t in (1, 2):
-            before = plant._sent_at(t - 1, everyone)
+            before = plant._pages.load(t - 1, everyone)
             reports = plant.fit(t, [c for c in everyone if c != f"c{t}"])
             plan = config.method.plan(reports.meta)
             mean = reports.theta_CP.double().mean(0).float()
             mixed = reduce(plan, reports.theta_CP, reports.blocks)
             held_C, rank = ~reports.theta_CP.eq(0), {"c0": 1, "c3": 1}
             rounds.commit(t, plant.install(reports, plan, mixed), {})
-            after = plant._sent_at(t, everyone)
+            after = plant._pages.load(t, everyone)
             for at, client in enumerate(everyone):
                 row = reports.meta.clients.index(client) if client != f"c{t}" else None
                 for name, columns in reports.blocks.items():

@@ -13,7 +13,7 @@ from fellray.jobs.released import Released
 from fellray.jobs.timings import interleave, ratios, spread
 from fellray.jobs.whole import Whole, tokens_per_step
 from fellray.platform.config import RunConfig
-from fellray.platform.host import InProcess
+from fellray.platform.in_process import InProcess
 from fellray.platform.ledger import payload_bytes
 from fellray.platform.messages import Lease
 from fellray.platform.rounds import Rounds

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from fellray.actors.pool import Demand, pack
-from fellray.platform.config import ClientsConfig, ServerConfig
+from fellray.platform.plant_config import ClientsConfig, ServerConfig
 from fellray.serve.args import Args
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from fellray.platform.config import Config, LoraSpec, RunConfig, dump, load, parse
+from fellray.platform.config import RunConfig, dump, load, parse
 from fellray.platform.errors import FellrayError
 from fellray.platform.fellrec import Fellrec
+from fellray.platform.model_config import LoraSpec
+from fellray.platform.section import Section
 
 EVERYTHING: dict[str, Any] = {
     "name": "try-1",
@@ -71,7 +73,7 @@ def test_every_field_says_what_it_is() -> None:
     # a section is described by its own class; these four by their names
     sections = {"RunConfig.name", "RunConfig.method"}
     assert set(silent) - sections == set()
-    assert issubclass(RunConfig, Config)
+    assert issubclass(RunConfig, Section)
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,11 @@ from fellray.platform.extension import taken_of
 from fellray.platform.intake import add_events
 from fellray.platform.origin import Continuation, Origin, read_continuation, read_origin
 from fellray.platform.promotion import promote
-from fellray.platform.run import HASHED, Run, read_run
+from fellray.platform.run import Run, read_run
 from fellray.platform.shard import LATER
 from fellray.platform.shards import Dataset
 from fellray.platform.storage import Storage
+from fellray.platform.summary import HASHED
 from fellray.serve.args import Args
 from fellray.serve.blends import Blends
 from fellray.serve.schema import ByUser, NewEvent, Receipt

@@ -12,12 +12,13 @@ import torch
 from fellray.actors import plant as plants
 from fellray.actors.plant import Plant
 from fellray.actors.world import survey
-from fellray.platform.config import ModelConfig, RunConfig, parse
+from fellray.platform.config import RunConfig, parse
 from fellray.platform.encoder import load_backbone
 from fellray.platform.errors import FellrayError
 from fellray.platform.host import TrunkHost
 from fellray.platform.ledger import total
 from fellray.platform.messages import StaleLease, Update
+from fellray.platform.model_config import ModelConfig
 from fellray.platform.own import read_own
 from fellray.platform.split import cut_model, plan_cut
 

@@ -26,11 +26,12 @@ from fellray.platform.errors import FellrayError
 from fellray.platform.host import TrunkHost
 from fellray.platform.messages import Activation, Gradient
 from fellray.platform.middle import Middle
+from fellray.platform.outcome import Outcome
 from fellray.platform.own import Own, read_own
 from fellray.platform.packed import Batch, PackedBlock, Saved
 from fellray.platform.peft_export import export
 from fellray.platform.rounds import Rounds
-from fellray.platform.run import Outcome, open_run, read_run
+from fellray.platform.run import open_run, read_run
 from fellray.platform.shards import Dataset
 from fellray.platform.split import cut_model, plan_cut
 from fellray.platform.storage import Storage

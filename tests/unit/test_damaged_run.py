@@ -1,6 +1,7 @@
 """A run whose storage is damaged or full goes on: who went back is named, all others keep bits."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,6 @@ from typing import Any
 import pytest
 from test_mending import FullDisk, cut, flip, flip_page
 
-from fellray.actors import plant as plants
 from fellray.actors.plant import Plant
 from fellray.actors.world import survey
 from fellray.jobs.display import Display
@@ -29,7 +29,7 @@ BOTH = ("client.values", "trunk.values")
 
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plants.time, "sleep", lambda _: None)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
 
 
 def files_of(config: RunConfig, round: int, client: str, name: str) -> Path:

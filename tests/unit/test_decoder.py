@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 from fellray.platform.adapters import views
 from fellray.platform.caches import Cache, Sight, Stretches
 from fellray.platform.causal import CausalBlocks, Look
-from fellray.platform.config import LoraSpec, ModelConfig
 from fellray.platform.decoder import check_decoder
 from fellray.platform.encoder import Backbone, load_backbone
 from fellray.platform.errors import FellrayError
 from fellray.platform.kernel import Loras
 from fellray.platform.lanes import Lanes
+from fellray.platform.model_config import LoraSpec, ModelConfig
 from fellray.platform.packed import Batch
 from fellray.platform.rows import Rows
 from fellray.platform.split import cut_model, plan_cut

@@ -8,7 +8,7 @@ import pytest
 from test_reader import TOKENS, config, read
 from test_shards import contents, write, write_described
 
-from fellray.platform.config import DataConfig
+from fellray.platform.data_config import DataConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.events import Event
 from fellray.platform.extension import Added, extend, taken_of

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from fellray.actors import attribute_plant as plants
 from fellray.actors.attribute_client import COMMON, PRIVATE, AttributeClient, name_values
-from fellray.actors.attribute_plant import AttributePlant, AttributeWorld
+from fellray.actors.attribute_plant import AttributePlant
+from fellray.actors.attribute_world import AttributeWorld
 from fellray.actors.pool import InlinePool
 from fellray.jobs.attributes import prepare_attributes
 from fellray.jobs.train import one_round
@@ -36,8 +38,9 @@ from fellray.platform.fedpa import OTHER, Fedpa, form_groups, group_clients
 from fellray.platform.ledger import total
 from fellray.platform.messages import LedgerRow
 from fellray.platform.methods import FedAvg
+from fellray.platform.outcome import Outcome, pool
 from fellray.platform.rounds import EVERYONE, Rounds
-from fellray.platform.run import Outcome, open_run, pool
+from fellray.platform.run import open_run
 from fellray.platform.storage import Storage
 
 # rows of the tables of KuaiRand-Pure's features, and those of the three binned ones
@@ -433,7 +436,7 @@ def restart(plant: AttributePlant, member: int) -> None:
 def test_a_lost_actor_costs_nothing(
     when: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plants.time, "sleep", lambda _: None)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
     more: dict[str, Any] = {"clients": {"per_actor": 20}}
     wanted = play(make_config(source, tmp_path / "a", **more))
     lives = [1]

@@ -11,13 +11,14 @@ from statistics import fmean, stdev
 import pytest
 import torch
 
-from fellray.actors.attribute_plant import AttributePlant, AttributeWorld
+from fellray.actors.attribute_plant import AttributePlant
+from fellray.actors.attribute_world import AttributeWorld
 from fellray.jobs.attributes import prepare_attributes
 from fellray.jobs.train import one_round
 from fellray.platform import config as configs
 from fellray.platform.click_data import TEST
+from fellray.platform.outcome import pool
 from fellray.platform.rounds import Rounds
-from fellray.platform.run import pool
 from fellray.platform.storage import Storage
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3000)]

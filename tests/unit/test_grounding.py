@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fellray.platform.config import ModelConfig
 from fellray.platform.desk import WritingDesk
 from fellray.platform.encoder import Backbone, load_backbone
 from fellray.platform.errors import FellrayError
 from fellray.platform.grounding import Grounding, embed_titles
 from fellray.platform.metrics import Evaluator
+from fellray.platform.model_config import ModelConfig
 from fellray.platform.script import IGNORED, INDENT, Script, load_wording
 from fellray.platform.split import cut_model
 

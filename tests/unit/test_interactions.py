@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fellray.platform import interactions as data
-from fellray.platform.config import DataConfig, LeaveOneOut, Temporal
+from fellray.platform.data_config import DataConfig, LeaveOneOut, Temporal
 from fellray.platform.errors import FellrayError
 
 REAL = Path(__file__).parents[2] / "../shared/data"

@@ -16,12 +16,15 @@ import pytest
 import torch
 
 from fellray.actors.plant import Plant
-from fellray.platform.adapters import Bank, Site, find_columns, name_blocks, views
-from fellray.platform.config import LoraSpec, RunConfig, TrainConfig, parse
+from fellray.platform.adapters import Site, find_columns, name_blocks, views
+from fellray.platform.bank import Bank
+from fellray.platform.config import RunConfig, parse
 from fellray.platform.errors import FellrayError
 from fellray.platform.ledger import total
 from fellray.platform.local import LocalRule, advance_control
+from fellray.platform.model_config import LoraSpec
 from fellray.platform.slots import Slots
+from fellray.platform.train_config import TrainConfig
 
 Make = Callable[..., RunConfig]
 Play = Callable[..., Any]

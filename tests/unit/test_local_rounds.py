@@ -1,5 +1,6 @@
 """What a rule of local training keeps is committed, taken back and resumed like the weights."""
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fellray.actors import plant as plants
 from fellray.actors.plant import Plant
 from fellray.actors.pool import InlinePool
 from fellray.actors.server import make_host
 from fellray.actors.world import survey
-from fellray.platform.adapters import cut_, name_blocks, start, state_names, views
+from fellray.platform.adapters import cut_, name_blocks, start, views
+from fellray.platform.bank import state_names
 from fellray.platform.config import RunConfig
 from fellray.platform.handover import hand_over
 from fellray.platform.host import TrunkHost
@@ -128,7 +129,7 @@ def page(played: Any, round: int, clients: Sequence[str], part: str, kind: str) 
 def test_a_server_lost_between_both_trainings_replays_the_round_to_the_same_bits(
     tiny_config: Make, play: Play, plain: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plants.time, "sleep", lambda _: None)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
     wanted = plain("ditto")
     begin, lives, standing = TrunkHost.begin, [1], []
 
@@ -196,8 +197,8 @@ def test_own_ranks_and_cuts(name: str, tiny_config: Make, play: Play, tmp_path: 
     assert_same(*runs, range(3))
     config = runs[0].config
     with Plant.inline(config, survey(config), runs[0].rounds) as plant:
-        sites, r = plant._sent_sites, config.model.lora.r
-        rows = plant._sent_at(2, ["c0", "c1"], "values")
+        sites, r = plant._row.sites, config.model.lora.r
+        rows = plant._pages.load(2, ["c0", "c1"], "values")
     if config.method.local().freezes_a:
         seeded = start(sites, config.model.lora, config.seed).repeat(2, 1)
         cut_(views(seeded, sites, r), torch.arange(2), torch.tensor([2, 1]))
@@ -226,8 +227,8 @@ def assert_close(cut: Any, same: Any) -> None:
     for played in (cut, same):
         config = played.config
         with Plant.inline(config, survey(config), played.rounds) as plant:
-            row_P = plant._sent_at(2, ["c0"], "server_control")[0]
-            blocks = {name: row_P[columns] for name, columns in plant._blocks.items()}
+            row_P = plant._pages.load(2, ["c0"], "server_control")[0]
+            blocks = {name: row_P[columns] for name, columns in plant._row.blocks.items()}
             found.append(torch.cat([blocks[name] for name in sorted(blocks)]))
     torch.testing.assert_close(*found, rtol=2e-3, atol=2e-4)
     assert found[0].abs().max() > 0.01

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fellray.platform import interactions as data
-from fellray.platform.config import DataConfig
+from fellray.platform.data_config import DataConfig
 from fellray.platform.errors import FellrayError
 
 RATINGS_1M = "2::1193::5::978300760\n1::661::3::978302109\n1::1193::4::978301968\n"

@@ -21,9 +21,10 @@ from fellray.platform.aggregation import Plan, Reports, reduce
 from fellray.platform.config import RunConfig
 from fellray.platform.encoder import load_backbone
 from fellray.platform.errors import FellrayError
+from fellray.platform.outcome import Outcome
 from fellray.platform.own import ALIKE, Own, read_own
 from fellray.platform.rounds import Rounds
-from fellray.platform.run import Outcome, open_run, read_run
+from fellray.platform.run import open_run, read_run
 from fellray.platform.slots import Slots
 from fellray.platform.split import plan_cut
 from fellray.platform.storage import Storage
@@ -114,7 +115,7 @@ def pages(plant: Plant, round: int, clients: Sequence[str]) -> Tensor:
 def steps(plant: Plant) -> dict[str, int]:
     """What the server counted of each client."""
     (host,) = plant._servers.pool.members  # type: ignore[attr-defined]
-    return {client: turn.next_step for client, turn in host._turns.items()}
+    return {client: turn.next_step for client, turn in host._admission.turns.items()}
 
 
 # --- rank ---------------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import AutoModel
 
 from fellray.platform.adapters import Site, views
-from fellray.platform.config import LoraSpec, ModelConfig
 from fellray.platform.encoder import MINILM, load_backbone
 from fellray.platform.kernel import Loras
 from fellray.platform.lanes import Lanes
+from fellray.platform.model_config import LoraSpec, ModelConfig
 from fellray.platform.packed import Batch, PackedBlocks
 from fellray.platform.rows import Rows
 from fellray.platform.split import Blocks, cut_model

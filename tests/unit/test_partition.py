@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from fellray.platform.config import ByAttribute, DirichletPartition, KMeansPartition, PerUser
+from fellray.platform.data_config import ByAttribute, DirichletPartition, KMeansPartition, PerUser
 from fellray.platform.errors import FellrayError
 from fellray.platform.partition import partition, user_embeddings
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from transformers import AutoModel, AutoTokenizer
 
 from fellray.platform import peft_export
-from fellray.platform.adapters import Bank, LoraLinear, Pair, views
+from fellray.platform.adapters import LoraLinear, Pair, views
+from fellray.platform.bank import Bank
 from fellray.platform.config import RunConfig
 from fellray.platform.encoder import load_backbone, load_tokenizer, tokenize
 from fellray.platform.errors import FellrayError

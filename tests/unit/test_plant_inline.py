@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fellray.actors import plant as plants
-from fellray.actors.plant import Plant, deal
+from fellray.actors.plant import Plant
 from fellray.actors.pool import InlinePool
 from fellray.actors.server import make_host
 from fellray.actors.world import survey
@@ -20,7 +21,8 @@ from fellray.platform.aggregation import Reports, reduce
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.faults import TRIES
-from fellray.platform.host import InProcess, TrunkHost
+from fellray.platform.host import TrunkHost
+from fellray.platform.in_process import InProcess
 from fellray.platform.ledger import total
 from fellray.platform.messages import (
     Activation,
@@ -33,6 +35,7 @@ from fellray.platform.messages import (
 )
 from fellray.platform.metrics import Score
 from fellray.platform.rounds import Rounds
+from fellray.platform.seating import deal
 from fellray.platform.shards import Dataset
 from fellray.platform.span import Answer
 from fellray.platform.storage import Storage
@@ -469,7 +472,7 @@ def test_whoever_is_lost_whenever_the_round_is_replayed_to_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In round 2 a holder dies after training, before it installs or before it is validated."""
-    monkeypatch.setattr(plants.time, "sleep", lambda _: None)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
     settings = {
         "train": {"share": share, "moments": "keep"},
         "server": {"shared_adapter": True},
@@ -499,7 +502,7 @@ def test_a_server_lost_while_clients_train_replays_the_round_to_the_same_bits(
     tiny_config: Make, play: Play, plain: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two clients had finished; what the server held of them is gone."""
-    monkeypatch.setattr(plants.time, "sleep", lambda _: None)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
     wanted = plain(server={"shared_adapter": True}, clients=EACH)
     begin, lives, plant = TrunkHost.begin, [1], []
 
@@ -531,7 +534,7 @@ def test_a_round_that_is_lost_again_and_again_ends_the_run(
     tiny_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(plants.time, "sleep", pauses.append)
+    monkeypatch.setattr(time, "sleep", pauses.append)
     config = tiny_config()
 
     def hopeless(plant: Plant) -> None:

@@ -21,12 +21,14 @@ from fellray.jobs.display import Display
 from fellray.jobs.finish import SPENT, exit_status, finish
 from fellray.jobs.train import one_round
 from fellray.platform.accountant import Spending, compute_epsilon
-from fellray.platform.config import GaussianNoise, NoPrivacy, PaperLikeNoise, RunConfig, parse
+from fellray.platform.config import RunConfig, parse
 from fellray.platform.errors import FellrayError
 from fellray.platform.messages import Update
 from fellray.platform.own import read_own
 from fellray.platform.privacy import clip_row, find_key, privatise, privatise_losses
-from fellray.platform.run import Run, list_runs, open_run
+from fellray.platform.privacy_config import GaussianNoise, NoPrivacy, PaperLikeNoise
+from fellray.platform.run import Run, open_run
+from fellray.platform.run_list import list_runs
 
 Play = Callable[..., Any]
 Make = Callable[..., RunConfig]
@@ -297,7 +299,7 @@ def test_the_command_says_what_was_spent_and_ends_with_a_status_of_its_own(
         spending.take_part(["a"] if round else [])
     summary = {"per_client": {"a": {}}, "privacy": spending.tree()}
     monkeypatch.setattr("fellray.jobs.train.train", lambda _: summary)
-    monkeypatch.setattr(cli, "show_summary", lambda _: None)
+    monkeypatch.setattr("fellray.jobs.run_commands.show_summary", lambda _: None)
     config = tmp_path / "run.yaml"
     config.write_text("name: demo\n")
     monkeypatch.setattr("sys.argv", ["fellray", "train", str(config)])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fellray.platform import interactions as data
-from fellray.platform.config import DataConfig
+from fellray.platform.data_config import DataConfig
 from fellray.platform.errors import FellrayError
 
 INTER = (

@@ -19,7 +19,8 @@ from fellray.platform.aggregation import reduce
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.metrics import Score
-from fellray.platform.run import Outcome, open_run, pool, read_run
+from fellray.platform.outcome import Outcome, pool
+from fellray.platform.run import open_run, read_run
 from fellray.platform.shards import Dataset
 from fellray.serve.args import Args
 from fellray.serve.recommender import Recommender

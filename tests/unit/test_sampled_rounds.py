@@ -60,7 +60,7 @@ def test_many_clients_lie_in_several_files(
     config = tiny_config(train={"rounds": 2, "moments": moments}, clients={"per_actor": 5})
     whole = play(config)
     monkeypatch.setattr("fellray.platform.slots.WRITTEN", 2)
-    monkeypatch.setattr("fellray.actors.plant.WRITTEN", 2)
+    monkeypatch.setattr("fellray.platform.sent_pages.WRITTEN", 2)
     parts = play(tiny_config(train={"rounds": 2, "moments": moments}, clients={"per_actor": 5}))
     assert parts.hashes(2) == whole.hashes(2)
     assert max(len(one.clients) for one in parts.outcomes[2].staged) == 2

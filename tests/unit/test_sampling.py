@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fellray.platform.config import SamplingConfig, parse
+from fellray.platform.config import parse
 from fellray.platform.errors import FellrayError
 from fellray.platform.sampling import Sampler
 from fellray.platform.traces import Trace
+from fellray.platform.train_config import SamplingConfig
 
 
 def ids(count: int) -> list[str]:

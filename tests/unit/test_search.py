@@ -172,19 +172,19 @@ def test_a_lost_cache_is_written_anew(
     wanted, kinds, carried = sent(s, lambda: s.write(4, end))
     assert sum(kinds.values()) == carried
     assert set(kinds) == {"evaluation_activation", "evaluation_output", "envelope"}
-    monkeypatch.setattr(s.host, "_caches", Caches(0))
+    monkeypatch.setattr(s.host._texts, "caches", Caches(0))
     found, without, carried = sent(s, lambda: s.write(4, end))
     assert found == wanted
     assert sum(without.values()) == carried
     assert without["evaluation_activation"] > 4 * kinds["evaluation_activation"]
 
-    monkeypatch.setattr(s.host, "_caches", Caches(2**20))
+    monkeypatch.setattr(s.host._texts, "caches", Caches(2**20))
     sound, calls = TrunkHost.extend, [0]
 
     def extend(self: TrunkHost, continuations: Any) -> Any:
         calls[0] += 1
         if calls[0] == 6:
-            self._caches.clear()
+            self._texts.caches.clear()
         return sound(self, continuations)
 
     monkeypatch.setattr(TrunkHost, "extend", extend)
@@ -195,7 +195,7 @@ def test_a_lost_cache_is_written_anew(
 def test_caches_are_bounded_and_dropped(setting: Callable[[str], Setting]) -> None:
     s = setting("llama")
     s.write(2, s.desk.script.wording.end)
-    caches = s.host._caches
+    caches = s.host._texts.caches
     assert 0 < caches.used <= s.config.server.cache_mib * 2**20
     s.host.begin("tiny", 2, ["c0"])
     assert caches.used == 0, "whoever trains has other adapters after that"

@@ -71,7 +71,7 @@ def test_new_tokens_count_without_a_restart(tmp_path: Path) -> None:
 def test_the_command_makes_tokens_of_a_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fellray.jobs.cli import token
+    from fellray.jobs.serve_commands import token
 
     with pytest.raises(FellrayError, match="holds no run"):
         token(str(tmp_path), "c0")

@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fellray.platform.adapters import Bank, Site
-from fellray.platform.config import LoraSpec, TrainConfig
+from fellray.platform.adapters import Site
+from fellray.platform.bank import Bank
 from fellray.platform.local import LocalRule
+from fellray.platform.model_config import LoraSpec
 from fellray.platform.own import ALIKE, Own
 from fellray.platform.rounds import Rounds
 from fellray.platform.slots import Slots
 from fellray.platform.storage import Storage
+from fellray.platform.train_config import TrainConfig
 
 SITES = [Site("one", 2, 3)]
 SEEDED = torch.arange(5.0)

@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fellray.platform.adapters import Bank, GradientSum, Site
+from fellray.platform.adapters import Site
+from fellray.platform.bank import Bank
 from fellray.platform.config import RunConfig, parse
 from fellray.platform.encoder import MINILM, load_backbone
-from fellray.platform.host import InProcess, TrunkHost
+from fellray.platform.gradient_sum import GradientSum
+from fellray.platform.host import TrunkHost
+from fellray.platform.in_process import InProcess
 from fellray.platform.kernel import Loras
 from fellray.platform.lanes import Lanes
 from fellray.platform.ledger import Ledger, total
@@ -136,7 +139,7 @@ def through_the_cut(s: Setting, step: Step, ledger: Ledger) -> tuple[Tensor, Ten
         s.side.gradient.add(slots_n, pairs)
     gradient = s.side.gradient.total_SP.clone()
     s.side.gradient.total_SP.zero_()
-    return loss_S.detach(), gradient, s.host._slots.bank.moment1_SP[s.host._find(CLIENTS)]
+    return loss_S.detach(), gradient, s.host._slots.bank.moment1_SP[s.host._merger.find(CLIENTS)]
 
 
 def uncut(s: Setting, step: Step) -> tuple[Tensor, Tensor, Tensor]:

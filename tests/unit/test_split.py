@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from fellray.platform.config import LoraSpec, ModelConfig
 from fellray.platform.encoder import MINILM, Backbone, load_backbone, locate
 from fellray.platform.errors import FellrayError
+from fellray.platform.model_config import LoraSpec, ModelConfig
 from fellray.platform.split import PARTS, cut_model, plan_cut
 
 

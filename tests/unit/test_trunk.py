@@ -20,7 +20,8 @@ from torch import Tensor
 from fellray.platform.config import RunConfig, parse
 from fellray.platform.encoder import MINILM, load_backbone
 from fellray.platform.errors import FellrayError
-from fellray.platform.host import InProcess, TrunkHost
+from fellray.platform.host import TrunkHost
+from fellray.platform.in_process import InProcess
 from fellray.platform.messages import Activation, Gradient, Installation, Lease, StaleLease
 from fellray.platform.rounds import Rounds
 from fellray.platform.split import cut_model
@@ -104,8 +105,8 @@ def theta(host: TrunkHost, clients: Sequence[str]) -> np.ndarray:
 def common(host: TrunkHost, clients: Sequence[str]) -> Tensor:
     """Their shares of the common gradient [C, P]."""
     theta(host, clients)
-    host._fit_shared_gradient()
-    return host._shared_gradient.total_SP[host._find(clients)]
+    host._shared.fit(len(host._slots.bank.values_SP))
+    return host._shared.gradient.total_SP[host._merger.find(clients)]
 
 
 def bits(*tensors: Tensor | np.ndarray) -> list[bytes]:
@@ -168,7 +169,7 @@ def wide_hosts(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, TrunkHost
 def check_strangers(host: TrunkHost, steps: list[list[int]], seeds: Sequence[int]) -> None:
     host.begin("run", 1, CLIENTS)
     alone = train_one(host, steps, None)
-    assert len(set(alone)) == len(alone) or not host._shared
+    assert len(set(alone)) == len(alone) or not host._shared.there
     for seed in seeds:
         among = train_one(host, steps, np.random.default_rng(seed))
         differ = [at for at, (x, y) in enumerate(zip(alone, among, strict=True)) if x != y]
@@ -518,7 +519,7 @@ def play(host: TrunkHost, rounds: Rounds, first: int, last: int) -> None:
         _, trained = host.report([lease.server], CLIENTS, True)
         mixed = 0.75 * trained + 0.25 * trained.mean(0)
         taken = ["a", "b", "d"]
-        own = host.shared_gradient(round, taken) if host._shared else None
+        own = host.shared_gradient(round, taken) if host._shared.there else None
         shared_P = None if own is None else mean_gradient(taken, own)
         staged = host.install(Installation(round, CLIENTS, mixed, refused=("c",)), shared_P)
         rounds.commit(round, staged, {})
@@ -734,10 +735,10 @@ def test_in_bfloat16_too_nobody_beside_a_client_changes_its_bits(
         for host, groups in ((together, [CLIENTS]), (alone, [(c,) for c in CLIENTS])):
             if not step:
                 host.begin("run", 1, CLIENTS)
-            lease = host._turns["a"].lease
+            lease = host._admission.turns["a"].lease
             for group in groups:
                 own = [
-                    message(c, Lease(host._life, lease), step, [5 + i, 20], seed=i)
+                    message(c, Lease(host._admission.life, lease), step, [5 + i, 20], seed=i)
                     for i, c in enumerate(CLIENTS)
                     if c in group
                 ]

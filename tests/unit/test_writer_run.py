@@ -16,9 +16,10 @@ from fellray.actors.plant import Plant
 from fellray.actors.world import survey
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
+from fellray.platform.outcome import pool
 from fellray.platform.peft_export import export
 from fellray.platform.rounds import Rounds
-from fellray.platform.run import Run, pool
+from fellray.platform.run import Run
 from fellray.platform.shards import Dataset
 from fellray.platform.storage import Storage
 
