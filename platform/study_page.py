@@ -170,7 +170,8 @@ def _tabulate(study: Study, part: Part, name: str, results: Results) -> str:
         tuned = ", ".join(change.rpartition("=")[2] for change in next(iter(trials)).tuned)
         sent = fmean(_sent(own) for own in trials.values()) / 1e6
         test = f"{p[arm]:.3f}" if arm in p else ""
-        rows.append([f"`{arm}`", *spread, change, test, tuned, f"{sent:.1f}"])
+        megabytes = f"{sent:.1f}" if sent >= 0.1 else f"{sent:.2g}"
+        rows.append([f"`{arm}`", *spread, change, test, tuned, megabytes])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 

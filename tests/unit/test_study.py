@@ -215,7 +215,7 @@ def click_summary(auc: float) -> dict[str, Any]:
         "validation": {"auc": auc},
         "untrained": {"auc": 0.6, "gauc": 0.55},
         "embedding_only": {"auc": 0.7},
-        "bytes": {"adapter_up": 4_000_000},
+        "bytes": {"adapter_up": 65_000},
         "clients": 2,
         "rounds": 2,
         "hashes": {"u1": "a" * 64},
@@ -247,7 +247,7 @@ def test_runs_on_attributes_have_a_table_of_their_own(tmp_path: Path) -> None:
     assert "| embedding only | 0.7000 |  |  |  |  |  |" in table
     assert "| untrained | 0.6000 | 0.5500 |  |  |  |  |" in table
     (row,) = [line for line in table if line.startswith("| `published`")]
-    assert row == "| `published` | 0.6950 ± 0.0071 | 0.5950 ± 0.0071 | -0.0200 | 0.500 |  | 1.0 |"
+    assert row == "| `published` | 0.6950 ± 0.0071 | 0.5950 ± 0.0071 | -0.0200 | 0.500 |  | 0.016 |"
 
 
 def test_a_plot_sets_against_what_runs_tell() -> None:
