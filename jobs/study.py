@@ -7,10 +7,12 @@ from typing import Any
 
 from rich.progress import MofNCompleteColumn, TextColumn
 
+from fellray.actors.attribute_world import AttributeWorld
 from fellray.actors.session import connect
 from fellray.jobs.compare import find_finished
 from fellray.jobs.display import console, make_bar
 from fellray.jobs.train import train
+from fellray.platform.click_data import MANIFEST, ClickData
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.journal import Journal
@@ -28,6 +30,7 @@ from fellray.platform.study import (
 )
 from fellray.platform.study_page import digest, render_study
 from fellray.platform.study_plot import draw_arms
+from fellray.platform.study_values import choose_height, name_height, read_values
 from fellray.platform.words import name_metric
 
 Results = dict[tuple[str, str], dict[Trial, dict[str, Any]]]
@@ -45,8 +48,8 @@ def run_study(study: Study) -> Path:
         FellrayError: data of a set are not prepared, or a run fails; those before it are kept.
     """
     arms = list(list_arms(study))
-    for name in study.sets:
-        _refuse_unprepared(study, name)
+    for name, arm, _ in arms:
+        _refuse_unprepared(study, name, arm)
     runs = sum(len(list_tries(study, n, arm)) + len(study.seeds) - 1 for n, arm, _ in arms)
     results: Results = {}
     config, actors = _find_largest(study)
@@ -74,11 +77,16 @@ def _find_largest(study: Study) -> tuple[RunConfig, int]:
     asked = {}
     for name, arm, _ in list_arms(study):
         config = list_tries(study, name, arm)[0].settle()
-        seats = config.method.seat(Dataset(config.data.path).clients)
-        actors = len(deal(list(seats), config.clients.together))
+        actors = len(deal(_list_learners(config), config.clients.together))
         cpus = config.server.count * config.server.cpus + actors * config.clients.cpus
         asked[cpus] = config, actors
     return asked[max(asked)]
+
+
+def _list_learners(config: RunConfig) -> list[str]:
+    if config.attributes is not None:
+        return list(ClickData(config.data.path).clients)
+    return list(config.method.seat(Dataset(config.data.path).clients))
 
 
 def _run(trial: Trial) -> dict[str, Any]:
@@ -89,14 +97,16 @@ def _run(trial: Trial) -> dict[str, Any]:
     return train(config)
 
 
-def _refuse_unprepared(study: Study, name: str) -> None:
-    own = study.sets[name]
-    arm = next(iter(next(part for part in study.parts if name in part.sets).arms))
-    path = list_tries(study, name, arm)[0].settle().data.path
-    if not (path / "manifest.json").is_file():
+def _refuse_unprepared(study: Study, name: str, arm: str) -> None:
+    config = list_tries(study, name, arm)[0].settle()
+    manifest = "manifest.json" if config.attributes is None else MANIFEST
+    if not (config.data.path / manifest).is_file():
         raise FellrayError(
-            f"set {name!r}: {path} holds no prepared data; `fellray prepare {own.config}` makes it"
+            f"set {name!r}: {config.data.path} holds no prepared data; `fellray prepare "
+            f"{study.sets[name].config}` makes it"
         )
+    if config.attributes is not None:
+        AttributeWorld(config)  # refuses what does not fit the data before hours are spent
 
 
 def _write(study: Study, results: Results) -> Path:
@@ -105,18 +115,19 @@ def _write(study: Study, results: Results) -> Path:
     plots: dict[tuple[str, str], str] = {}
     for index, part in enumerate(study.parts, start=1):
         for name in part.sets:
-            across: dict[str, list[float]] = {arm: [] for arm in part.arms}
-            up: dict[str, list[float]] = {arm: [] for arm in part.arms}
-            for arm in part.arms:
-                for summary in results[name, arm].values():
-                    if "min" in summary.get("balance", {}):
-                        across[arm].append(summary["test"][part.metric])
-                        up[arm].append(summary["balance"]["min"])
-            if not all(across.values()):
+            found = {arm: results[name, arm].values() for arm in part.arms}
+            up = choose_height(part.metric, [one for arm in found.values() for one in arm])
+            if up is None:
                 continue
             file = f"{page.stem}-{index}-{name}.svg"
-            title = f"{part.title}, {name}"
-            plot = draw_arms(title, across, up, part.first, name_metric(part.metric))
+            plot = draw_arms(
+                f"{part.title}, {name}",
+                {arm: read_values(found[arm], part.metric) for arm in part.arms},
+                {arm: read_values(found[arm], up) for arm in part.arms},
+                part.first,
+                f"overall {name_metric(part.metric)}",
+                name_height(up),
+            )
             beside.write_text(file, plot)
             plots[part.title, name] = file
     beside.write_text(page.name, render_study(study, results, plots))
@@ -136,7 +147,7 @@ def _write_rows(study: Study, results: Mapping[tuple[str, str], Mapping[Trial, A
             "run": summary["run"],
             "test": summary["test"],
             "validation": summary["validation"],
-            "balance": summary["balance"],
+            "balance": summary.get("balance", {}),
             "bytes": summary["bytes"],
         }
         for trials in results.values()
