@@ -11,6 +11,7 @@ from rich.table import Table
 from fellray.actors.session import connect
 from fellray.actors.world import survey
 from fellray.jobs.display import console
+from fellray.jobs.orientation import check_orientation, orient, tabulate_orientation
 from fellray.jobs.plan import settle
 from fellray.jobs.train import train
 from fellray.platform import config as configs
@@ -32,14 +33,22 @@ SHOWN = {
 """Metrics on the terminal, and what they are called there."""
 
 
-def compare(config: RunConfig, methods: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+def compare(
+    config: RunConfig, methods: Sequence[str], seeds: Sequence[int], orientation: bool = False
+) -> dict[str, Any]:
     """Train what is not trained yet; write `compare.json` and `compare.html`.
 
     The config's own method and seed keep the config's name; other runs are named after it.
 
+    Args:
+        orientation: also item-kNN, BPR-MF and SASRec on everybody's data in one place, each with
+            one setting, as a method has.
+
     Returns:
         method -> metric -> {mean, std, values}, one value per seed; baseline rows included.
     """
+    if orientation:
+        check_orientation(config)
     world = survey(config)
     config = settle(config, world)
     runs = {(m, s): _variant(config, m, s) for m in methods for s in seeds}
@@ -49,6 +58,8 @@ def compare(config: RunConfig, methods: Sequence[str], seeds: Sequence[int]) -> 
     rows: dict[str, list[dict[str, float]]] = {
         name: [summaries[methods[0], seed][name] for seed in seeds] for name in BASELINES
     }
+    if orientation:
+        rows |= tabulate_orientation(orient(config, tries=1, seeds=seeds))
     for method in methods:
         rows[method] = [
             summaries[method, s]["test"]

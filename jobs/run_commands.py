@@ -70,6 +70,13 @@ def compare(
         str, typer.Option(help="Comma-separated method kinds.")
     ] = "fellrec,fedavg,local",
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0",
+    orientation: Annotated[
+        bool,
+        typer.Option(
+            "--orientation",
+            help="Also item-kNN, BPR-MF and SASRec, trained on everybody's data in one place.",
+        ),
+    ] = False,
     client_cost: Annotated[
         bool,
         typer.Option(
@@ -90,6 +97,8 @@ def compare(
 
         if overrides:
             raise FellrayError(f"{config} is a study: change it in the file, not by {overrides[0]}")
+        if orientation:
+            raise FellrayError(f"{config} is a study: write `orientation: true` into it")
         with interruptible("the same command goes on with the runs that are not finished"):
             tell(f"Written: {run_study(load_study(config))}")
         return
@@ -105,7 +114,8 @@ def compare(
     if bad := [seed for seed in seeds.split(",") if not seed.strip().isdecimal()]:
         raise FellrayError(f"--seeds {seeds}: {bad[0]!r} is no seed; write numbers: --seeds 0,1,2")
     with interruptible("the same command goes on after the last round that was printed"):
-        table = run(loaded, methods.split(","), [int(seed) for seed in seeds.split(",")])
+        wanted = [int(seed) for seed in seeds.split(",")]
+        table = run(loaded, methods.split(","), wanted, orientation)
     show_comparison(table)
 
 

@@ -1,5 +1,6 @@
 """Study: every arm of a study on every set, tuned alike, over all seeds; then the page."""
 
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,9 @@ from fellray.actors.attribute_world import AttributeWorld
 from fellray.actors.session import connect
 from fellray.jobs.compare import find_finished
 from fellray.jobs.display import console, make_bar
+from fellray.jobs.orientation import check_orientation, orient
 from fellray.jobs.train import train
+from fellray.platform import config as configs
 from fellray.platform.click_data import MANIFEST, ClickData
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
@@ -23,6 +26,7 @@ from fellray.platform.study import (
     Study,
     Trial,
     choose,
+    count_tries,
     list_arms,
     list_seeds,
     list_tries,
@@ -50,6 +54,8 @@ def run_study(study: Study) -> Path:
     arms = list(list_arms(study))
     for name, arm, _ in arms:
         _refuse_unprepared(study, name, arm)
+    for _, config in _list_ranking(study):
+        check_orientation(config)
     runs = sum(len(list_tries(study, n, arm)) + len(study.seeds) - 1 for n, arm, _ in arms)
     results: Results = {}
     config, actors = _find_largest(study)
@@ -69,7 +75,38 @@ def run_study(study: Study) -> Path:
             best = choose(tries, part.metric)
             rest = {trial: run(trial) for trial in list_seeds(study, best)[1:]}
             results[name, arm] = {best: tries[best]} | rest
-    return _write(study, results)
+    return _write(study, results, _orient(study))
+
+
+def _list_ranking(study: Study) -> list[tuple[str, RunConfig]]:
+    """Sets that get rows for orientation, and the config of theirs; none if nobody asks."""
+    if not study.orientation:
+        return []
+    configured = {
+        name: configs.load(own.config, _place(study, name)) for name, own in study.sets.items()
+    }
+    return [(name, config) for name, config in configured.items() if config.attributes is None]
+
+
+def _place(study: Study, name: str) -> tuple[str, ...]:
+    own = (f"name={study.study}-{name}", f"storage={study.storage}")
+    return (*study.sets[name].set, *own)
+
+
+def _orient(study: Study) -> dict[str, dict[str, Any]]:
+    """Set -> row for orientation -> what was found."""
+    found: dict[str, dict[str, Any]] = {}
+    tries, seeds = count_tries(study), ",".join(map(str, study.seeds))
+    for name, config in _list_ranking(study):
+        rows = orient(config, tries, study.seeds)
+        start = ("python", "-m", "fellray.jobs.orientation", str(study.sets[name].config))
+        asked = ("--tries", str(tries), "--seeds", seeds)
+        found[name] = {
+            row: result
+            | {"command": shlex.join([*start, *asked, "--rows", row, *_place(study, name)])}
+            for row, result in rows.items()
+        }
+    return found
 
 
 def _find_largest(study: Study) -> tuple[RunConfig, int]:
@@ -109,7 +146,7 @@ def _refuse_unprepared(study: Study, name: str, arm: str) -> None:
         AttributeWorld(config)  # refuses what does not fit the data before hours are spent
 
 
-def _write(study: Study, results: Results) -> Path:
+def _write(study: Study, results: Results, central: dict[str, dict[str, Any]]) -> Path:
     page = study.results
     beside = Journal(Storage(page.parent))
     plots: dict[tuple[str, str], str] = {}
@@ -130,12 +167,16 @@ def _write(study: Study, results: Results) -> Path:
             )
             beside.write_text(file, plot)
             plots[part.title, name] = file
-    beside.write_text(page.name, render_study(study, results, plots))
-    _write_rows(study, results)
+    beside.write_text(page.name, render_study(study, results, plots, central))
+    _write_rows(study, results, central)
     return page
 
 
-def _write_rows(study: Study, results: Mapping[tuple[str, str], Mapping[Trial, Any]]) -> None:
+def _write_rows(
+    study: Study,
+    results: Mapping[tuple[str, str], Mapping[Trial, Any]],
+    central: dict[str, dict[str, Any]],
+) -> None:
     rows = [
         {
             "set": trial.set,
@@ -154,7 +195,10 @@ def _write_rows(study: Study, results: Mapping[tuple[str, str], Mapping[Trial, A
         for trial, summary in trials.items()
     ]
     folder = Storage(study.storage).sub(f"{study.study}-study")
-    Journal(folder).write_json("study.json", {"study": study.study, "rows": rows})
+    told: dict[str, Any] = {"study": study.study, "rows": rows}
+    if central:
+        told["orientation"] = central
+    Journal(folder).write_json("study.json", told)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from fellray.platform.markup import Html, fold, join, list_facts, make_page, sec
 from fellray.platform.words import (
     BASELINES,
     HEADLINE,
+    ORIENTATION,
     STATISTICS,
     format_count,
     format_number,
@@ -20,6 +21,7 @@ from fellray.platform.words import (
     order_metrics,
 )
 
+_UNRANKED = BASELINES.keys() | ORIENTATION.keys()
 _LESS_IS_BETTER = ("balance/std", "balance/cv", "balance/max_min")
 
 
@@ -31,7 +33,8 @@ def render_comparison(
     Args:
         compare: method -> metric -> {`mean`, `std`, `values` (one per seed)}, test metrics and
             `balance/min` and the like (of NDCG@10). Rows named `popularity`, `prior` and
-            `untrained` are baselines: shown, but not ranked among the methods.
+            `untrained` are baselines, those of `words.ORIENTATION` are trained where all data lie
+            together: shown, but not ranked among the methods.
         balances: method -> seed -> statistic -> value, as `metrics.balance` gives it; may be empty.
         meta: `name` and `seeds`; everything else in it is listed as it is.
     """
@@ -42,7 +45,7 @@ def render_comparison(
         for method, table in compare.items()
     }
     pooled = {method: table[HEADLINE]["values"] for method, table in compare.items()}
-    methods = [name for name in compare if name not in BASELINES]
+    methods = [name for name in compare if name not in _UNRANKED]
     rest = {name: value for name, value in meta.items() if name != "name"}
     by_seed = [
         [f"{method}, seed {seed}", *(format_number(values.get(key)) for key in STATISTICS)]
@@ -67,7 +70,7 @@ def render_comparison(
 def _verdict(what: str, values: Mapping[str, Sequence[float]]) -> str:
     """Which method is best in the mean, whether the spread overlaps, and the best baseline."""
     means = {name: fmean(own) for name, own in values.items() if own}
-    ranked = sorted(means.keys() - BASELINES.keys(), key=lambda name: (-means[name], name))
+    ranked = sorted(means.keys() - _UNRANKED, key=lambda name: (-means[name], name))
     if len(ranked) < 2:
         return f"{what}: fewer than two methods were measured, so there is nothing to compare."
     best, second = ranked[:2]
@@ -96,6 +99,14 @@ def _verdict(what: str, values: Mapping[str, Sequence[float]]) -> str:
         text += (
             f" Strongest baseline: {baselines[0]}, {means[baselines[0]]:.4f}; "
             f"{above} of {len(ranked)} methods are above it in the mean."
+        )
+    central = sorted(means.keys() & ORIENTATION.keys(), key=lambda name: (-means[name], name))
+    if central:
+        above = sum(means[name] > means[central[0]] for name in ranked)
+        text += (
+            " For orientation, trained on everybody’s data in one place, which no method may do: "
+            + ", ".join(f"{name} {means[name]:.4f}" for name in central)
+            + f"; {above} of {len(ranked)} methods are above the best of them in the mean."
         )
     return text
 

@@ -85,6 +85,9 @@ class Study(Section):
     the best validation."""
     tune_arms: dict[str, Grid] = Field(default_factory=dict)
     """Arm -> what it tries instead, on every set: as many combinations as the others."""
+    orientation: bool = False
+    """Also item-kNN, BPR-MF and SASRec on every set, trained on everybody's data in one place, with
+    as many tries as an arm has at most: rows for orientation, no arms."""
     sets: dict[str, DataSet] = Field(min_length=1)
     parts: tuple[Part, ...] = Field(min_length=1)
 
@@ -214,6 +217,11 @@ def list_tries(study: Study, name: str, arm: str) -> list[Trial]:
         )
         for values in product(*grid.values())
     ]
+
+
+def count_tries(study: Study) -> int:
+    """How many settings an arm tries that fixes nothing itself."""
+    return prod(len(values) for values in study.tune.values())
 
 
 def list_seeds(study: Study, best: Trial) -> list[Trial]:

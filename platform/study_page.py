@@ -10,6 +10,14 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from fellray.platform.orientation_rows import (
+    EXPLAINED,
+    Central,
+    digest_central,
+    list_values,
+    tell_central,
+    tell_choice,
+)
 from fellray.platform.paired import adjust, weigh_signs
 from fellray.platform.study import Part, Study, Trial
 from fellray.platform.study_values import LOWEST, read_values
@@ -24,30 +32,39 @@ SURE = 0.05
 """Below it a p value, adjusted, counts as a difference."""
 
 
-def render_study(study: Study, results: Results, plots: Mapping[tuple[str, str], str]) -> str:
+def render_study(
+    study: Study,
+    results: Results,
+    plots: Mapping[tuple[str, str], str],
+    central: Mapping[str, Central] | None = None,
+) -> str:
     """The page.
 
     Args:
         plots: (part's title, set) -> where its plot lies, as the page is to link it.
+        central: set -> its rows for orientation, where there are any.
     """
+    central = central or {}
     parts = [
         f"# {study.study.capitalize()}",
         _tell_origin(study, results),
         "## What was found",
-        "\n".join(f"- {line}" for part in study.parts for line in _find(part, results)),
+        "\n".join(f"- {line}" for part in study.parts for line in _find(part, results, central)),
     ]
     for part in study.parts:
         parts.append(f"## {part.title}")
         for name in part.sets:
             parts += [
                 f"### {name}",
-                _tabulate(study, part, name, results),
+                _tabulate(part, name, results, central.get(name, {})),
                 f"![arms on {name} by two values]({plots[part.title, name]})"
                 if (part.title, name) in plots
                 else "",
             ]
         parts.append(part.note)
-    parts += ["## Every run", _list_runs(results)]
+    if central:
+        parts.append(EXPLAINED)
+    parts += ["## Every run", _list_runs(results, central)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -91,7 +108,7 @@ def _tell_pairs(study: Study, results: Results) -> str:
     )
 
 
-def _find(part: Part, results: Results) -> list[str]:
+def _find(part: Part, results: Results, central: Mapping[str, Central]) -> list[str]:
     """Whether the champion leads, set by set."""
     lines = []
     for name in part.sets:
@@ -116,7 +133,10 @@ def _find(part: Part, results: Results) -> list[str]:
         line += f" Told apart and above it: {_quote(better)}." if better else ""
         line += "" if apart else " No arm is told apart from it."
         lines.append(
-            line + _find_balance(part, name, results) + _find_baseline(part, name, results)
+            line
+            + _find_balance(part, name, results)
+            + _find_baseline(part, name, results)
+            + tell_central(central.get(name, {}), part.metric, list(means.values()))
         )
     return lines
 
@@ -147,7 +167,7 @@ def _find_baseline(part: Part, name: str, results: Results) -> str:
     return f" Not above {words}: {_quote(below)}."
 
 
-def _tabulate(study: Study, part: Part, name: str, results: Results) -> str:
+def _tabulate(part: Part, name: str, results: Results, central: Central) -> str:
     named = {metric: name_metric(metric) for metric in (part.metric, *part.columns)}
     named |= {LOWEST: "lowest client", "balance/cv": "CV"}
     runs = [summary for arm in part.arms for summary in results[name, arm].values()]
@@ -160,6 +180,9 @@ def _tabulate(study: Study, part: Part, name: str, results: Results) -> str:
         if part.metric in summary.get(row, {}):
             cells = [_number(summary[row].get(metric)) for metric in shown]
             rows.append([row.replace("_", " "), *cells, "", "", "", ""])
+    for row, found in central.items():
+        spread = [_spread(list_values(found, metric)) for metric in shown]
+        rows.append([row, *spread, "", "", tell_choice(found), ""])
     others = [arm for arm in part.arms if arm != part.first]
     p = dict(zip(others, _test(part, name, others, results), strict=True))
     base = _mean(results[name, part.first], part.metric)
@@ -208,7 +231,7 @@ def _sent(summary: Summary) -> float:
     return float(count / max(1, summary["clients"]) / max(1, summary["rounds"]))
 
 
-def _list_runs(results: Results) -> str:
+def _list_runs(results: Results, central: Mapping[str, Central]) -> str:
     lines = ["<details><summary>Commands, and a hash over all clients' adapters</summary>", ""]
     lines += ["| hash | command |", "|---|---|"]
     met: set[str] = set()
@@ -217,6 +240,9 @@ def _list_runs(results: Results) -> str:
             if trial.name not in met:
                 met.add(trial.name)
                 lines.append(f"| `{digest(summary)}` | `{trial.command}` |")
+    for rows in central.values():
+        for found in rows.values():
+            lines.append(f"| `{digest_central(found)}` | `{found['command']}` |")
     return "\n".join([*lines, "", "</details>"])
 
 

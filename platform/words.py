@@ -12,6 +12,12 @@ BASELINES = {
     "untrained": "the model as it was before the first round",
 }
 """Rows of a comparison that no training made, and what each is."""
+ORIENTATION = {
+    "item_knn": "item-based nearest neighbours by cosine, on everybody's data in one place",
+    "bpr_mf": "matrix factors under BPR, on everybody's data in one place",
+    "sasrec": "self-attention over the sequence of items, on everybody's data in one place",
+}
+"""Rows that are trained where all data lie together, which no method may do, and what each is."""
 STATISTICS = {
     "mean": "mean of clients",
     "std": "standard deviation (population)",

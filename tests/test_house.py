@@ -25,6 +25,7 @@ ONLY_IN = {
     "ray": ("actors/", "serve/", "jobs/"),
     "deepspeed": ("actors/engine.py",),
     "fastapi": ("serve/",),
+    "implicit": ("platform/collaborative.py",),
     "flwr": ("jobs/flower_fedavg.py",),
     "pfl": ("jobs/pfl_fedavg.py",),
 }

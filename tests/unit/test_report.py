@@ -306,6 +306,14 @@ def test_comparison_claims_nothing_from_one_seed_or_one_method():
     page = check(render_comparison(compare, {}, {}))
     assert "not yet evidence of a difference" in page.text
     assert page.row("clients: lowest client") == ["<b>0.1000</b>", "<b>0.1000</b>"]
+    compare["sasrec"] = methods_of(sasrec=([0.35], [0.3]))["sasrec"]
+    page = check(render_comparison(compare, {}, {}))
+    assert (
+        "one has the highest mean, 0.4000 (next: two, 0.3000)" in page.text
+    )  # sasrec is no method
+    assert "2 methods: one, two" in page.text
+    assert "sasrec 0.3500; 1 of 2 methods are above the best of them" in page.text
+    del compare["sasrec"]
     alone = check(render_comparison({"one": compare["one"]}, {}, {}))
     assert "nothing to compare" in alone.text
 

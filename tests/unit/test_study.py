@@ -14,6 +14,7 @@ from fellray.platform.study import (
     Study,
     Trial,
     choose,
+    count_tries,
     is_study,
     list_arms,
     list_seeds,
@@ -279,6 +280,34 @@ def test_a_metric_that_no_run_has_is_refused(
     more = {"tune": {}, "sets": TREE["sets"] | {"clicks": clicks}, "parts": [part]}
     with pytest.raises(FellrayError, match=told):
         load_study(write(tmp_path, **more))
+
+
+def test_rows_for_orientation_stand_beside_the_arms(tmp_path: Path) -> None:
+    study = load_study(write(tmp_path, orientation=True))
+    assert count_tries(study) == 2
+
+    def central(first: float, second: float) -> dict[str, Any]:
+        seeds = [
+            {"test": {"ndcg@10": v, "recall@10": 2 * v}, "balance": {"min": v / 2, "cv": 0.25}}
+            for v in (first, second)
+        ]
+        return {
+            "settings": {"k": 20, "loss": "bce"},
+            "tried": [{"settings": {"k": k, "loss": "bce"}} for k in (100, 20)],
+            "seeds": [own | {"hash": "ab"} for own in seeds],
+            "command": "python -m somewhere --rows x",
+        }
+
+    results = results_of(study, {"fellrec": [[0.2], [0.2]], "fedavg": [[0.1], [0.1]]})
+    rows = {"item_knn": central(0.1, 0.2), "sasrec": central(0.12, 0.14)}
+    page = render_study(study, results, {}, {"demo": rows})
+    assert "| item_knn | 0.1500 ± 0.0707 | 0.3000 ± 0.1414 | 0.0750 ± 0.0354 | 0.2500" in page
+    assert "|  |  | k 20 |  |" in page  # the loss was the same in both tries
+    found = page.split("## What was found")[1].split("##")[0]
+    assert "item_knn 0.1500, sasrec 0.1300; 1 of 2 arms are above item_knn." in found
+    assert page.count("`python -m somewhere --rows x` |") == 2
+    assert "`item_knn`" not in page  # no arm
+    assert "everybody" not in render_study(study, results, {})
 
 
 def test_the_plot_is_a_file_of_its_own() -> None:
