@@ -45,7 +45,7 @@ CLICK_METRICS = {
 """Metrics of clicks foretold, as `ClickScore.means` names them, and what each is."""
 CLICK_ROWS = {
     "embedding_only": "private user embeddings alone, nothing sent",
-    "untrained": "the pre-trained backbone, before the first round",
+    "untrained": "the pre-trained start, before the first round",
 }
 """Rows that a run on attributes is read beside, and what each is."""
 HEADLINE = "ndcg@10"

@@ -63,7 +63,7 @@ def test_a_run_shows_what_it_was_given() -> None:
     assert page.row("GAUC") == ["0.6000", "0.6200", "0.5000", "0.6100"]
     assert page.row("Log loss")[0] == "0.3000"
     assert "-0.0200 against private user embeddings alone, nothing sent (0.7200)" in page.text
-    assert "+0.1000 against the pre-trained backbone, before the first round (0.6000)" in page.text
+    assert "+0.1000 against the pre-trained start, before the first round (0.6000)" in page.text
     assert "ranked no better" not in page.text
     assert "best round 2" in page.text
     assert page.row("2")[:3] == ["0.6800", "0.6200", "0.5200"]
