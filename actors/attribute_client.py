@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fellray.platform.adaptation import Layout, Rows, pack, score, train, unpack
 from fellray.platform.attribute_model import Backbone, look_up
-from fellray.platform.click_data import SPLITS, TRAIN, ClickData
+from fellray.platform.click_data import ClickData
 from fellray.platform.click_score import ClickScore, pool_clicks, score_users
+from fellray.platform.clicks import SPLITS, TRAIN
 from fellray.platform.config import RunConfig
 from fellray.platform.fedpa import GROUP, Fedpa
 from fellray.platform.ledger import Ledger

@@ -23,8 +23,8 @@ from fellray.actors.replay import replay
 from fellray.platform.aggregation import Plan, Reports, describe
 from fellray.platform.answers import read_updates
 from fellray.platform.attribute_model import Backbone
-from fellray.platform.click_data import VALID
 from fellray.platform.click_score import ClickScore
+from fellray.platform.clicks import VALID
 from fellray.platform.config import RunConfig
 from fellray.platform.fedpa import GROUP
 from fellray.platform.manifest import Staged

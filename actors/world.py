@@ -74,8 +74,8 @@ def survey(config: RunConfig, own: Own | None = None) -> World:
     """
     if config.attributes is not None:
         raise FellrayError(
-            f"{config.name}: is on attributes, not on a language model: `fellray prepare`, `train` "
-            "and `runs` know it, the other commands do not"
+            f"{config.name}: is on attributes, not on a language model: `fellray prepare`, "
+            "`train`, `runs` and, in a study, `compare` know it, the other commands do not"
         )
     data = Dataset(config.data.path)
     backbone = load_backbone(config.model.name)

@@ -13,28 +13,18 @@ import torch
 from rich.table import Table
 from safetensors.torch import save_file
 
-from fellray.actors.attribute_client import PRIVATE
 from fellray.actors.attribute_plant import AttributePlant
 from fellray.actors.attribute_world import AttributeWorld
 from fellray.actors.session import connect
+from fellray.jobs.attribute_summary import summarise_attributes
 from fellray.jobs.display import Display, console
 from fellray.platform.attribute_model import Backbone, Shape, describe_backbone
+from fellray.platform.attribute_page import render_attributes
 from fellray.platform.attributes import AttributeConfig
-from fellray.platform.click_data import (
-    TEST,
-    VALID,
-    Clicks,
-    name_tensors,
-    read_clicks,
-    split_clicks,
-    write_clicks,
-)
+from fellray.platform.click_data import name_tensors, write_clicks
+from fellray.platform.clicks import TEST, Clicks, read_clicks, split_clicks
 from fellray.platform.config import RunConfig
-from fellray.platform.environment import environment
 from fellray.platform.fedpa import Fedpa
-from fellray.platform.ledger import total
-from fellray.platform.messages import LedgerRow
-from fellray.platform.outcome import pool
 from fellray.platform.pretraining import Fitted, Samples, distil, evaluate_backbone, pretrain
 from fellray.platform.privacy_config import NoPrivacy
 from fellray.platform.run import Run, open_run
@@ -42,7 +32,6 @@ from fellray.platform.seating import deal
 
 EXPORT = "student"
 """Name of the exported student: a safetensors file, and a JSON file that describes it."""
-METRICS = ("auc", "gauc", "log_loss", "precision", "calibration", "ece")
 
 
 def prepare_attributes(config: RunConfig) -> dict[str, Any]:
@@ -104,7 +93,8 @@ def show_prepared(config: RunConfig, manifest: dict[str, Any]) -> None:
 def train_attributes(
     config: RunConfig, play: Callable[[Run, AttributePlant, Display], None]
 ) -> dict[str, Any]:
-    """Train, and then the row that the result is read beside: user embeddings alone, nothing sent.
+    """Train the row that the result is read beside, user embeddings alone, nothing sent; then the
+    run; its report.
 
     Args:
         play: turns the rounds.
@@ -114,18 +104,18 @@ def train_attributes(
     """
     world = AttributeWorld(config)
     with connect(config, len(deal(world.clients, config.clients.together))):
-        summary = _train(config, world, play)
+        rows = {}
         if (alone := _alone(config)) is not None:
-            beside = _train(alone, AttributeWorld(alone), play)
-            summary["embedding_only"] = beside["test"]
-            Run(config).journal.write_json("summary.json", summary)
-    return summary
+            # before the run, whose summary is then whole when it is there
+            rows["embedding_only"] = _train(alone, AttributeWorld(alone), play, {})["test"]
+        return _train(config, world, play, rows)
 
 
 def _train(
     config: RunConfig,
     world: AttributeWorld,
     play: Callable[[Run, AttributePlant, Display], None],
+    rows: dict[str, Any],
 ) -> dict[str, Any]:
     with (
         open_run(config, world.data_sha256) as run,
@@ -137,61 +127,13 @@ def _train(
             display.warn([run.spending.stop])
             run.events.append(run.spending.stop)
         display.say("testing")
-        summary = plant.replayed(summarise_attributes, run, world)
+        summary = plant.replayed(summarise_attributes, run, world) | rows
         run.journal.write_json("summary.json", summary)
+        page = render_attributes(
+            summary, run.journal.rows("metrics"), run.config.model_dump(mode="json")
+        )
+        run.journal.write_text("report.html", page)
     return summary
-
-
-def summarise_attributes(plant: AttributePlant, run: Run, world: AttributeWorld) -> dict[str, Any]:
-    """A run in numbers, its best round tested."""
-    config, best, last = run.config, run.best_round(), run.rounds.latest() or 0
-    ledger = [
-        LedgerRow(**{k: v for k, v in row.items() if k != "round"})
-        for row in run.journal.rows("ledger")
-    ]
-    return {
-        "run": config.name,
-        "method": config.method.kind,
-        "seed": config.seed,
-        "rounds": last,
-        "best_round": best,
-        "clients": len(plant.learners),
-        "test": pool(plant.evaluate(best, TEST)),
-        "validation": pool(plant.evaluate(best, VALID)),
-        "untrained": pool(plant.evaluate(0, TEST)),
-        "counts": world.layout.count(),
-        "adapter_norms": plant.measure_adapters(best),
-        "groups": {a: len(set(names)) for a, names in world.groups.items()},
-        "bytes": total(ledger),
-        "privacy": run.spending.tree(),
-        "hashes": run.rounds.hashes(best, [PRIVATE], plant.learners),
-        "shared_hash": plant.hash_shared(best),
-        "final_hashes": run.rounds.hashes(last, [PRIVATE], plant.learners),
-        "final_shared_hash": plant.hash_shared(last),
-        "data": {
-            "path": str(config.data.path),
-            "sha256": world.data_sha256,
-            "counts": world.manifest["counts"],
-        },
-        "model": {"name": "attributes", **describe_backbone(world.backbone.shape)},
-        "environment": environment(),
-        "events": [e for row in run.journal.rows("metrics") for e in row["events"]] + run.events,
-    }
-
-
-def show_attributes(summary: dict[str, Any]) -> None:
-    """The test table of a run: the method beside the rows that it must be read beside."""
-    table = Table("test", *METRICS, title=f"{summary['run']} (best round {summary['best_round']})")
-    for row in ("untrained", "embedding_only", "test"):
-        if values := summary.get(row):
-            name = summary["method"] if row == "test" else row.replace("_", " ")
-            table.add_row(name, *(f"{values[m]:.4f}" if m in values else "" for m in METRICS))
-    console.print(table)
-    norms = [f"{name} {value:.3g}" for name, value in summary["adapter_norms"].items()]
-    console.print(f"largest norms of any adapter: {', '.join(norms)}")
-    beside = summary.get("embedding_only", {}).get("auc", 0.0)
-    if beside >= summary["test"]["auc"]:
-        console.print("User embeddings alone, with nothing sent, do as well on this data.")
 
 
 def _alone(config: RunConfig) -> RunConfig | None:

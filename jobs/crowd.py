@@ -17,11 +17,12 @@ from fellray.jobs.display import console
 from fellray.jobs.prepare import encode_titles
 from fellray.jobs.tiny_encoder import make_encoder
 from fellray.platform import config as configs
-from fellray.platform import demo, shards
+from fellray.platform import demo
 from fellray.platform.config import RunConfig
 from fellray.platform.data_config import LeaveOneOut
 from fellray.platform.encoder import load_backbone
 from fellray.platform.interactions import Interactions, split
+from fellray.platform.shard_writing import write_shards
 
 PEOPLE = 2000
 """Histories that differ."""
@@ -38,7 +39,7 @@ def make_crowd(config: RunConfig, clients: int, seed: int) -> dict[str, Any]:
     names = {f"c{i:06d}": np.array([i]) for i in range(clients)}
     backbone = load_backbone(config.model.name)
     vectors = encode_titles(config, backbone, interactions.items["title"].to_pylist())
-    return shards.write(
+    return write_shards(
         config.data, interactions, splits, names, backbone.name, backbone.sha256, vectors
     )
 

@@ -24,6 +24,7 @@ def finish(run: Run, plant: Plant, world: World, display: Display) -> dict[str, 
         run.events.append(run.spending.stop)
     display.say(f"testing round {best}")
     summary = plant.replayed(_test, run, world, best)
+    summary["model"]["generative"] = world.backbone.generative
     events = plant.take_events()
     display.warn(events)
     summary["events"] += events

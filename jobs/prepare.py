@@ -8,13 +8,14 @@ from rich.progress import track
 
 from fellray.jobs.attributes import prepare_attributes
 from fellray.platform import config as configs
-from fellray.platform import grounding, shards
+from fellray.platform import grounding
 from fellray.platform.config import RunConfig
 from fellray.platform.encoder import Backbone, load_backbone, load_tokenizer, tokenize
 from fellray.platform.interactions import read, split
 from fellray.platform.item_vectors import ROWS, embed
 from fellray.platform.partition import partition
 from fellray.platform.script import Script, load_wording
+from fellray.platform.shard_writing import write_shards
 from fellray.platform.split import cut_model
 
 
@@ -35,7 +36,7 @@ def prepare(config: RunConfig) -> dict[str, Any]:
     )
     backbone = load_backbone(config.model.name)
     vectors = encode_titles(config, backbone, interactions.items["title"].to_pylist())
-    return shards.write(
+    return write_shards(
         config.data, interactions, splits, clients, backbone.name, backbone.sha256, vectors
     )
 

@@ -32,17 +32,21 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     with interruptible("the same command goes on after the last round that was printed"):
         summary = run(loaded)
     if loaded.attributes is not None:
-        from fellray.jobs.attributes import show_attributes
+        from fellray.jobs.attribute_summary import show_attributes
 
         show_attributes(summary)
-        return
-    show_summary(summary)
+    else:
+        show_summary(summary)
     if summary["privacy"]["mechanism"] != "none":
         tell(f"Privacy: {summary['privacy']['statement']}")
     folder = f"{loaded.storage}/{loaded.name}"
-    client = next(iter(summary["per_client"]))
     tell(f"Report: {folder}/report.html")
-    tell(f'Next: fellray recommend {quote(folder)} --client {client} --history "a title; another"')
+    if summary.get("model", {}).get("generative"):  # recommend and serve refuse it
+        tell(f"Next: fellray evaluate {quote(folder)}")
+    elif loaded.attributes is None:
+        client = next(iter(summary["per_client"]))
+        ask = f'--client {client} --history "a title; another"'
+        tell(f"Next: fellray recommend {quote(folder)} {ask}")
     if status := exit_status(summary):
         raise typer.Exit(status)
 

@@ -8,12 +8,14 @@ from typing import Any
 
 from rich.progress import MofNCompleteColumn, TextColumn
 
+from fellray.actors.attribute_world import AttributeWorld
 from fellray.actors.session import connect
 from fellray.jobs.compare import find_finished
 from fellray.jobs.display import console, make_bar
 from fellray.jobs.orientation import check_orientation, orient
 from fellray.jobs.train import train
 from fellray.platform import config as configs
+from fellray.platform.click_data import MANIFEST, ClickData
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.journal import Journal
@@ -32,6 +34,7 @@ from fellray.platform.study import (
 )
 from fellray.platform.study_page import digest, render_study
 from fellray.platform.study_plot import draw_arms
+from fellray.platform.study_values import choose_height, name_height, read_values
 from fellray.platform.words import name_metric
 
 Results = dict[tuple[str, str], dict[Trial, dict[str, Any]]]
@@ -49,10 +52,10 @@ def run_study(study: Study) -> Path:
         FellrayError: data of a set are not prepared, or a run fails; those before it are kept.
     """
     arms = list(list_arms(study))
-    for name in study.sets:
-        _refuse_unprepared(study, name)
-        if study.orientation:
-            check_orientation(configs.load(study.sets[name].config, study.sets[name].set))
+    for name, arm, _ in arms:
+        _refuse_unprepared(study, name, arm)
+    for _, config in _list_ranking(study):
+        check_orientation(config)
     runs = sum(len(list_tries(study, n, arm)) + len(study.seeds) - 1 for n, arm, _ in arms)
     results: Results = {}
     config, actors = _find_largest(study)
@@ -75,18 +78,32 @@ def run_study(study: Study) -> Path:
     return _write(study, results, _orient(study))
 
 
+def _list_ranking(study: Study) -> list[tuple[str, RunConfig]]:
+    """Sets that get rows for orientation, and the config of theirs; none if nobody asks."""
+    if not study.orientation:
+        return []
+    configured = {
+        name: configs.load(own.config, _place(study, name)) for name, own in study.sets.items()
+    }
+    return [(name, config) for name, config in configured.items() if config.attributes is None]
+
+
+def _place(study: Study, name: str) -> tuple[str, ...]:
+    own = (f"name={study.study}-{name}", f"storage={study.storage}")
+    return (*study.sets[name].set, *own)
+
+
 def _orient(study: Study) -> dict[str, dict[str, Any]]:
-    """Set -> row for orientation -> what was found; nothing where the study does not ask."""
+    """Set -> row for orientation -> what was found."""
     found: dict[str, dict[str, Any]] = {}
     tries, seeds = count_tries(study), ",".join(map(str, study.seeds))
-    for name, own in study.sets.items() if study.orientation else ():
-        place = (f"name={study.study}-{name}", f"storage={study.storage}")
-        changes = (*own.set, *place)
-        rows = orient(configs.load(own.config, changes), tries, study.seeds)
-        start = ("python", "-m", "fellray.jobs.orientation", str(own.config))
+    for name, config in _list_ranking(study):
+        rows = orient(config, tries, study.seeds)
+        start = ("python", "-m", "fellray.jobs.orientation", str(study.sets[name].config))
         asked = ("--tries", str(tries), "--seeds", seeds)
         found[name] = {
-            row: result | {"command": shlex.join([*start, *asked, "--rows", row, *changes])}
+            row: result
+            | {"command": shlex.join([*start, *asked, "--rows", row, *_place(study, name)])}
             for row, result in rows.items()
         }
     return found
@@ -97,11 +114,16 @@ def _find_largest(study: Study) -> tuple[RunConfig, int]:
     asked = {}
     for name, arm, _ in list_arms(study):
         config = list_tries(study, name, arm)[0].settle()
-        seats = config.method.seat(Dataset(config.data.path).clients)
-        actors = len(deal(list(seats), config.clients.together))
+        actors = len(deal(_list_learners(config), config.clients.together))
         cpus = config.server.count * config.server.cpus + actors * config.clients.cpus
         asked[cpus] = config, actors
     return asked[max(asked)]
+
+
+def _list_learners(config: RunConfig) -> list[str]:
+    if config.attributes is not None:
+        return list(ClickData(config.data.path).clients)
+    return list(config.method.seat(Dataset(config.data.path).clients))
 
 
 def _run(trial: Trial) -> dict[str, Any]:
@@ -112,14 +134,16 @@ def _run(trial: Trial) -> dict[str, Any]:
     return train(config)
 
 
-def _refuse_unprepared(study: Study, name: str) -> None:
-    own = study.sets[name]
-    arm = next(iter(next(part for part in study.parts if name in part.sets).arms))
-    path = list_tries(study, name, arm)[0].settle().data.path
-    if not (path / "manifest.json").is_file():
+def _refuse_unprepared(study: Study, name: str, arm: str) -> None:
+    config = list_tries(study, name, arm)[0].settle()
+    manifest = "manifest.json" if config.attributes is None else MANIFEST
+    if not (config.data.path / manifest).is_file():
         raise FellrayError(
-            f"set {name!r}: {path} holds no prepared data; `fellray prepare {own.config}` makes it"
+            f"set {name!r}: {config.data.path} holds no prepared data; `fellray prepare "
+            f"{study.sets[name].config}` makes it"
         )
+    if config.attributes is not None:
+        AttributeWorld(config)  # refuses what does not fit the data before hours are spent
 
 
 def _write(study: Study, results: Results, central: dict[str, dict[str, Any]]) -> Path:
@@ -128,18 +152,19 @@ def _write(study: Study, results: Results, central: dict[str, dict[str, Any]]) -
     plots: dict[tuple[str, str], str] = {}
     for index, part in enumerate(study.parts, start=1):
         for name in part.sets:
-            across: dict[str, list[float]] = {arm: [] for arm in part.arms}
-            up: dict[str, list[float]] = {arm: [] for arm in part.arms}
-            for arm in part.arms:
-                for summary in results[name, arm].values():
-                    if "min" in summary.get("balance", {}):
-                        across[arm].append(summary["test"][part.metric])
-                        up[arm].append(summary["balance"]["min"])
-            if not all(across.values()):
+            found = {arm: results[name, arm].values() for arm in part.arms}
+            up = choose_height(part.metric, [one for arm in found.values() for one in arm])
+            if up is None:
                 continue
             file = f"{page.stem}-{index}-{name}.svg"
-            title = f"{part.title}, {name}"
-            plot = draw_arms(title, across, up, part.first, name_metric(part.metric))
+            plot = draw_arms(
+                f"{part.title}, {name}",
+                {arm: read_values(found[arm], part.metric) for arm in part.arms},
+                {arm: read_values(found[arm], up) for arm in part.arms},
+                part.first,
+                f"overall {name_metric(part.metric)}",
+                name_height(up),
+            )
             beside.write_text(file, plot)
             plots[part.title, name] = file
     beside.write_text(page.name, render_study(study, results, plots, central))
@@ -163,7 +188,7 @@ def _write_rows(
             "run": summary["run"],
             "test": summary["test"],
             "validation": summary["validation"],
-            "balance": summary["balance"],
+            "balance": summary.get("balance", {}),
             "bytes": summary["bytes"],
         }
         for trials in results.values()

@@ -91,6 +91,23 @@ class ClickScore:
         found["ece"] = float(np.abs(gaps).sum()) / total
         return found
 
+    def reliability(self) -> list[dict[str, float]]:
+        """Of each of `CALIBRATION` bins of probability that holds samples: `foretold`, their mean
+        probability; `clicked`, the share of clicks; `samples`."""
+        wide = self.bins * CALIBRATION // BINS
+        total = self.clicks + self.others
+        samples = np.bincount(wide, total, CALIBRATION)
+        foretold = np.bincount(wide, (self.bins + 0.5) / BINS * total, CALIBRATION)
+        clicked = np.bincount(wide, self.clicks, CALIBRATION)
+        return [
+            {
+                "foretold": float(foretold[at] / samples[at]),
+                "clicked": float(clicked[at] / samples[at]),
+                "samples": int(samples[at]),
+            }
+            for at in np.flatnonzero(samples).tolist()
+        ]
+
 
 NOTHING = ClickScore(
     np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int64), 0.0, 0, 0, 0.0

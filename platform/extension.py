@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from fellray.platform import shards
 from fellray.platform.data_config import DataConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.events import Event
 from fellray.platform.intake import Taken
 from fellray.platform.interactions import Interactions
 from fellray.platform.shard import LATER
+from fellray.platform.shard_writing import write_shards
 from fellray.platform.shards import Dataset
 
 
@@ -96,7 +96,7 @@ def extend(
         left_out=data.manifest.get("left_out", {}),
     )
     encoder = data.manifest["encoder"]
-    shards.write(
+    write_shards(
         config.model_copy(update={"path": path}),
         interactions,
         splits,

@@ -94,7 +94,7 @@ def split(interactions: Interactions, config: LeaveOneOut | Temporal) -> np.ndar
     leave_one_out: a user with fewer than 3 interactions is all training. temporal: cut at two
     moments, quantiles of all timestamps; equal timestamps fall on the same, later side. A
     temporal split can leave a user without training rows. Their rows keep their label here; such
-    a user belongs to no client, so `shards.write` drops those rows and counts them.
+    a user belongs to no client, so `write_shards` drops those rows and counts them.
 
     Raises:
         FellrayError: nobody has 3 interactions (leave_one_out); the order is per user only, or a

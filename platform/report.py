@@ -6,15 +6,20 @@ outside: its few charts are inline SVG, each with a table near it.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fellray.platform.charts import draw_bars
 from fellray.platform.curves import show_rounds
-from fellray.platform.markup import Html, fold, join, list_facts, make_page, section, tabulate, tag
+from fellray.platform.markup import Html, fold, join, make_page, section, tabulate, tag
+from fellray.platform.run_sections import (
+    show_events,
+    show_privacy,
+    show_provenance,
+    show_traffic,
+)
 from fellray.platform.words import (
     BASELINES,
-    CROSSINGS,
     HEADLINE,
     STATISTICS,
     format_count,
@@ -54,11 +59,11 @@ def render(
         _tested(summary),
         show_rounds(summary, rows),
         _clients(summary),
-        _traffic(summary, rows),
-        _privacy(summary),
-        _happened(summary, rows),
+        show_traffic(summary, rows),
+        show_privacy(summary),
+        show_events(summary, rows),
         _client_cost(costs) if costs else "",
-        _provenance(summary),
+        show_provenance(summary),
         fold("Resolved config", tag("pre", json.dumps(config, indent=2, default=str))),
     )
 
@@ -188,45 +193,6 @@ def _clients(summary: Mapping[str, Any]) -> Html:
     )
 
 
-def _traffic(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Html:
-    totals: Mapping[str, int] = summary.get("bytes") or {}
-    if not totals:
-        return Html()
-    # A client that sat a round out, or was refused, has no loss in that round's row.
-    turns = sum(len(row.get("losses") or {}) for row in rows)
-    kinds = sorted(totals.items(), key=lambda kind: (-kind[1], kind[0]))
-    everything = sum(totals.values())
-    cells = [
-        [
-            kind,
-            format_size(count),
-            f"{count:,}",
-            f"{count / everything:.1%}" if everything else "–",
-            format_size(count / turns) if turns else "–",
-        ]
-        for kind, count in [*kinds, ("all", everything)]
-    ]
-    per = f" A client-round is one client in one round; there were {turns:,}." if turns else ""
-    return section(
-        "Bytes moved",
-        tag("p", f"What the clients sent and received, by kind, from the ledger.{per} {CROSSINGS}"),
-        tabulate(["kind", "size", "bytes", "share", "per client-round"], cells),
-    )
-
-
-def _privacy(summary: Mapping[str, Any]) -> Html:
-    privacy = summary.get("privacy") or {}
-    if privacy.get("mechanism", "none") == "none":
-        return Html()
-    known = {name: value for name, value in privacy.items() if value not in (None, [])}
-    statement = str(known.pop("statement"))
-    return section(
-        "Differential privacy",
-        tag("p", statement[:1].upper() + statement[1:] + "."),
-        list_facts({name.replace("_", " "): value for name, value in known.items()}),
-    )
-
-
 def _client_cost(costs: Mapping[str, Any]) -> Html:
     """One row per depth of the cut; in brackets the share of the whole model's."""
 
@@ -258,28 +224,3 @@ def _client_cost(costs: Mapping[str, Any]) -> Html:
     )
     busy = " The machine was busy: read the shares, not the times." if costs["busy"] else ""
     return section("What a client needs", tag("p", words + busy), tabulate(head, rows))
-
-
-def _happened(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Html:
-    events = [
-        f"round {row['round']}: {client} refused: {reason}"
-        for row in rows
-        for client, reason in sorted((row.get("refused") or {}).items())
-    ]
-    events += [str(event) for event in summary.get("events") or []]
-    events = list(dict.fromkeys(events))  # a refusal may stand in both
-    if not events:
-        return section(
-            "What happened", tag("p", "No refused client, replay or restart is recorded.")
-        )
-    return section("What happened", tag("ul", *(tag("li", event) for event in events)))
-
-
-def _provenance(summary: Mapping[str, Any]) -> Html:
-    parts = {name: summary[name] for name in ("data", "model", "environment") if summary.get(name)}
-    if not parts:
-        return Html()
-    return section(
-        "Data, model, environment",
-        *(join(tag("h3", name.capitalize()), list_facts(part)) for name, part in parts.items()),
-    )

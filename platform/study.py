@@ -20,7 +20,11 @@ from fellray.platform import config as configs
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.section import Section
+from fellray.platform.study_values import refuse_metrics
 from fellray.platform.words import HEADLINE
+
+Grid = dict[str, tuple[Any, ...]]
+"""Key -> values that are tried."""
 
 
 class DataSet(Section):
@@ -30,6 +34,8 @@ class DataSet(Section):
     """A run's config, as `fellray train` takes it."""
     set: tuple[str, ...] = ()
     """`key=value` changes for all arms: a smaller budget, say."""
+    tune: Grid | None = None
+    """What arms try on this set instead of the study's `tune`; {}: nothing."""
 
 
 class Part(Section):
@@ -43,9 +49,10 @@ class Part(Section):
     champion: str | None = None
     """The arm whose place the page's first lines tell; by default the first."""
     metric: str = HEADLINE
-    """What arms are ranked, tuned and tested by."""
+    """What arms are ranked, tuned and tested by: more must be better. `auc`, `gauc` or `precision`
+    where sets are on attributes."""
     columns: tuple[str, ...] = ("recall@10",)
-    """More metrics to show."""
+    """More metrics to show, where runs have them."""
     note: str = ""
     """Words of the one who ran it, below the table."""
 
@@ -73,9 +80,11 @@ class Study(Section):
     budget: str = ""
     """How long it may take and on what, in words, for the page."""
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
-    tune: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    tune: Grid = Field(default_factory=dict)
     """Key -> values. Every arm tries every combination with the first seed, and keeps the one with
     the best validation."""
+    tune_arms: dict[str, Grid] = Field(default_factory=dict)
+    """Arm -> what it tries instead, on every set: as many combinations as the others."""
     orientation: bool = False
     """Also item-kNN, BPR-MF and SASRec on every set, trained on everybody's data in one place, with
     as many tries as an arm has at most: rows for orientation, no arms."""
@@ -93,6 +102,11 @@ class Study(Section):
             for arm, changes in part.arms.items():
                 if arms.setdefault(_slug(arm), changes) != changes:
                     raise ValueError(f"arm {arm!r} means two things; give one another name")
+        for arm, grid in self.tune_arms.items():
+            if _slug(arm) not in arms:
+                raise ValueError(f"tune_arms names {arm!r}, which is no arm")
+            if (tries := _count(grid)) != (others := _count(self.tune)):
+                raise ValueError(f"arm {arm!r} would have {tries} tries, the others {others}")
         return self
 
 
@@ -165,7 +179,10 @@ def load_study(path: Path) -> Study:
         for name in part.sets:
             for arm in part.arms:
                 for trial in list_tries(study, name, arm):
-                    trial.settle()
+                    clicks = trial.settle().attributes is not None
+                    chosen = part.columns if "columns" in part.model_fields_set else ()
+                    if why := refuse_metrics(part.metric, chosen, clicks):
+                        raise FellrayError(f"{path}: part {part.title!r} on {name}: {why}")
     return study
 
 
@@ -185,7 +202,8 @@ def list_tries(study: Study, name: str, arm: str) -> list[Trial]:
     own = study.sets[name]
     # what an arm fixes itself is the arm
     fixed = {change.partition("=")[0] for change in changes}
-    grid = {key: values for key, values in study.tune.items() if key not in fixed}
+    tune = study.tune if own.tune is None else own.tune
+    grid = {k: v for k, v in study.tune_arms.get(arm, tune).items() if k not in fixed}
     return [
         Trial(
             study=study.study,
@@ -214,6 +232,10 @@ def list_seeds(study: Study, best: Trial) -> list[Trial]:
 def choose(tries: Mapping[Trial, Mapping[str, Any]], metric: str) -> Trial:
     """The try with the best validation; among equals the first."""
     return max(tries, key=lambda trial: float(tries[trial]["validation"][metric]))
+
+
+def _count(grid: Grid) -> int:
+    return prod(len(values) for values in grid.values())
 
 
 def _slug(arm: str) -> str:

@@ -20,11 +20,14 @@ from fellray.platform.orientation_rows import (
 )
 from fellray.platform.paired import adjust, weigh_signs
 from fellray.platform.study import Part, Study, Trial
+from fellray.platform.study_values import LOWEST, read_values
 from fellray.platform.words import BASELINES, name_metric
 
 Summary = Mapping[str, Any]
 Results = Mapping[tuple[str, str], Mapping[Trial, Summary]]
 """(set, arm) -> its trials, one per seed in the study's order, and what became of them."""
+_ROWS = (*BASELINES, "embedding_only")
+"""Rows that arms are read beside."""
 SURE = 0.05
 """Below it a p value, adjusted, counts as a difference."""
 
@@ -44,7 +47,7 @@ def render_study(
     central = central or {}
     parts = [
         f"# {study.study.capitalize()}",
-        _tell_origin(study),
+        _tell_origin(study, results),
         "## What was found",
         "\n".join(f"- {line}" for part in study.parts for line in _find(part, results, central)),
     ]
@@ -54,7 +57,7 @@ def render_study(
             parts += [
                 f"### {name}",
                 _tabulate(part, name, results, central.get(name, {})),
-                f"![overall against the lowest client on {name}]({plots[part.title, name]})"
+                f"![arms on {name} by two values]({plots[part.title, name]})"
                 if (part.title, name) in plots
                 else "",
             ]
@@ -65,23 +68,44 @@ def render_study(
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _tell_origin(study: Study) -> str:
+def _tell_origin(study: Study, results: Results) -> str:
     seeds = ", ".join(map(str, study.seeds))
-    tried = " and ".join(
-        f"`{key}` of {', '.join(map(str, values))}" for key, values in study.tune.items()
-    )
-    tuned = (
-        f"Every arm tried {tried} with seed {study.seeds[0]} and kept what validated best."
-        if tried
-        else "Nothing was tuned."
-    )
+    tuned = "Nothing was tuned."
+    if study.tune:
+        others = [f"`{arm}` {_tell_grid(grid)}" for arm, grid in study.tune_arms.items()]
+        others += [
+            f"on {name} {_tell_grid(own.tune)}"
+            for name, own in study.sets.items()
+            if own.tune is not None
+        ]
+        instead = f" (instead: {'; '.join(others)})" if others else ""
+        tuned = (
+            f"Every arm tried {_tell_grid(study.tune)} with seed {study.seeds[0]} and kept what "
+            f"validated best{instead}."
+        )
     return (
         f"Written by `fellray compare`. Seeds {seeds}: mean ± standard deviation. {tuned} "
         "CV: standard deviation of the clients' values over their mean, 0 if all are served alike. "
         "p: paired over clients and seeds by random signs, adjusted for the number of arms (Holm); "
         "one client under several seeds is not several clients, so p errs on the low side. "
-        + study.budget
+        f"{_tell_pairs(study, results)}{study.budget}"
     ).strip()
+
+
+def _tell_grid(grid: Mapping[str, Sequence[Any]]) -> str:
+    tried = (f"`{key}` of {', '.join(map(str, values))}" for key, values in grid.items())
+    return " and ".join(tried) or "nothing"
+
+
+def _tell_pairs(study: Study, results: Results) -> str:
+    """What p is where runs tell no client's value."""
+    runs = (summary for trials in results.values() for summary in trials.values())
+    if all(summary.get("per_client") for summary in runs):
+        return ""
+    return (
+        "Runs on attributes tell no client's value: their p is paired over seeds alone, and with "
+        f"{len(study.seeds)} of them cannot be below {2.0 ** (1 - len(study.seeds)):.3g}. "
+    )
 
 
 def _find(part: Part, results: Results, central: Mapping[str, Central]) -> list[str]:
@@ -131,26 +155,31 @@ def _find_balance(part: Part, name: str, results: Results) -> str:
 def _find_baseline(part: Part, name: str, results: Results) -> str:
     summary = next(iter(results[name, part.first].values()))
     metric = part.metric
-    rows = {row: summary[row][metric] for row in BASELINES if metric in summary.get(row, {})}
+    rows = {row: summary[row][metric] for row in _ROWS if metric in summary.get(row, {})}
     if not rows:
         return ""
     best = max(rows, key=lambda row: rows[row])
+    words = f"{best.replace('_', ' ')} ({rows[best]:.4f})"
     below = [arm for arm in part.arms if _mean(results[name, arm], metric) <= rows[best]]
     if not below:
-        return f" All are above the rows without training ({best} {rows[best]:.4f})."
-    return f" Not above {best} ({rows[best]:.4f}): {_quote(below)}."
+        which = "beside them" if "embedding_only" in rows else "without training"
+        return f" All are above the rows {which} ({best.replace('_', ' ')} {rows[best]:.4f})."
+    return f" Not above {words}: {_quote(below)}."
 
 
 def _tabulate(part: Part, name: str, results: Results, central: Central) -> str:
-    shown = [part.metric, *part.columns, "balance/min", "balance/cv"]
-    heads = [*map(name_metric, (part.metric, *part.columns)), "lowest client", "CV"]
+    named = {metric: name_metric(metric) for metric in (part.metric, *part.columns)}
+    named |= {LOWEST: "lowest client", "balance/cv": "CV"}
+    runs = [summary for arm in part.arms for summary in results[name, arm].values()]
+    shown = [metric for metric in named if read_values(runs, metric)]
+    heads = [named[metric] for metric in shown]
     heads += ["against the first", "p", "tuned", "MB a client and round"]
     rows = [["", *heads], ["---", *["--:"] * len(heads)]]
     summary = next(iter(results[name, part.first].values()))
-    for row in BASELINES:
+    for row in _ROWS:
         if part.metric in summary.get(row, {}):
             cells = [_number(summary[row].get(metric)) for metric in shown]
-            rows.append([row, *cells, "", "", "", ""])
+            rows.append([row.replace("_", " "), *cells, "", "", "", ""])
     for row, found in central.items():
         spread = [_spread(list_values(found, metric)) for metric in shown]
         rows.append([row, *spread, "", "", tell_choice(found), ""])
@@ -164,7 +193,8 @@ def _tabulate(part: Part, name: str, results: Results, central: Central) -> str:
         tuned = ", ".join(change.rpartition("=")[2] for change in next(iter(trials)).tuned)
         sent = fmean(_sent(own) for own in trials.values()) / 1e6
         test = f"{p[arm]:.3f}" if arm in p else ""
-        rows.append([f"`{arm}`", *spread, change, test, tuned, f"{sent:.1f}"])
+        megabytes = f"{sent:.1f}" if sent >= 0.1 else f"{sent:.2g}"
+        rows.append([f"`{arm}`", *spread, change, test, tuned, megabytes])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
@@ -186,13 +216,7 @@ def _pairs(trials: Mapping[Trial, Summary], metric: str) -> list[float]:
 
 
 def _values(trials: Mapping[Trial, Summary], metric: str) -> list[float]:
-    """One value a seed; none where a summary does not have it."""
-    kind, slash, key = metric.partition("/")
-    found = (
-        summary.get(kind, {}).get(key) if slash else summary["test"].get(metric)
-        for summary in trials.values()
-    )
-    return [float(value) for value in found if value is not None]
+    return read_values(trials.values(), metric)
 
 
 def _mean(trials: Mapping[Trial, Summary], metric: str) -> float:

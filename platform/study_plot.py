@@ -1,4 +1,4 @@
-"""The plot of a study: every arm overall against its lowest client, with its spread over seeds.
+"""The plot of a study: every arm by two values, with their spread over seeds.
 
 A file of its own, so it carries its style. It must not know runs or pages: it takes numbers.
 """
@@ -30,19 +30,20 @@ def draw_arms(
     across: Mapping[str, Sequence[float]],
     up: Mapping[str, Sequence[float]],
     champion: str,
-    metric: str,
+    right_name: str,
+    high_name: str,
 ) -> str:
     """An SVG file.
 
     Args:
-        across, up: arm -> one value per seed: overall, and of the lowest client.
+        across, up: arm -> one value per seed: overall, and (mostly) of the lowest client.
         champion: is drawn in another colour.
-        metric: as the field writes it.
+        right_name, high_name: what the values are.
     """
     height = max(320, LINE * (len(across) + 4))
     x = fit_axis([v for values in across.values() for v in values], LEFT, FRAME - RIGHT)
     y = fit_axis([v for values in up.values() for v in values], height - BOTTOM, 26)
-    parts = [draw_frame(x, y, f"overall {metric}", f"{metric} of the lowest client")]
+    parts = [draw_frame(x, y, right_name, high_name)]
     means = {arm: (x.at(fmean(across[arm])), y.at(fmean(up[arm]))) for arm in across}
     for arm, (right, high) in means.items():
         look = "own" if arm == champion else "arm"
@@ -62,7 +63,7 @@ def draw_arms(
             draw_text(arm, column, at),
         ]
     told = "; ".join(
-        f"{arm}: overall {fmean(across[arm]):.4f}, lowest client {fmean(up[arm]):.4f}"
+        f"{arm}: {right_name} {fmean(across[arm]):.4f}, {high_name} {fmean(up[arm]):.4f}"
         for arm in across
     )
     return tag(

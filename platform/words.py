@@ -34,6 +34,20 @@ CROSSINGS = (
     "apart. Adapters go up to the driver and, mixed, down again."
 )
 """What the kinds of bytes that a client sends and receives are."""
+CLICK_METRICS = {
+    "auc": "over all samples pooled",
+    "gauc": "each user's AUC, weighted by its samples",
+    "log_loss": "mean over samples",
+    "precision": "of clicks and of others at 0.5, weighted by how many there are",
+    "calibration": "mean probability over the share of clicks, best is 1",
+    "ece": "expected calibration error, ten bins",
+}
+"""Metrics of clicks foretold, as `ClickScore.means` names them, and what each is."""
+CLICK_ROWS = {
+    "embedding_only": "private user embeddings alone, nothing sent",
+    "untrained": "the pre-trained start, before the first round",
+}
+"""Rows that a run on attributes is read beside, and what each is."""
 HEADLINE = "ndcg@10"
 """The metric that stands for a run."""
 
@@ -59,7 +73,10 @@ def name_metric(metric: str) -> str:
     family, at, cutoff = metric.partition("@")
     if metric.startswith("balance/"):
         return f"clients: {STATISTICS.get(metric.removeprefix('balance/'), metric)}"
-    return (family.upper() if family in ("ndcg", "mrr") else family.capitalize()) + at + cutoff
+    if metric in CLICK_METRICS and family not in ("auc", "gauc", "ece"):
+        return family.replace("_", " ").capitalize()
+    short = family in ("ndcg", "mrr", *CLICK_METRICS)
+    return (family.upper() if short else family.capitalize()) + at + cutoff
 
 
 def format_number(value: float | None, digits: int = 4) -> str:

@@ -71,6 +71,17 @@ def test_the_command_trains_tests_and_sets_embeddings_alone_beside(
     assert run.read_json("summary.json") == summary
     for row in ("test", "untrained", "embedding_only", "validation"):
         assert summary[row]["auc"] > 0.4, row
+    assert (
+        sum(one["samples"] for one in summary["reliability"]["test"])
+        == (summary["data"]["counts"]["test"])
+    )
+    for attribute, sizes in summary["group_sizes"].items():
+        assert len(sizes) == summary["groups"][attribute]
+        assert sum(sizes.values()) == 42
+    for name in ("tiny", "tiny-embedding-only"):
+        page = (tmp_path / "runs" / name / "report.html").read_text()
+        assert f"<h1>{name}</h1>" in page
+        assert ("nothing sent (" in page) == (name == "tiny")
     assert summary["adapter_norms"]["user.B"] > 0
     assert summary["bytes"]["adapter_up"] == 2 * 42 * summary["counts"]["upload"] * 4
     assert [row["round"] for row in run.journal.rows("metrics")] == [0, 1, 2]

@@ -12,7 +12,7 @@ from attribute_clicks import make_config, write_source
 
 from fellray.platform.attribute_model import look_up
 from fellray.platform.attributes import Bins
-from fellray.platform.click_data import read_clicks, split_clicks
+from fellray.platform.clicks import read_clicks, split_clicks
 from fellray.platform.errors import FellrayError
 from fellray.platform.features import UNSEEN, encode, learn_features, read_feature
 

@@ -30,7 +30,8 @@ from fellray.platform.adaptation import Layout, Rows, pack, score, train, unpack
 from fellray.platform.aggregation import Meta, reduce
 from fellray.platform.attribute_model import Shape, predict, start_backbone
 from fellray.platform.attributes import Bins
-from fellray.platform.click_data import TEST, ClickData
+from fellray.platform.click_data import ClickData
+from fellray.platform.clicks import TEST
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.features import learn_features

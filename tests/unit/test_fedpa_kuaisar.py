@@ -16,7 +16,7 @@ from fellray.actors.attribute_world import AttributeWorld
 from fellray.jobs.attributes import prepare_attributes
 from fellray.jobs.train import one_round
 from fellray.platform import config as configs
-from fellray.platform.click_data import TEST
+from fellray.platform.clicks import TEST
 from fellray.platform.outcome import pool
 from fellray.platform.rounds import Rounds
 from fellray.platform.storage import Storage

@@ -11,11 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fellray.platform import shards
+from fellray.platform import shard_writing
 from fellray.platform.data_config import DataConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.interactions import Interactions
 from fellray.platform.shard import Shard
+from fellray.platform.shard_writing import write_shards
+from fellray.platform.shards import Dataset
 
 # user: items (splits): 7: 30 10 20 10 (0 0 1 2), 8: 20 10 30 (0 0 0), 9: 10 20 (0 0), 4: 20 (2)
 USER = np.array([4, 7, 7, 7, 7, 8, 8, 8, 9, 9])
@@ -41,7 +43,7 @@ def rows() -> Interactions:
 
 def write(path: Path, clients: dict[str, np.ndarray] = CLIENTS) -> dict[str, Any]:
     config = DataConfig(path=path)
-    return shards.write(config, rows(), SPLIT, clients, "tiny", "ab" * 32, VECTORS)
+    return write_shards(config, rows(), SPLIT, clients, "tiny", "ab" * 32, VECTORS)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -51,7 +53,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     manifest = write(tmp_path / "data")
-    got = shards.Dataset(tmp_path / "data")
+    got = Dataset(tmp_path / "data")
     assert got.manifest == manifest
     assert got.clients == ("c0", "c1")
     assert got.item_ids.tolist() == [10, 20, 30]
@@ -99,14 +101,14 @@ def described() -> Interactions:
 
 def write_described(path: Path) -> dict[str, Any]:
     config = DataConfig(path=path)
-    return shards.write(config, described(), SPLIT, CLIENTS, "tiny", "ab" * 32, VECTORS)
+    return write_shards(config, described(), SPLIT, CLIENTS, "tiny", "ab" * 32, VECTORS)
 
 
 def test_users_text_ids_and_what_was_left_out_are_kept(tmp_path: Path) -> None:
     manifest = write_described(tmp_path / "data")
     assert manifest["left_out"] == {"interactions": 5}
     assert (manifest["users"]["file"], manifest["users"]["count"]) == ("users.parquet", 3)
-    got = shards.Dataset(tmp_path / "data")
+    got = Dataset(tmp_path / "data")
     assert got.source_ids == ["x", "y", "z"]
     assert got.users is not None
     assert got.users.to_pydict() == {  # 4 is in no client, of 7 nothing is known
@@ -117,14 +119,14 @@ def test_users_text_ids_and_what_was_left_out_are_kept(tmp_path: Path) -> None:
     damaged = tmp_path / "data" / "users.parquet"
     damaged.write_bytes(b"\xff" + damaged.read_bytes()[1:])
     with pytest.raises(FellrayError, match=r"users\.parquet: is missing, or its bytes"):
-        shards.Dataset(tmp_path / "data").users  # noqa: B018
+        Dataset(tmp_path / "data").users  # noqa: B018
 
 
 def test_a_source_without_them_has_none(tmp_path: Path) -> None:
     manifest = write(tmp_path / "data")
     assert not {"users", "left_out"} & manifest.keys()
     assert "users" not in manifest["data"]
-    got = shards.Dataset(tmp_path / "data")
+    got = Dataset(tmp_path / "data")
     assert (got.users, got.source_ids) == (None, None)
 
 
@@ -132,7 +134,7 @@ def test_same_input_same_bytes_wherever_it_lies(tmp_path: Path) -> None:
     write(tmp_path / "a")
     write(tmp_path / "b" / "c")
     assert contents(tmp_path / "a") == contents(tmp_path / "b" / "c")
-    assert shards.Dataset(tmp_path / "a").sha256 == shards.Dataset(tmp_path / "b" / "c").sha256
+    assert Dataset(tmp_path / "a").sha256 == Dataset(tmp_path / "b" / "c").sha256
     assert sorted(contents(tmp_path / "a")) == [
         "clients/c0.parquet",
         "clients/c1.parquet",
@@ -148,13 +150,13 @@ def test_a_prepared_folder_is_replaced_whole_and_kept_when_writing_fails(
     path = tmp_path / "data"
     write(path, {"c0": np.array([7, 8, 9])})
     before = contents(path)
-    monkeypatch.setattr(shards.safetensors.numpy, "save", lambda _: 1 / 0)
+    monkeypatch.setattr(shard_writing.safetensors.numpy, "save", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write(path)
     assert contents(path) == before
     monkeypatch.undo()
     write(path)
-    assert shards.Dataset(path).clients == ("c0", "c1")
+    assert Dataset(path).clients == ("c0", "c1")
     assert [f.name for f in tmp_path.iterdir()] == ["data"]
 
 
@@ -196,21 +198,21 @@ def test_damage_is_found_when_the_file_is_read(tmp_path: Path, file: str, how: s
 
 
 def read_all(path: Path) -> None:
-    dataset = shards.Dataset(path)
+    dataset = Dataset(path)
     assert dataset.vectors.shape == (3, 5)
     dataset.shard("c0")
 
 
 def test_missing_folder_other_version_and_unknown_client_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(FellrayError, match="run `fellray prepare`"):
-        shards.Dataset(tmp_path / "none")
+        Dataset(tmp_path / "none")
     write(tmp_path / "data")
     with pytest.raises(FellrayError, match=r"no client 'c2'; it has 2 clients, the nearest.*'c"):
-        shards.Dataset(tmp_path / "data").shard("c2")
+        Dataset(tmp_path / "data").shard("c2")
     manifest = tmp_path / "data" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 9'))
     with pytest.raises(FellrayError, match="is version 9"):
-        shards.Dataset(tmp_path / "data")
+        Dataset(tmp_path / "data")
 
 
 SHARD = Shard(

@@ -23,6 +23,7 @@ from fellray.platform.study import (
 )
 from fellray.platform.study_page import digest, render_study
 from fellray.platform.study_plot import draw_arms
+from fellray.platform.study_values import choose_height, name_height, read_values
 
 ROOT = Path(__file__).resolve().parents[2]
 TREE: dict[str, Any] = {
@@ -90,6 +91,24 @@ def test_every_arm_tries_alike_and_a_run_is_a_command(tmp_path: Path) -> None:
     assert (config.seed, config.train.rounds, config.train.learning_rate) == (4, 2, 0.2)
 
 
+def test_an_arm_or_a_set_may_try_something_else(tmp_path: Path) -> None:
+    own = {"train.learning_rate": [0.5, 2.0]}
+    sets = TREE["sets"] | {"plain": {**TREE["sets"]["demo"], "tune": {}}}
+    part = {"title": "x", "sets": ["demo", "plain"], "arms": {"fellrec": [], "other": []}}
+    study = load_study(write(tmp_path, tune_arms={"other": own}, sets=sets, parts=[part]))
+
+    def tuned(name: str, arm: str) -> list[tuple[str, ...]]:
+        return [trial.tuned for trial in list_tries(study, name, arm)]
+
+    assert tuned("demo", "other") == [("train.learning_rate=0.5",), ("train.learning_rate=2.0",)]
+    assert len(tuned("demo", "fellrec")) == 2
+    assert tuned("plain", "fellrec") == [()]
+    assert tuned("plain", "other") == tuned("demo", "other")
+    values = {arm: [[0.2, 0.3], [0.2, 0.3]] for arm in ("fellrec", "other")}
+    page = render_study(study, results_of(study, values), {})
+    assert "(instead: `other` `train.learning_rate` of 0.5, 2.0; on plain nothing)." in page
+
+
 def test_validation_chooses_not_test(tmp_path: Path) -> None:
     first, second = list_tries(load_study(write(tmp_path)), "demo", "fellrec")
     results = {first: summary([0.3, 0.3], loss=0.2), second: summary([0.2, 0.2])}
@@ -105,6 +124,9 @@ def test_validation_chooses_not_test(tmp_path: Path) -> None:
         ({"parts": [{"title": "x", "sets": ["demo"], "arms": {"a": ["train.runds=1"]}}]}, "rounds"),
         ({"parts": [{"title": "x", "sets": ["demo"], "arms": {"a": []}, "champion": "b"}]}, "'b'"),
         ({"tune": {"train.learning_rate": [-1]}}, "learning_rate"),
+        ({"tune_arms": {"felrec": {"seed": [1, 2]}}}, "'felrec', which is no arm"),
+        ({"tune_arms": {"fellrec": {"seed": [1]}}}, "would have 1 tries, the others 2"),
+        ({"tune_arms": {"fellrec": {"seed": [1, 2, 3]}}}, "would have 3 tries, the others 2"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_runs(
@@ -187,6 +209,79 @@ def test_arms_below_a_baseline_are_named(tmp_path: Path) -> None:
     assert "No arm is told apart" in page
 
 
+def click_summary(auc: float) -> dict[str, Any]:
+    """Of a run on attributes: no clients' values, no balance, no popularity."""
+    return {
+        "test": {"auc": auc, "gauc": auc - 0.1},
+        "validation": {"auc": auc},
+        "untrained": {"auc": 0.6, "gauc": 0.55},
+        "embedding_only": {"auc": 0.7},
+        "bytes": {"adapter_up": 65_000},
+        "clients": 2,
+        "rounds": 2,
+        "hashes": {"u1": "a" * 64},
+    }
+
+
+def test_runs_on_attributes_have_a_table_of_their_own(tmp_path: Path) -> None:
+    clicks = {"config": str(ROOT / "jobs/fedpa.yaml")}
+    part = {
+        "title": "FedPA",
+        "sets": ["clicks"],
+        "metric": "auc",
+        "columns": ["gauc"],
+        "arms": {"corrected": [], "published": ["method.as_published=true"]},
+    }
+    more = {"tune": {}, "sets": TREE["sets"] | {"clicks": clicks}, "parts": [part]}
+    study = load_study(write(tmp_path, **more))
+    found: Any = {}
+    for name, arm, _ in list_arms(study):
+        values = [0.72, 0.71] if arm == "corrected" else [0.69, 0.7]
+        trials = list_seeds(study, list_tries(study, name, arm)[0])
+        found[name, arm] = {t: click_summary(v) for t, v in zip(trials, values, strict=True)}
+    page = render_study(study, found, {})
+    assert "clicks, AUC: `corrected` has the highest mean: 0.7150" in page
+    assert "Not above embedding only (0.7000): `published`." in page
+    assert "over seeds alone, and with 2 of them cannot be below 0.5" in page
+    table = [line for line in page.splitlines() if line.startswith("| ")]
+    assert table[0] == "|  | AUC | GAUC | against the first | p | tuned | MB a client and round |"
+    assert "| embedding only | 0.7000 |  |  |  |  |  |" in table
+    assert "| untrained | 0.6000 | 0.5500 |  |  |  |  |" in table
+    (row,) = [line for line in table if line.startswith("| `published`")]
+    assert row == "| `published` | 0.6950 ± 0.0071 | 0.5950 ± 0.0071 | -0.0200 | 0.500 |  | 0.016 |"
+
+
+def test_a_plot_sets_against_what_runs_tell() -> None:
+    clicks, ranked = [click_summary(0.7)], [summary([0.2, 0.3])]
+    assert choose_height("auc", clicks) == "gauc"
+    assert choose_height("gauc", clicks) == "auc"
+    assert choose_height("ndcg@10", ranked) == "balance/min"
+    assert choose_height("ndcg@10", [*ranked, ranked[0] | {"balance": {}}]) is None
+    assert read_values([*ranked, *clicks], "balance/min") == [0.2]
+    assert name_height("balance/min") == "NDCG@10 of the lowest client"
+    assert name_height("gauc") == "GAUC, test"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"metric": "acu"}, "on clicks: runs have no metric 'acu'; there are auc, gauc"),
+        ({"metric": "ndcg@10"}, "no metric 'ndcg@10'"),
+        ({"metric": "auc", "columns": ["recall@10"]}, "no metric 'recall@10'"),
+        ({"metric": "log_loss"}, "more is not better"),
+        ({"metric": "auc", "sets": ["clicks", "demo"]}, "on demo: runs have no metric 'auc'"),
+    ],
+)
+def test_a_metric_that_no_run_has_is_refused(
+    tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    clicks = {"config": str(ROOT / "jobs/fedpa.yaml")}
+    part = {"title": "x", "sets": ["clicks"], "arms": {"a": []}} | changes
+    more = {"tune": {}, "sets": TREE["sets"] | {"clicks": clicks}, "parts": [part]}
+    with pytest.raises(FellrayError, match=told):
+        load_study(write(tmp_path, **more))
+
+
 def test_rows_for_orientation_stand_beside_the_arms(tmp_path: Path) -> None:
     study = load_study(write(tmp_path, orientation=True))
     assert count_tries(study) == 2
@@ -218,7 +313,7 @@ def test_rows_for_orientation_stand_beside_the_arms(tmp_path: Path) -> None:
 def test_the_plot_is_a_file_of_its_own() -> None:
     across = {f"arm {at} <b>": [0.1 + at / 100, 0.11 + at / 100] for at in range(30)}
     up = {arm: [value / 2 for value in values] for arm, values in across.items()}
-    drawn = draw_arms("Methods", across, up, "arm 3 <b>", "NDCG@10")
+    drawn = draw_arms("Methods", across, up, "arm 3 <b>", "right", "high")
     root = ElementTree.fromstring(drawn)
     name = "{http://www.w3.org/2000/svg}"
     assert len(root.findall(f"{name}circle")) == 30
@@ -227,4 +322,4 @@ def test_the_plot_is_a_file_of_its_own() -> None:
     assert len(places) == 30
     assert min(b - a for a, b in itertools.pairwise(places)) >= 12.9  # no two names overlap
     assert places[-1] <= float(root.attrib["height"])
-    assert drawn == draw_arms("Methods", across, up, "arm 3 <b>", "NDCG@10")
+    assert drawn == draw_arms("Methods", across, up, "arm 3 <b>", "right", "high")

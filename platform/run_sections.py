@@ -1,0 +1,80 @@
+"""Sections that the page of every kind of run has: bytes, privacy, events, where it came from.
+
+Takes plain dicts as they stand in the run's JSON files. It must not know what a run trained.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fellray.platform.markup import Html, join, list_facts, section, tabulate, tag
+from fellray.platform.words import CROSSINGS, format_size
+
+
+def show_traffic(
+    summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], words: str = CROSSINGS
+) -> Html:
+    """Bytes by kind, in all and for one client in one round; `words` say what the kinds are."""
+    totals: Mapping[str, int] = summary.get("bytes") or {}
+    if not totals:
+        return Html()
+    # A client that sat a round out, or was refused, has no loss in that round's row.
+    turns = sum(len(row.get("losses") or {}) for row in rows)
+    kinds = sorted(totals.items(), key=lambda kind: (-kind[1], kind[0]))
+    everything = sum(totals.values())
+    cells = [
+        [
+            kind,
+            format_size(count),
+            f"{count:,}",
+            f"{count / everything:.1%}" if everything else "–",
+            format_size(count / turns) if turns else "–",
+        ]
+        for kind, count in [*kinds, ("all", everything)]
+    ]
+    per = f" A client-round is one client in one round; there were {turns:,}." if turns else ""
+    return section(
+        "Bytes moved",
+        tag("p", f"What the clients sent and received, by kind, from the ledger.{per} {words}"),
+        tabulate(["kind", "size", "bytes", "share", "per client-round"], cells),
+    )
+
+
+def show_privacy(summary: Mapping[str, Any]) -> Html:
+    """What noise promises, and what not; nothing where nothing was noised."""
+    privacy = summary.get("privacy") or {}
+    if privacy.get("mechanism", "none") == "none":
+        return Html()
+    known = {name: value for name, value in privacy.items() if value not in (None, [])}
+    statement = str(known.pop("statement"))
+    return section(
+        "Differential privacy",
+        tag("p", statement[:1].upper() + statement[1:] + "."),
+        list_facts({name.replace("_", " "): value for name, value in known.items()}),
+    )
+
+
+def show_events(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Html:
+    """Refusals, replays, restarts."""
+    events = [
+        f"round {row['round']}: {client} refused: {reason}"
+        for row in rows
+        for client, reason in sorted((row.get("refused") or {}).items())
+    ]
+    events += [str(event) for event in summary.get("events") or []]
+    events = list(dict.fromkeys(events))  # a refusal may stand in both
+    if not events:
+        return section(
+            "What happened", tag("p", "No refused client, replay or restart is recorded.")
+        )
+    return section("What happened", tag("ul", *(tag("li", event) for event in events)))
+
+
+def show_provenance(summary: Mapping[str, Any]) -> Html:
+    """Data, model and environment, as far as the run names them."""
+    parts = {name: summary[name] for name in ("data", "model", "environment") if summary.get(name)}
+    if not parts:
+        return Html()
+    return section(
+        "Data, model, environment",
+        *(join(tag("h3", name.capitalize()), list_facts(part)) for name, part in parts.items()),
+    )
