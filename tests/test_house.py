@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -170,6 +171,12 @@ def test_yaml_files_are_configs() -> None:
     assert configs
     for file in configs:
         load(file)
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest would run one of them only, and say so at the end of everything."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py"))
+    assert [name for name, count in names.items() if count > 1 and name != "__init__.py"] == []
 
 
 def test_the_changelog_tells_this_version() -> None:

@@ -13,7 +13,7 @@ from driver import Driver
 from fellray.jobs.attributes import prepare_attributes
 from fellray.platform import config as configs
 from fellray.platform.config import RunConfig
-from fellray.platform.run import list_runs
+from fellray.platform.run_list import list_runs
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(1500)]
 ARMS = {
