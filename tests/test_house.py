@@ -175,8 +175,8 @@ def test_yaml_files_are_configs() -> None:
 
 def test_no_two_test_files_have_one_name() -> None:
     """pytest would run one of them only, and say so at the end of everything."""
-    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py"))
-    assert [name for name, count in names.items() if count > 1 and name != "__init__.py"] == []
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_the_changelog_tells_this_version() -> None:
