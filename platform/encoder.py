@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
 from fellray.platform.errors import FellrayError
@@ -105,7 +105,7 @@ def load_backbone(name: str) -> Backbone:
     Raises:
         FellrayError: the model cannot be found or is of no supported family.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     where = locate(name)
     try:
@@ -115,21 +115,29 @@ def load_backbone(name: str) -> Backbone:
                 f"model.name {name}: family {config.model_type!r} is not supported; "
                 f"known: {', '.join(FAMILIES + DECODERS)}"
             )
-        with _quiet():
-            if config.model_type in DECODERS:
-                model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
-            else:
-                model = AutoModel.from_pretrained(
-                    where, add_pooling_layer=False, dtype=torch.float32
-                )
+        tensors = _read_tensors(where, config.model_type in DECODERS)
+        if any(tensor.is_meta for tensor in tensors.values()):
+            # seen once in some thousands of loads, cause unknown: some were never filled
+            tensors = _read_tensors(where, config.model_type in DECODERS)
     except (OSError, ValueError, SafetensorError) as error:
         raise FellrayError(
             f"model.name {name}: cannot be loaded ({str(error).splitlines()[0]}); give "
             f"{MINILM}, a folder with config.json and model.safetensors, or a hub name while online"
         ) from None
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     arrays = {n: t.detach().numpy() for n, t in sorted(tensors.items())}
     return Backbone(name, _digest(arrays), config.to_dict(), arrays)
+
+
+def _read_tensors(where: str, generative: bool) -> dict[str, Tensor]:
+    """Weights and buffers of a model by name."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    with _quiet():
+        if generative:
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
+        else:
+            model = AutoModel.from_pretrained(where, add_pooling_layer=False, dtype=torch.float32)
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def load_tokenizer(name: str) -> Any:
