@@ -2,7 +2,9 @@
 
 import shlex
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from fellray.jobs.train import train
 from fellray.platform import config as configs
 from fellray.platform.click_data import MANIFEST, ClickData
 from fellray.platform.config import RunConfig
-from fellray.platform.errors import FellrayError
+from fellray.platform.errors import FellrayError, HeldError
 from fellray.platform.journal import Journal
 from fellray.platform.seating import deal
 from fellray.platform.shards import Dataset
@@ -38,18 +40,22 @@ from fellray.platform.study_values import choose_height, name_height, read_value
 from fellray.platform.words import name_metric
 
 Results = dict[tuple[str, str], dict[Trial, dict[str, Any]]]
+PATIENCE_S = 10.0
+"""Between two looks at whether others have finished the runs that are left."""
 
 
 def run_study(study: Study) -> Path:
     """Train what is not trained yet; write the page, its plots and `study.json`.
 
-    Interrupted, it goes on where it was: finished runs are not trained again.
+    Interrupted, it goes on where it was: finished runs are not trained again. Several processes, of
+    one machine or of many on one storage, share the runs, and one of them writes the page.
 
     Returns:
         Where the page is.
 
     Raises:
         FellrayError: data of a set are not prepared, or a run fails; those before it are kept.
+        HeldError: all is trained, and another process writes the page.
     """
     arms = list(list_arms(study))
     for name, arm, _ in arms:
@@ -57,25 +63,42 @@ def run_study(study: Study) -> Path:
     for _, config in _list_ranking(study):
         check_orientation(config)
     runs = sum(len(list_tries(study, n, arm)) + len(study.seeds) - 1 for n, arm, _ in arms)
-    results: Results = {}
     config, actors = _find_largest(study)
     with (
         connect(config, actors),  # one Ray for all runs
         make_bar(MofNCompleteColumn(), TextColumn("runs of the study")) as bar,
     ):
         task = bar.add_task(study.study, total=runs)
+        summaries: dict[Trial, dict[str, Any]] = {}
 
         def run(trial: Trial) -> dict[str, Any]:
-            summary = _run(trial)
-            bar.advance(task)
-            return summary
+            if trial not in summaries:
+                summaries[trial] = _run(trial)
+                bar.update(task, completed=len(summaries))
+            return summaries[trial]
 
+        results = _run_arms(study, run)
+    with Storage(study.storage).sub(f"{study.study}-study").lock("page"):
+        return _write(study, results, _orient(study))
+
+
+def _run_arms(study: Study, run: Callable[[Trial], dict[str, Any]]) -> Results:
+    """Every arm's best setting with every seed. What another process trains is left to it."""
+    arms = list(list_arms(study))
+    results: Results = {}
+    while len(results) < len(arms):
+        before = len(results)
         for name, arm, part in arms:
-            tries = {trial: run(trial) for trial in list_tries(study, name, arm)}
-            best = choose(tries, part.metric)
-            rest = {trial: run(trial) for trial in list_seeds(study, best)[1:]}
-            results[name, arm] = {best: tries[best]} | rest
-    return _write(study, results, _orient(study))
+            if (name, arm) in results:
+                continue
+            with suppress(HeldError):
+                tries = {trial: run(trial) for trial in list_tries(study, name, arm)}
+                best = choose(tries, part.metric)
+                rest = {trial: run(trial) for trial in list_seeds(study, best)[1:]}
+                results[name, arm] = {best: tries[best]} | rest
+        if len(results) == before:
+            time.sleep(PATIENCE_S)
+    return {(name, arm): results[name, arm] for name, arm, _ in arms}
 
 
 def _list_ranking(study: Study) -> list[tuple[str, RunConfig]]:
@@ -131,7 +154,11 @@ def _run(trial: Trial) -> dict[str, Any]:
     if (finished := find_finished(config)) is not None:
         return finished
     console.print(trial.command, soft_wrap=True)
-    return train(config)
+    try:
+        return train(config)
+    except HeldError:
+        console.print("  another process trains it")
+        raise
 
 
 def _refuse_unprepared(study: Study, name: str, arm: str) -> None:

@@ -30,8 +30,8 @@ DECODERS = ("llama", "qwen2", "qwen3")
 """Families of generative models."""
 SEPARATOR = ";"
 
-# transformers replaces methods of its classes while it loads: of two loads at once the later may put
-# the earlier's stand-in back, and tied weights then stay empty until the process ends
+# transformers replaces methods of its classes while it loads: of two loads at once the later may
+# put the earlier's stand-in back, and tied weights then stay empty until the process ends
 _alone = threading.Lock()
 
 

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read. It must not know who raises it."""
+"""The exception a user is meant to read. It must not know who raises it."""
 
 
 class FellrayError(Exception):
@@ -6,3 +6,7 @@ class FellrayError(Exception):
 
     The command line prints the message alone, without a traceback, and exits with status 2.
     """
+
+
+class HeldError(FellrayError):
+    """Another process holds what was asked for. The way out is to come back later."""

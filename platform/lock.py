@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from fellray.platform.disk import make_folders, write_all
-from fellray.platform.errors import FellrayError
+from fellray.platform.errors import FellrayError, HeldError
 
 BEAT = 10.0
 """Seconds between two signs of life of a lock that is an object."""
@@ -54,7 +54,7 @@ def take_file(full: str, folder: str) -> int:
         folder: what an error calls the folder that it locks.
 
     Raises:
-        FellrayError: another process holds it.
+        HeldError: another process holds it.
         OSError: the disk refuses.
     """
     make_folders(os.path.dirname(full))
@@ -65,7 +65,7 @@ def take_file(full: str, folder: str) -> int:
         except BlockingIOError:
             holder = _parse_holder(os.pread(descriptor, 4096, 0))
             way_out = "wait until it ends, or end it: the lock goes with the process"
-            raise FellrayError(f"{folder}: locked by {_who(holder)}; {way_out}") from None
+            raise HeldError(f"{folder}: locked by {_who(holder)}; {way_out}") from None
         os.ftruncate(descriptor, 0)
         write_all(descriptor, _encode_holder("", _now()))
     except BaseException:
@@ -116,7 +116,8 @@ def hold_object(folder: Folder, path: str) -> Iterator[Callable[[], None]]:
     """Hold the lock `path` in a folder; yields a check that it is still held.
 
     Raises:
-        FellrayError: somebody else holds it; from the check: it was lost.
+        HeldError: somebody else holds it.
+        FellrayError: from the check, it was lost.
     """
     mine = uuid.uuid4().hex
     since = _now()
@@ -125,7 +126,7 @@ def hold_object(folder: Folder, path: str) -> Iterator[Callable[[], None]]:
         return _parse_holder(folder.read(path)) if folder.exists(path) else {}
 
     def refuse(other: Mapping[str, Any]) -> None:
-        raise FellrayError(
+        raise HeldError(
             f"{folder}: locked by {_who(other)}; wait until it ends, or end it: the lock counts "
             f"as dead {DEAD:.0f} s after its last sign of life"
         )

@@ -1,4 +1,4 @@
-"""A study by the real command, rankings and clicks in one; a second call trains nothing."""
+"""A study by the real command, twice at once, on rankings and clicks; then nothing is trained."""
 
 import json
 from collections.abc import Callable
@@ -98,8 +98,14 @@ def test_a_study_over_rankings_and_clicks(
     assert not (tmp_path / "page").exists()
 
     study.write_text(yaml.safe_dump(tree, sort_keys=False))
-    status, out, err = compare(launch, study)
-    assert status == 0, err
+    command = ("-m", "fellray.jobs.cli", "compare", str(study))
+    ends = [one.finish(900) for one in [launch(*command), launch(*command)]]
+    assert min(status for status, _, _ in ends) == 0, ends
+    for status, _, err in ends:
+        assert status == 0 or "both-study: locked by process" in err, err
+    taken = [out.count("fellray train") - out.count("another process trains") for _, out, _ in ends]
+    assert sum(taken) == 8, ends
+    assert min(taken) > 0
     states = {row[0]: row for row in list_runs(str(tmp_path / "runs"))}
     assert set(states) == {
         f"both-{name}-{arm}-s{seed}"

@@ -59,7 +59,7 @@ def test_the_digest_is_of_the_weights(tiny_encoder: Path, tmp_path: Path) -> Non
 
 
 def test_threads_load_at_once(tiny_decoder: Callable[[str], Path]) -> None:
-    """A served catalogue loads beside others; a tied head is filled in every one, and afterwards."""
+    """A served catalogue loads beside others; a tied head is filled in every one, and later."""
     path = str(tiny_decoder("qwen2"))
     one = load_backbone(path)
     assert one.config["tie_word_embeddings"]
