@@ -24,6 +24,7 @@ from fellray.actors.world import World
 from fellray.platform.aggregation import Plan, Reports, describe, name_layers
 from fellray.platform.allotment import Allotment
 from fellray.platform.answers import read_updates, take_on_time
+from fellray.platform.client_groups import number_groups
 from fellray.platform.config import RunConfig
 from fellray.platform.in_process import InProcess
 from fellray.platform.manifest import Staged
@@ -68,6 +69,7 @@ class Plant:
         self._pending: tuple[int, tuple[Staged, ...]] = (-1, ())
         cut = plan_cut(world.backbone, config.model)
         self._row = SentRow(config, cut, world.own)
+        self._groups = world.groups
         self._pages = SentPages(config, cut, self._row, rounds)
         self._events: list[str] = []
         self._start_restored = False
@@ -167,6 +169,7 @@ class Plant:
             self._pages.load_start(round, accepted) if "update" in compared and accepted else theta,
             compared,
             tuple(row.blocks),
+            number_groups(self._groups, accepted),
             layers=name_layers(row.blocks) if self._config.method.compares_layers() else {},
         )
         seconds = time.perf_counter() - began
@@ -193,6 +196,7 @@ class Plant:
             plan,
             mixed_CP,
             self._learners,
+            self._groups,
         )
         client_files = self._clients.ask(
             "install", [given.give(cs, False) for cs in self._seating.split(given.took_part)]

@@ -1,10 +1,12 @@
 """What actors are made of: who trains on whose data, the frozen model, the public catalogue."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from fellray.platform.aggregation import Method
+from fellray.platform.client_groups import group_learners
 from fellray.platform.config import RunConfig
 from fellray.platform.encoder import Backbone, Tokens, load_backbone, load_tokenizer, tokenize
 from fellray.platform.errors import FellrayError
@@ -44,6 +46,8 @@ class World:
     """Learner -> interactions in its training split."""
     own: Own = ALIKE
     """What clients have of their own."""
+    groups: Mapping[str, str] = field(default_factory=dict)
+    """Learner -> its group, where the method has groups of clients."""
 
     def key(self, config: RunConfig) -> str:
         """Tells what is frozen and public here from that of another run."""
@@ -70,7 +74,7 @@ def survey(config: RunConfig, own: Own | None = None) -> World:
     Raises:
         FellrayError: the run is on attributes, the data is not prepared, was prepared with another
             encoder, the cut does not fit the model, a model that writes has no end of text or no
-            room for it, or as `read_own` and `check_cuts`.
+            room for it, or as `read_own`, `check_cuts` and `group_learners`.
     """
     if config.attributes is not None:
         raise FellrayError(
@@ -112,4 +116,6 @@ def survey(config: RunConfig, own: Own | None = None) -> World:
             f"{config.clients.own}: cuts of clients' own go with encoders only; {backbone.name} "
             "writes titles: leave the column `cut` out"
         )
-    return World(seats, backbone, catalogue, data.sha256, data.manifest["counts"], sizes, own)
+    groups = group_learners(config, data)
+    counts = data.manifest["counts"]
+    return World(seats, backbone, catalogue, data.sha256, counts, sizes, own, groups)

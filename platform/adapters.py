@@ -34,6 +34,13 @@ class Site:
     d_out: int
     cuts: range | None = None
     """With which cuts a client has it on this side, where cuts differ; None: with any."""
+    level: str = ""
+    """Which of a projection's adapters it is, where one has several; see `levels`."""
+
+    @property
+    def name(self) -> str:
+        """Tells it from the projection's other adapters."""
+        return f"{self.path}.{self.level}" if self.level else self.path
 
     def has(self, cut: int) -> bool:
         """Whether a client of this cut has it on this side."""
@@ -73,7 +80,7 @@ def start(sites: Sequence[Site], spec: LoraSpec, seed: int, client: str = "") ->
     """
     rows = []
     for site in sites:
-        name = f"{client}:{site.path}" if client else site.path
+        name = f"{client}:{site.name}" if client else site.name
         generator = torch.Generator().manual_seed(_mix(seed, name))
         a = torch.empty(spec.r, site.d_in)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
@@ -98,7 +105,7 @@ def name_blocks(sites: Sequence[Site], r: int) -> dict[str, slice]:
     blocks, at = {}, 0
     for site in sites:
         for factor, width in (("lora_A", site.d_in), ("lora_B", site.d_out)):
-            blocks[f"{site.path}.{factor}"] = slice(at, at + r * width)
+            blocks[f"{site.name}.{factor}"] = slice(at, at + r * width)
             at += r * width
     return blocks
 

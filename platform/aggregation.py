@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fellray.platform.local import PLAIN, LocalRule
+from fellray.platform.model_config import AdapterLevels
 from fellray.platform.section import Section
 from fellray.platform.server_step import ServerStep
 from fellray.platform.slabs import Stack, gram, mix
@@ -87,6 +88,9 @@ class Mixture:
     alike better share one tensor: neighbours are then mixed in one product."""
     common: bool = False
     """As `Plan.common`."""
+    within: str = ""
+    """An attribute of `Meta.groups` in whose groups all rows are equal: they are meant for every
+    member, also for who did not take part. Empty: each row is for its client alone."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,10 @@ class Method(Section):
     def mixes_products(self) -> bool:
         """Whether A and B are looked at together, so that clients need one rank."""
         return False
+
+    def levels(self) -> AdapterLevels | None:
+        """Where a projection has a user's adapter and a group's; None: it has one."""
+        return None
 
     def sends(self, block: str) -> bool:
         """Whether clients send this block of the layers that they hold, and receive it.
@@ -291,12 +299,16 @@ def split_columns(
         at = columns.stop
         part = plan.blocks.get(name, rest)
         last = parts[-1] if parts else None
-        if last and last[0].mixing_CC is part.mixing_CC and last[0].common == part.common:
+        if last and last[0].mixing_CC is part.mixing_CC and _alike(last[0], part):
             parts[-1] = (part, slice(last[1].start, at))
         else:
             parts.append((part, columns))
     assert at == num_parameters, f"the blocks have {at} columns, the rows {num_parameters}"
     return parts
+
+
+def _alike(one: Mixture, other: Mixture) -> bool:
+    return (one.common, one.within) == (other.common, other.within)
 
 
 def check_rows(mixing_CC: Tensor) -> None:

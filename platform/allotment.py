@@ -6,7 +6,8 @@ must not know how rows were mixed, who holds them, nor where actors are.
 Shapes: C learners with a row of the mixture, P sent parameters of one learner.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from fellray.platform.sent_row import SentRow
 from fellray.platform.server_step import Snapshot, State
 from fellray.platform.slabs import mix
 
+NOBODY: Mapping[str, str] = MappingProxyType({})
+
 
 class Allotment:
     """Of one round. Making it stages what the method's step keeps."""
@@ -39,11 +42,13 @@ class Allotment:
         plan: Plan,
         mixed_CP: Tensor,
         learners: Sequence[str],
+        groups: Mapping[str, str] = NOBODY,
     ):
         """A row is cut to its learner's own rank, in place; one that is everyone's stays whole.
 
         Args:
             learners: everyone in the run.
+            groups: learner -> its group, where clients have groups.
 
         Raises:
             FellrayError: control variates, and the method's plan is not one for everyone.
@@ -55,6 +60,9 @@ class Allotment:
         parts = split_columns(plan, reports.blocks, row.width) if len(self._accepted) else []
         self._everyones = [columns for part, columns in parts if part.common]
         self._common = 0 < len(parts) == len(self._everyones)
+        self._groups = groups
+        self._fellows = [columns for part, columns in parts if part.within]
+        """Columns that a group's members have in common."""
         row.check_private(plan, reports.blocks)
         mixed_CP, self._method_files = self._take_step(reports, plan, mixed_CP)
         self._refused = set(reports.refused)
@@ -90,12 +98,25 @@ class Allotment:
         """Pages of what is everyone's, and of those who are not given anything but that."""
         if not self._common:
             files = self._pages.stage_others(
-                self._round, self._learners, self._accepted, self._everyones, self._theta_1P
+                self._round,
+                self._learners,
+                self._accepted,
+                self._everyones,
+                self._theta_1P,
+                self._fellows,
+                self._given,
+                self._follow() if self._fellows else {},
             )
         else:
             theta, control = self._theta_1P, self._control_1P
             files = [self._pages.stage(self._round, "everyone", [EVERYONE], theta, control)]
         return [*files, self._method_files]
+
+    def _follow(self) -> dict[str, int]:
+        """Who takes which row of the mixture although it has none: learner -> a fellow's."""
+        of_group = {self._groups[c]: self._place[c] for c in reversed(self._accepted)}
+        absent = set(self._learners) - set(self._accepted)
+        return {c: of_group[g] for c in sorted(absent) if (g := self._groups[c]) in of_group}
 
     def _take_step(
         self, reports: Reports, plan: Plan, mixed_CP: Tensor

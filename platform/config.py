@@ -116,6 +116,22 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _levels_fit(self) -> Self:
+        if self.method.levels() is None:
+            return self
+        if self.train.share != "all":
+            raise ValueError(
+                f"method.kind={self.method.kind} says itself which adapters are sent, and "
+                f"train.share={self.train.share} would hold back the groups'; set train.share=all"
+            )
+        if self.server.shared_adapter:
+            raise ValueError(
+                f"method.kind={self.method.kind} has one adapter of the server's for each group; "
+                "set server.shared_adapter=false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _top_looks_at_means(self) -> Self:
         if self.wire.pooled and self.model.top:
             raise ValueError(
@@ -155,7 +171,9 @@ def parse(tree: dict[str, Any], source: str) -> RunConfig:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
         raise FellrayError(_explain(error, source)) from None
-    train = config.train
+    levels = config.method.levels()
+    model = config.model.model_copy(update={"levels": levels})
+    config, train = config.model_copy(update={"model": model}), config.train
     if why := config.method.local().refuse(train.optimizer, train.moments, train.share):
         raise FellrayError(f"{source}: method.kind={config.method.kind} {why}")
     return config

@@ -21,11 +21,13 @@ from fellray.platform.fedamp import FedAmp
 from fellray.platform.fedex_lora import FedExLoraBounded
 from fellray.platform.fedopt import FedOpt
 from fellray.platform.fedpa import Fedpa
+from fellray.platform.fedpa_lora import FedpaLora
 from fellray.platform.fedprox import FedProx
 from fellray.platform.fedsa_lora import FedSaLora
 from fellray.platform.fellrec import Fellrec
 from fellray.platform.ffa_lora import FfaLora
 from fellray.platform.local import LocalRule
+from fellray.platform.model_config import AdapterLevels
 from fellray.platform.qffl import QFfl
 from fellray.platform.scaffold import Scaffold
 from fellray.platform.shrinkage import Shrinkage
@@ -116,6 +118,10 @@ class FromFile(Method):
         """As the user's class says."""
         return self._method.mixes_products()
 
+    def levels(self) -> AdapterLevels | None:
+        """As the user's class says."""
+        return self._method.levels()
+
     def sends(self, block: str) -> bool:
         """As the user's class says."""
         return self._method.sends(block)
@@ -170,6 +176,7 @@ AnyMethod = Annotated[
     | FedExLoraBounded
     | Shrinkage
     | Fedpa
+    | FedpaLora
     | Local
     | Central
     | FromFile,

@@ -3,7 +3,7 @@
 It must not know how the model is built, nor what trains it.
 """
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -30,6 +30,22 @@ class LoraSpec(Section):
     def scaling_of(self, rank: int) -> float:
         """The same for an adapter of another rank."""
         return self.lora_alpha / (rank**0.5 if self.use_rslora else rank)
+
+
+Part = Literal["bottom", "trunk", "top"]
+"""A part of the model that is cut; bottom and top are the client's."""
+
+
+class AdapterLevels(Section):
+    """Where a projection has adapters of two levels, a user's and a group's, and what lies between
+    them. The method says so (`fedpa_lora`); how they are made is `levels`' business."""
+
+    user: tuple[Part, ...] = ()
+    """Parts with an adapter of the client's own."""
+    group: tuple[Part, ...] = ()
+    """Parts with an adapter of the client's group."""
+    gated: bool = False
+    """Where a projection has both, a gate weighs them."""
 
 
 class GenerationConfig(Section):
@@ -85,6 +101,8 @@ class ModelConfig(Section):
     """How many of the last blocks stay on the client with the pooling (the top)."""
     lora: LoraSpec = LoraSpec()
     """The trained adapters."""
+    levels: AdapterLevels | None = None
+    """Adapters of two levels. The method enters it; what is written here does not count."""
     max_history: int = Field(default=8, ge=1)
     """How many of a user's last items are read."""
     max_tokens: int = Field(default=96, ge=16)

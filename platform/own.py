@@ -131,6 +131,11 @@ def read_own(config: RunConfig) -> Own:
             "puts noise on whole updates, also where such a client has nothing; leave the columns "
             "out, or privacy"
         )
+    if (ranks or cuts) and config.method.levels():
+        raise FellrayError(
+            f"{path}: rank or cut is each client's own, and method.kind={config.method.kind} has "
+            "groups whose members share adapters; leave the columns out, or take another method"
+        )
     if cuts and config.train.share == "trunk_only":
         raise FellrayError(
             f"{path}: cut is each client's own, and train.share=trunk_only mixes what the server "

@@ -5,7 +5,7 @@ It must not know how rows are mixed, nor who holds what in memory.
 Shapes: C learners, P sent parameters of one learner.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -75,14 +75,23 @@ class SentPages:
         round: int,
         learners: Sequence[str],
         accepted: Sequence[str],
-        columns: Sequence[slice],
+        everyones: Sequence[slice],
         theta_1P: Tensor,
+        fellows: Sequence[slice],
+        given_CP: Tensor,
+        row_of: Mapping[str, int],
     ) -> list[tuple[Staged, ...]]:
-        """Pages of all who have no row of the mixture, with the columns that are everyone's.
+        """Pages of all who have no row of the mixture, with the columns that are theirs as well.
 
-        Who never trained has no page and needs none: everyone's is written for all of them.
+        Who never trained has no page and needs none of everyone's columns: everyone's page is
+        written for all of them. Of a group's columns it does.
+
+        Args:
+            everyones: columns of which `theta_1P` is everyone's row.
+            fellows: columns that a group has in common.
+            row_of: learner -> the row of `given_CP` that is its group's too.
         """
-        if not columns:
+        if not everyones and not row_of:
             return []
         kind = self._rule.received[0]
         owners = {
@@ -90,12 +99,17 @@ class SentPages:
             for name in (f"client.{kind}", f"trunk.{kind}")
             for owner in self._rounds.owners(round - 1, name)
         }
-        others = sorted((owners & set(learners)) - set(accepted))
+        changed = row_of.keys() | (owners & set(learners) if everyones else set())
+        others = deal(sorted(changed - set(accepted)), WRITTEN)
         files: list[tuple[Staged, ...]] = []
-        for at, some in enumerate([(EVERYONE,), *deal(others, WRITTEN)]):
+        for at, some in enumerate([(EVERYONE,) if everyones else (), *others]):
             rows = self.load(round - 1, some, kind)
-            for own in columns:
+            for own in everyones:
                 rows[:, own] = theta_1P[:, own]
+            theirs = [(row, row_of[c]) for row, c in enumerate(some) if c in row_of]
+            for own in fellows:
+                for row, given in theirs:
+                    rows[row, own] = given_CP[given, own]
             self._row.cut_(some, rows)
             files.append(self.stage(round, f"others-{at}" if at else "everyone", some, rows))
         return files

@@ -22,6 +22,7 @@ from fellray.platform.caches import Sight
 from fellray.platform.decoder import Head, check_decoder, find_projections
 from fellray.platform.encoder import Backbone, build
 from fellray.platform.errors import FellrayError
+from fellray.platform.levels import GATE, GatedLinear, spread_levels
 from fellray.platform.model_config import ModelConfig
 
 PARTS = ("bottom", "trunk", "top")
@@ -82,6 +83,8 @@ class Blocks(nn.Module):
         self.first = first
         self._rotary = (rotary,)  # hidden from `to`: angles stay fp32 in blocks of any precision
         self.adapted = [m for block in blocks for m in block.modules() if isinstance(m, LoraLinear)]
+        self.sets = 1
+        """How many adapters each adapted projection has."""
 
     def forward(
         self,
@@ -234,6 +237,8 @@ def plan_cut(backbone: Backbone, model: ModelConfig) -> Cut:
     }
     if model.freeze_bottom:
         sites["bottom"] = []
+    if model.levels:
+        sites = {part: spread_levels(own, part, model.levels) for part, own in sites.items()}
     return Cut(blocks, sites, layout)
 
 
@@ -242,14 +247,16 @@ def cut_model(backbone: Backbone, model: ModelConfig) -> Parts:
     cut = plan_cut(backbone, model)
     whole = build(backbone)
     for part in PARTS:
+        gated = {site.path for site in cut.sites[part] if site.level == GATE}
         for site in cut.sites[part]:
             parent, _, leaf = site.path.rpartition(".")
             owner = whole.get_submodule(parent)
             base = getattr(owner, leaf)
-            if isinstance(base, LoraLinear):  # of bottom and trunk
+            if isinstance(base, LoraLinear):  # of bottom and trunk, or of another level
                 continue
             assert isinstance(base, nn.Linear)
-            setattr(owner, leaf, LoraLinear(base, model.lora.scaling))
+            kind = GatedLinear if site.path in gated else LoraLinear
+            setattr(owner, leaf, kind(base, model.lora.scaling))
     layers = whole.get_submodule(cut.layout.blocks)
     assert isinstance(layers, nn.ModuleList)
     rotary = whole.get_submodule("model.rotary_emb") if backbone.generative else None
@@ -257,6 +264,9 @@ def cut_model(backbone: Backbone, model: ModelConfig) -> Parts:
         part: Blocks([layers[i] for i in span], span.start, rotary)
         for part, span in cut.blocks.items()
     }
+    for part, blocks in run.items():
+        if blocks.adapted:
+            blocks.sets = len(cut.sites[part]) // len(blocks.adapted)
     least, most = model.span
     embeddings = whole.get_submodule(cut.layout.bottom[0].rstrip("."))
     bottom = Bottom(embeddings, run["bottom"], least < most)

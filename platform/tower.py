@@ -36,7 +36,7 @@ class Tower:
         self._pad = pad
         self._bank = bank
         self._pooled = pooled
-        self._split = len(bottom.blocks.adapted)
+        self._split = len(bottom.blocks.adapted) * bottom.blocks.sets
 
     def encode(
         self, rows: Rows, ids_L: Tensor, slot_N: Tensor, cross: Cross, train: bool
@@ -66,13 +66,16 @@ class Tower:
     ) -> Tensor:
         """Hidden states at each row's own lower cut [n, T, d]."""
         if not (self._bank and self._bottom.cuts_differ):
-            h: Tensor = self._bottom(ids_nT, mask_nT, self._sets(slots_n, pairs))
+            h: Tensor = self._bottom(
+                ids_nT, mask_nT, self._sets(slots_n, pairs, self._bottom.blocks)
+            )
             return h
         cuts_n = self._bank.cuts_S[slots_n]
         order, parts = [], []
         for cut in cuts_n.unique().tolist():
             own = (cuts_n == cut).nonzero().squeeze(1)
-            sets = self._sets(slots_n[own], [(a[own], b[own]) for a, b in pairs])
+            mine = [(a[own], b[own]) for a, b in pairs]
+            sets = self._sets(slots_n[own], mine, self._bottom.blocks)
             order.append(own)
             parts.append(self._bottom(ids_nT[own], mask_nT[own], sets, cut))
         return torch.cat(parts)[torch.cat(order).argsort()]
@@ -83,7 +86,7 @@ class Tower:
             return F.normalize(y_Ld, dim=1)
         vectors = []
         for group, (slots_n, pairs) in zip(rows.groups, used, strict=True):
-            sets = self._sets(slots_n, pairs[self._split :])
+            sets = self._sets(slots_n, pairs[self._split :], self._top.blocks)
             vectors.append(self._top(rows.pad(y_Ld, group), group.mask_nT, sets))
         order = torch.cat([group.rows_n for group in rows.groups])
         u_nd = torch.cat(vectors)
@@ -94,7 +97,7 @@ class Tower:
         upper cut."""
         states = []
         for group, (slots_n, pairs) in zip(rows.groups, used, strict=True):
-            sets = self._sets(slots_n, pairs[self._split :])
+            sets = self._sets(slots_n, pairs[self._split :], self._top.blocks)
             states.append(self._top(rows.pad(y_Ld, group), group.mask_nT, sets))
         return rows.pack(states)
 
@@ -109,7 +112,7 @@ class Tower:
             used.append((slots_n, pairs))
             ids = torch.full_like(stretch.mask_nT, self._pad, dtype=torch.int64)
             ids[stretch.mask_nT] = ids_L[stretch.tokens]
-            sets = self._sets(slots_n, pairs[: self._split])
+            sets = self._sets(slots_n, pairs[: self._split], self._bottom.blocks)
             sight = Sight(cache, stretch)
             h = self._bottom.embeddings(ids)
             hidden.append(self._bottom.blocks.extend(h, sight, sets, None))
@@ -121,15 +124,21 @@ class Tower:
         head = self._top.head
         assert head
         for stretch, (slots_n, pairs) in zip(rows.stretches, used, strict=True):
-            sets = self._sets(slots_n, pairs[self._split :])
+            sets = self._sets(slots_n, pairs[self._split :], self._top.blocks)
             sight = Sight(cache, stretch)
             states.append(
                 head.norm(self._top.blocks.extend(rows.pad(y_Ld, stretch), sight, sets, None))
             )
         return rows.pack(states)
 
-    def _sets(self, slots_n: Tensor, pairs: Sequence[Pair]) -> tuple[Sequence[Pair], ...]:
-        return (self._bank.scale(slots_n, pairs),) if self._bank else ()
+    def _sets(
+        self, slots_n: Tensor, pairs: Sequence[Pair], blocks: Blocks
+    ) -> tuple[Sequence[Pair], ...]:
+        """A part's adapters, as many sets as each of its projections has adapters."""
+        if not self._bank:
+            return ()
+        scaled, count = self._bank.scale(slots_n, pairs), len(blocks.adapted)
+        return tuple(scaled[at * count : (at + 1) * count] for at in range(blocks.sets))
 
 
 def encode_texts(parts: Parts, rows: Rows, ids_L: Tensor, pad: int) -> Tensor:
