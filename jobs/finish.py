@@ -6,9 +6,11 @@ from typing import Any
 from fellray.actors.plant import Plant
 from fellray.actors.world import World
 from fellray.jobs.display import Display
+from fellray.platform.client_groups import describe_groups
 from fellray.platform.peft_export import export
 from fellray.platform.report import render
 from fellray.platform.run import COSTS, Run
+from fellray.platform.split import plan_cut
 from fellray.platform.summary import summarise
 
 VALIDATION, TEST = 1, 2
@@ -25,6 +27,9 @@ def finish(run: Run, plant: Plant, world: World, display: Display) -> dict[str, 
     display.say(f"testing round {best}")
     summary = plant.replayed(_test, run, world, best)
     summary["model"]["generative"] = world.backbone.generative
+    if world.groups:
+        cut = plan_cut(world.backbone, run.config.model)
+        summary["groups"] = describe_groups(run.config, world.groups, cut)
     events = plant.take_events()
     display.warn(events)
     summary["events"] += events

@@ -16,7 +16,7 @@ from fellray.platform.run import read_run
 from fellray.platform.shards import Dataset
 from fellray.platform.split import plan_cut
 from fellray.serve.args import Args
-from fellray.serve.blends import Blends
+from fellray.serve.blends import Blends, find_private
 from fellray.serve.catalogue import Catalogue
 from fellray.serve.ends import Ends, Question
 from fellray.serve.items import Items
@@ -49,7 +49,8 @@ class ForwardLoop:
         served = Watch(args, lookup.seats, data.sha256).served
         backbone = load_backbone(config.model.name)
         own, cut = run.own(), plan_cut(backbone, config.model)
-        rounds = Blends(run.storage, lookup.seats, own, Middle(cut.outer, config.model.lora.r))
+        middle, private_p = Middle(cut.outer, config.model.lora.r), find_private(config, cut.outer)
+        rounds = Blends(run.storage, lookup.seats, own, middle, private_p)
         self._ends = Ends(config, backbone, items, rounds, own, args.adapters, args.rows)
         self._host = make_host(run, args, Blends(run.storage, lookup.seats))
         torch.set_num_threads(args.threads)

@@ -5,6 +5,7 @@ It must not know what a group has in common. Letters: C clients.
 
 import difflib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,11 +13,14 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from fellray.platform.adapters import name_blocks
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.fedpa import form_groups
 from fellray.platform.fedpa_lora import CLIENTS, FedpaLora
+from fellray.platform.levels import level_of
 from fellray.platform.shards import Dataset
+from fellray.platform.split import Cut
 from fellray.platform.user_attributes import of_users
 
 
@@ -52,6 +56,25 @@ def number_groups(groups: Mapping[str, str], clients: Sequence[str]) -> dict[str
         return {}
     number = {name: at for at, name in enumerate(sorted(set(groups.values())))}
     return {CLIENTS: torch.tensor([number[groups[c]] for c in clients], dtype=torch.int64)}
+
+
+def describe_groups(
+    config: RunConfig, groups: Mapping[str, str], cut: Cut
+) -> dict[str, dict[str, Any]]:
+    """For the run's record: who is in which group, and of each level how many numbers a client's
+    adapters have and whether they are sent. Empty where there are no groups."""
+    if not groups:
+        return {}
+    members: dict[str, list[str]] = {}
+    for client, group in sorted(groups.items()):
+        members.setdefault(group, []).append(client)
+    levels: dict[str, Any] = {}
+    for side, sites in (("client", cut.outer), ("trunk", cut.sites["trunk"])):
+        for name, columns in name_blocks(sites, config.model.lora.r).items():
+            key = f"{level_of(name)}, {side}"
+            level = levels.setdefault(key, {"parameters": 0, "sent": config.method.sends(name)})
+            level["parameters"] += columns.stop - columns.start
+    return {"members": members, "levels": levels}
 
 
 def _read_map(groups: Mapping[str, str], data: Dataset) -> list[str | None]:

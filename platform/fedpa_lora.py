@@ -42,12 +42,12 @@ class FedpaLora(Method):
 
     kind: Literal["fedpa_lora"] = "fedpa_lora"
     groups: str | dict[str, str] = Field(default_factory=dict)
-    """Client -> its group; who is not named has none. Or an attribute of the users in the prepared
-    data (`gender`): clients whose users have one value of it are a group. Empty: all clients are
-    one group."""
+    """Client -> its group; those who are not named are one more. Or an attribute of the users in
+    the prepared data (`gender`): clients whose users have one value of it are a group. Empty: all
+    clients are one group."""
     min_group_size: int = Field(default=3, ge=1)
-    """Groups with fewer clients, and clients without a group, are one, `other`. Of a mean of two
-    either member could work out what the other sent."""
+    """Groups with fewer clients are one, `other`. From a mean of two either member could work out
+    what the other sent."""
     user: tuple[Part, ...] = ("bottom", "top")
     """Parts of the model with user adapters. The trunk is the server's and cannot have any. Empty:
     there are group adapters only."""

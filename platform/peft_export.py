@@ -30,7 +30,8 @@ def export(run: Run, round: int, learners: Sequence[str]) -> list[str]:
     tokens. A decoder is loaded by `AutoModelForCausalLM` and writes what the learner's does. peft
     knows one adapter per projection; where all learners share a trunk adapter, the
     personal and the shared one stand there as one of both ranks together, whose product is their
-    sum. A learner's folder has the learner's own rank, and each block from whoever holds it.
+    sum. A learner's folder has the learner's own rank, and each block from whoever holds it. Where
+    adapters have levels nothing is written: peft has no gate.
 
     Returns:
         The folders, sorted by learner.
@@ -40,6 +41,8 @@ def export(run: Run, round: int, learners: Sequence[str]) -> list[str]:
             storage refuses.
     """
     model = run.config.model
+    if model.levels:
+        return []
     r = model.lora.r
     backbone = load_backbone(model.name)
     planned = plan_cut(backbone, model)

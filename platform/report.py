@@ -14,6 +14,7 @@ from fellray.platform.curves import show_rounds
 from fellray.platform.markup import Html, fold, join, make_page, section, tabulate, tag
 from fellray.platform.run_sections import (
     show_events,
+    show_groups,
     show_privacy,
     show_provenance,
     show_traffic,
@@ -44,8 +45,8 @@ def render(
         summary: `run`, `method`, `seed`, `rounds`, `best_round`, `clients` (a count or ids),
             `test` and `validation` (metric -> pooled value), `per_client` (client -> metric ->
             value, and `users`), `balance` (of test NDCG@10), `bytes`, `hashes`, `popularity`,
-            `prior`, `untrained` (metric -> test value), `privacy` (as `Spending.tree`), `data`,
-            `model`, `environment`, `events`.
+            `prior`, `untrained` (metric -> test value), `privacy` (as `Spending.tree`), `groups`
+            (as `describe_groups`), `data`, `model`, `environment`, `events`.
             What is missing is left out of the page.
         metrics: rows of metrics.jsonl; of several rows of one round the last counts.
         config: the resolved config.
@@ -59,6 +60,7 @@ def render(
         _tested(summary),
         show_rounds(summary, rows),
         _clients(summary),
+        show_groups(summary),
         show_traffic(summary, rows),
         show_privacy(summary),
         show_events(summary, rows),

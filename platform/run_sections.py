@@ -7,7 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fellray.platform.markup import Html, join, list_facts, section, tabulate, tag
-from fellray.platform.words import CROSSINGS, format_size
+from fellray.platform.words import (
+    CROSSINGS,
+    HEADLINE,
+    format_number,
+    format_size,
+    name_metric,
+)
+
+_LISTED = 20  # members of a group that are named
 
 
 def show_traffic(
@@ -36,6 +44,37 @@ def show_traffic(
         "Bytes moved",
         tag("p", f"What the clients sent and received, by kind, from the ledger.{per} {words}"),
         tabulate(["kind", "size", "bytes", "share", "per client-round"], cells),
+    )
+
+
+def show_groups(summary: Mapping[str, Any]) -> Html:
+    """Who is in which group and how it fares; which adapters there are, and which are sent."""
+    groups = summary.get("groups") or {}
+    if not groups:
+        return Html()
+    per_client = summary.get("per_client") or {}
+    rows = []
+    for name, members in groups["members"].items():
+        tested = [per_client[c] for c in members if HEADLINE in per_client.get(c, {})]
+        users = sum(int(row["users"]) for row in tested)
+        total = sum(row["users"] * row[HEADLINE] for row in tested)
+        listed = ", ".join(members[:_LISTED]) + (" ..." if len(members) > _LISTED else "")
+        score = format_number(total / users if users else None)
+        label = name.removeprefix("=") or "(none)"
+        rows.append([label, str(len(members)), str(users), score, listed])
+    levels = [
+        [name, f"{level['parameters']:,}", "yes" if level["sent"] else "never"]
+        for name, level in groups["levels"].items()
+    ]
+    words = (
+        "Each client has adapters of its own (user), which stay with it, and adapters that are its "
+        "group's. Groups that would have been too small are together in `:other`."
+    )
+    return section(
+        "Groups",
+        tag("p", words),
+        tabulate(["group", "clients", "users tested", name_metric(HEADLINE), "members"], rows),
+        tabulate(["adapters", "numbers of a client", "sent"], levels),
     )
 
 

@@ -4,13 +4,16 @@ A blend's name says whose mean it is, so both sides of the cut make the same one
 part. Where clients have cuts of their own, a blend has the largest: its client side then has every
 block that any of them holds. It must not know why somebody is blended.
 
-Shapes: P parameters of one client.
+Shapes: P parameters of one client, p of them.
 """
 
 from collections.abc import Collection, Sequence
 
 import torch
+from torch import Tensor
 
+from fellray.platform.adapters import Site, name_blocks
+from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.middle import Middle
 from fellray.platform.own import ALIKE, Own
@@ -40,10 +43,13 @@ class Blends(Rounds):
         learners: Collection[str],
         own: Own = ALIKE,
         middle: Middle | None = None,
+        private_p: Tensor | None = None,
     ):
         """Args: storage: the run's folder. learners: ids of everyone who trains. own: whose models
-        are cut elsewhere. middle: the blocks between; who asks for clients' parts gives it."""
+        are cut elsewhere. middle: the blocks between; who asks for clients' parts gives it, and
+        `private_p`, the columns of these that a blend has zeros in."""
         super().__init__(storage)
+        self._private_p = private_p
         self._own = own
         self._middle = middle
         self._everyone = sorted(learners)
@@ -97,7 +103,24 @@ class Blends(Rounds):
             for key, rows in loaded.items():
                 part = rows.double().sum(0, keepdim=True)
                 sums[key] = sums[key] + part if key in sums else part
-        return {key: (total / len(members)).float() for key, total in sums.items()}
+        means = {key: (total / len(members)).float() for key, total in sums.items()}
+        if self._private_p is not None and CLIENT in means:
+            means[CLIENT][:, self._private_p] = 0.0
+        return means
+
+
+def find_private(config: RunConfig, sites: Sequence[Site]) -> Tensor | None:
+    """Columns of a client's part that answer nobody else's questions, where adapters have levels:
+    a user's, and gates that are not sent. Zeros there are as if they were not; None: of none."""
+    if not config.model.levels:
+        return None
+    blocks = name_blocks(sites, config.model.lora.r)
+    spans = [
+        torch.arange(columns.start, columns.stop)
+        for name, columns in blocks.items()
+        if not config.method.sends(name)
+    ]
+    return torch.cat(spans) if spans else None
 
 
 def _is_blend(client: str) -> bool:

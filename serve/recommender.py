@@ -22,7 +22,7 @@ from fellray.platform.run import read_run
 from fellray.platform.shards import Dataset
 from fellray.platform.split import plan_cut
 from fellray.serve.args import Args
-from fellray.serve.blends import Blends
+from fellray.serve.blends import Blends, find_private
 from fellray.serve.catalogue import Catalogue
 from fellray.serve.ends import Ends, Question
 from fellray.serve.events import Events
@@ -91,7 +91,8 @@ class Recommender:
             keep_freed_memory()
             own, cut = run.own(), plan_cut(backbone, config.model)
             middle = Middle(cut.outer, config.model.lora.r)
-            rounds = Blends(run.storage, self._lookup.seats, own, middle)
+            private_p = find_private(config, cut.outer)
+            rounds = Blends(run.storage, self._lookup.seats, own, middle, private_p)
             return Ends(config, backbone, items, rounds, own, args.adapters, args.rows)
 
         self._ferry = Ferry(make, trunk, args.rows)
