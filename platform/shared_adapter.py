@@ -44,8 +44,9 @@ class SharedAdapter:
 
     def start(self, seeded_P: Tensor) -> None:
         """Put it to the seeded start."""
-        self._engine.load_shared({"values": seeded_P})
-        self._round = 0
+        if self.there:
+            self._engine.load_shared({"values": seeded_P})
+            self._round = 0
 
     def bring(self, round: int) -> None:
         """Put it to its state at a committed round."""

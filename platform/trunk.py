@@ -119,7 +119,8 @@ def build_trunk(
     seeded start; and the projections that are adapted."""
     parts = cut_model(backbone, config.model)
     sites = parts.cut.sites["trunk"]
-    seeded = start(sites, config.model.lora, config.seed)
+    # DeepSpeed needs a number to step, also where nothing is adapted and so nothing shared
+    seeded = start(sites, config.model.lora, config.seed) if sites else torch.zeros(1)
     dtype: torch.dtype = getattr(torch, config.server.dtype)
     return Trunk(parts.trunk, seeded, dtype).to(device), sites
 

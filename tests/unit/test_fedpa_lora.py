@@ -115,6 +115,7 @@ def test_a_gated_projection_is_its_formula_token_by_token() -> None:
     torch.testing.assert_close(shares.sum(2), torch.full((3, 6), 3.0))
     pull = torch.randn(3, 6, 4)
     found = layer(x)
+    torch.testing.assert_close(layer(x[:, 4:]), found[:, 4:])  # a text can be read on
     wanted = token_by_token(x, layer, pairs)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
     ours = torch.autograd.grad((found * pull).sum(), leaves)

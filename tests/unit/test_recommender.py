@@ -52,7 +52,8 @@ def train(config: RunConfig) -> Trained:
             else:
                 reports = p.fit(t, p.sample(t))
                 plan = config.method.plan(reports.meta)
-                staged = p.install(reports, plan, reduce(plan, reports.theta_CP))
+                mixed = reduce(plan, reports.theta_CP, reports.blocks)
+                staged = p.install(reports, plan, mixed)
                 outcome = Outcome(staged, p.validate(t), reports, plan)
             run.commit(t, outcome, p.close_ledger(), p.take_events())
         test = p.evaluate(config.train.rounds, 2)
@@ -120,8 +121,9 @@ def ndcgs(recommender: Recommender, data: Dataset, client: str) -> list[float]:
         {"server": {"shared_adapter": True}},
         {"method": {"kind": "central"}},
         {"model": {"prior": False, "cut": 0, "top": 0}, "train": {"share": "none"}},
+        {"method": {"kind": "fedpa_lora"}, "train": {"learning_rate": 0.1}},
     ],
-    ids=["fellrec", "shared", "central", "bare"],
+    ids=["fellrec", "shared", "central", "bare", "levels"],
 )
 def test_the_rankings_are_those_of_the_evaluation(
     tiny_config: Callable[..., RunConfig], tiny_data: Path, overrides: dict[str, object]

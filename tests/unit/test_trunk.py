@@ -26,7 +26,7 @@ from fellray.platform.messages import Activation, Gradient, Installation, Lease,
 from fellray.platform.rounds import Rounds
 from fellray.platform.split import cut_model
 from fellray.platform.storage import Storage
-from fellray.platform.trunk import Engine, TorchEngine, Trunk, mean_gradient
+from fellray.platform.trunk import Engine, TorchEngine, Trunk, build_trunk, mean_gradient
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIENTS = ("a", "b", "c", "d")
@@ -704,7 +704,25 @@ def compare_engines(encoder: str, folder: Path) -> dict[str, Any]:
         found[f"shared {shared}, {dtype}: moved"] = not torch.equal(
             loads["torch"][0], loads["torch"][3]
         )
+    found["nothing adapted"] = pass_bare_trunk(encoder, folder / "bare")
     return found
+
+
+def pass_bare_trunk(encoder: str, folder: Path) -> bool:
+    """Whether DeepSpeed's engine and torch's give the same of a trunk without any adapter."""
+    from fellray.actors.engine import DeepSpeedEngine
+
+    tree = make_config(encoder).model_dump(mode="json") | {"method": {"kind": "fedpa_lora"}}
+    config, seen = parse(tree, "test"), []
+    for engine in (TorchEngine, DeepSpeedEngine):
+        trunk, sites = build_trunk(load_backbone(encoder), config, torch.device("cpu"))
+        assert sites == []
+        rounds = Rounds(Storage(str(folder / engine.__name__)))
+        host = TrunkHost(config, CLIENTS, sites, engine(trunk, config), rounds)
+        rounds.commit(0, host.stage_start(), {})
+        sent = message("a", host.begin("run", 1, ["a"]), 0, [5, 20], seed=0)
+        seen.append(bits(*answered(host.forward([sent[0]])), *answered(host.backward([sent]))))
+    return seen[0] == seen[1]
 
 
 def test_bfloat16_computes_what_float32_does_and_keeps_the_adapters(
@@ -757,7 +775,7 @@ def test_deepspeeds_engine_equals_torchs(tiny_encoder: Path, tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 3 * 2 + 2 * 4 + 3
+    assert len(found) == 3 * 2 + 2 * 4 + 3 + 1
     unequal = {name: equal for name, equal in found.items() if not np.all(equal)}
     assert unequal == {}
 
