@@ -52,7 +52,8 @@ class Allotment:
 
         Raises:
             FellrayError: control variates, and the method's plan is not one for everyone.
-            ValueError: as `SentRow.check_private`.
+            ValueError: as `SentRow.check_private`. So does `stage`, where the plan mixes within
+                groups and clients have none.
         """
         self._config, self._row, self._pages, self._rounds = config, row, pages, rounds
         self._round, self._accepted = reports.meta.round, reports.meta.clients
@@ -114,6 +115,8 @@ class Allotment:
 
     def _follow(self) -> dict[str, int]:
         """Who takes which row of the mixture although it has none: learner -> a fellow's."""
+        if not self._groups:
+            raise ValueError("the plan mixes within groups, and the clients have none")
         of_group = {self._groups[c]: self._place[c] for c in reversed(self._accepted)}
         absent = set(self._learners) - set(self._accepted)
         return {c: of_group[g] for c in sorted(absent) if (g := self._groups[c]) in of_group}

@@ -101,8 +101,9 @@ class ModelConfig(Section):
     """How many of the last blocks stay on the client with the pooling (the top)."""
     lora: LoraSpec = LoraSpec()
     """The trained adapters."""
-    levels: AdapterLevels | None = None
-    """Adapters of two levels. The method enters it; what is written here does not count."""
+    levels: AdapterLevels | None = Field(default=None, exclude=True)
+    """Adapters of two levels. The method enters it; what is written here does not count, and it is
+    not written down."""
     max_history: int = Field(default=8, ge=1)
     """How many of a user's last items are read."""
     max_tokens: int = Field(default=96, ge=16)

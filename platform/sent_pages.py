@@ -101,8 +101,11 @@ class SentPages:
         }
         changed = row_of.keys() | (owners & set(learners) if everyones else set())
         others = deal(sorted(changed - set(accepted)), WRITTEN)
+        held = [(f"others-{number}", few) for number, few in enumerate(others, 1)]
+        if everyones:
+            held = [("everyone", (EVERYONE,)), *held]
         files: list[tuple[Staged, ...]] = []
-        for at, some in enumerate([(EVERYONE,) if everyones else (), *others]):
+        for holder, some in held:
             rows = self.load(round - 1, some, kind)
             for own in everyones:
                 rows[:, own] = theta_1P[:, own]
@@ -111,7 +114,7 @@ class SentPages:
                 for row, given in theirs:
                     rows[row, own] = given_CP[given, own]
             self._row.cut_(some, rows)
-            files.append(self.stage(round, f"others-{at}" if at else "everyone", some, rows))
+            files.append(self.stage(round, holder, some, rows))
         return files
 
     def stage_own_starts(self, learners: Sequence[str]) -> list[tuple[Staged, ...]]:

@@ -320,18 +320,21 @@ def test_members_share_their_groups_adapters_and_nobody_a_users(make: Make, play
     assert sizes == {4 * (sum(c < width for c in group.tolist()) + len(gate))}
 
 
-def test_who_is_absent_begins_from_its_groups_adapters(make: Make, play: Play) -> None:
+@pytest.mark.parametrize("common", ["everyone", "group"])
+def test_who_is_absent_begins_from_its_groups_adapters(common: str, make: Make, play: Play) -> None:
     """A group of which nobody took part keeps its own; users' adapters of absentees stay."""
     over = {"seed": 5, "sampling": {"per_round": 2}, "train": {"rounds": 3}}
-    config = make(group=ALL, over=over)
-    played = play(config)
+    played = play(make(group=ALL, gate=common, over=over))
     group, user, gate = (columns(played, level) for level in ("group", "user", "gate"))
+    if common == "group":
+        group = torch.cat([group, gate])
     idle, first_time, seen = 0, 0, set[str]()
     for t in (1, 2, 3):
         before, rows, reports = both(played, t - 1), both(played, t), played.outcomes[t].reports
         took = list(reports.meta.clients)
-        everyone = reports.theta_CP[:, gate].double().mean(0).float()
-        torch.testing.assert_close(rows[:, gate], everyone.expand(5, -1), rtol=0, atol=1e-7)
+        if common == "everyone":
+            everyone = reports.theta_CP[:, gate].double().mean(0).float()
+            torch.testing.assert_close(rows[:, gate], everyone.expand(5, -1), rtol=0, atol=1e-7)
         for name in ("a", "b"):
             members = [i for i, c in enumerate(played.learners) if GROUPS[c] == name]
             at = [took.index(c) for c in took if GROUPS[c] == name]
@@ -578,6 +581,7 @@ def test_own_ranks_and_cuts_are_refused(column: str, make: Make, tmp_path: Path)
 
 def test_levels_follow_from_the_method_alone(tiny_config: Make) -> None:
     tree = tiny_config().model_dump(mode="json")
+    assert "levels" not in tree["model"], "configs of earlier runs stay as they are"
     tree["model"]["levels"] = {"user": ["top"], "group": ["top"], "gated": True}
     assert parse(tree, "x").model.levels is None
     tree["method"] = {"kind": "fedpa_lora", "gate": "none", "user": ["top"]}
