@@ -101,7 +101,7 @@ class AttributePlant:
             theta,
             theta,
             (),
-            tuple(blocks),
+            blocks,
             self._number_groups(accepted),
         )
         seconds, counted = time.perf_counter() - began, sum(told.samples.values())

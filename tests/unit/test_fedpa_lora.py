@@ -163,7 +163,7 @@ def meta(of: str = "aab") -> Meta:
     groups = {CLIENTS: torch.tensor([MADE[g] for g in of])}
     names, samples = ["c0", "c1", "c2"], [1, 3, 4]
     losses = [1.0, 2.0, 3.0]
-    return describe(1, names, losses, samples, SENT, START, blocks=tuple(BLOCKS), groups=groups)
+    return describe(1, names, losses, samples, SENT, START, blocks=BLOCKS, groups=groups)
 
 
 @pytest.mark.parametrize(
@@ -204,10 +204,10 @@ def test_fellrecs_matrix_within_a_group() -> None:
 
 def test_a_plan_of_nobody_and_of_no_groups() -> None:
     nobody = describe(
-        1, [], [], [], SENT[:0], SENT[:0], blocks=tuple(BLOCKS), groups=number_groups(GROUPS, [])
+        1, [], [], [], SENT[:0], SENT[:0], blocks=BLOCKS, groups=number_groups(GROUPS, [])
     )
     assert FedpaLora().plan(nobody).mixing_CC.shape == (0, 0)
-    unknown = describe(1, ["a"], [1.0], [1], SENT[:1], SENT[:1], blocks=tuple(BLOCKS))
+    unknown = describe(1, ["a"], [1.0], [1], SENT[:1], SENT[:1], blocks=BLOCKS)
     with pytest.raises(ValueError, match="groups are not known"):
         FedpaLora().plan(unknown)
 
@@ -351,6 +351,25 @@ def test_who_is_absent_begins_from_its_groups_adapters(common: str, make: Make, 
         seen |= set(took)
     assert idle == 2, "the draw leaves a group out"
     assert first_time > 0, "and has absentees who never trained"
+
+
+def test_a_run_with_fellrecs_mixture_within_groups(make: Make, play: Play) -> None:
+    """A matrix for each projection, by similarity of products: all that FELLRec can be told."""
+    mixture = {"similarity": "product", "per_layer": True, "beta": 1.0}
+    played = play(make(group=ALL, mixture=mixture), last=1)
+    reports, plan = played.outcomes[1].reports, played.outcomes[1].plan
+    rows, matrices = both(played, 1), set[int]()
+    for name, at in reports.blocks.items():
+        if level_of(name) == "group":
+            mixing_CC = plan.blocks[name].mixing_CC
+            matrices.add(id(mixing_CC))
+            assert not mixing_CC[:2, 2:].any()
+            assert not mixing_CC[2:, :2].any()
+            wanted = mixing_CC @ reports.theta_CP[:, at].double()
+            torch.testing.assert_close(rows[:, at].double(), wanted, rtol=0, atol=1e-6)
+    assert len(matrices) == 10, "two projections of five blocks"
+    group = columns(played, "group")
+    assert len({row.numpy().tobytes() for row in rows[:, group]}) == 5
 
 
 def test_round_0_is_the_pretrained_model(make: Make, play: Play, tiny_config: Make) -> None:
