@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from fellray.actors import client as clients
 from fellray.actors import plant as plants
 from fellray.actors.pool import InlinePool
 from fellray.actors.world import survey
@@ -351,6 +352,23 @@ def test_who_is_absent_begins_from_its_groups_adapters(common: str, make: Make, 
         seen |= set(took)
     assert idle == 2, "the draw leaves a group out"
     assert first_time > 0, "and has absentees who never trained"
+
+
+def test_a_refused_client_keeps_its_own_and_takes_its_groups(
+    make: Make, play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        clients, "_refuse", lambda loss, finite: None if refused.pop("c0", None) is None else "sick"
+    )
+    refused = {"c0": 1}  # the first who is looked at
+    played = play(make(group=ALL), last=1)
+    assert played.outcomes[1].reports.refused == {"c0": "sick"}
+    before, after = both(played, 0), both(played, 1)
+    group, user = columns(played, "group"), columns(played, "user")
+    assert torch.equal(after[0, group], after[1, group])
+    assert not torch.equal(after[0, group], before[0, group])
+    assert torch.equal(after[0, user], before[0, user])
+    assert not torch.equal(after[1, user], before[1, user])
 
 
 def test_a_run_with_fellrecs_mixture_within_groups(make: Make, play: Play) -> None:
