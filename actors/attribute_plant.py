@@ -92,7 +92,7 @@ class AttributePlant(Holders):
             theta,
             theta,
             (),
-            tuple(blocks),
+            blocks,
             self._number_groups(accepted),
         )
         seconds, counted = time.perf_counter() - began, sum(told.samples.values())

@@ -21,7 +21,7 @@ from fellray.actors.remote import RayRemote
 from fellray.actors.server import Server, make_host
 from fellray.actors.servers import Servers, check_servers
 from fellray.actors.world import World
-from fellray.platform.aggregation import Plan, Reports, describe, name_layers
+from fellray.platform.aggregation import Plan, Reports, describe
 from fellray.platform.allotment import Allotment
 from fellray.platform.answers import read_updates, take_on_time
 from fellray.platform.config import RunConfig
@@ -155,8 +155,9 @@ class Plant(Holders):
             theta,
             self._pages.load_start(round, accepted) if "update" in compared and accepted else theta,
             compared,
-            tuple(row.blocks),
-            layers=name_layers(row.blocks) if self._config.method.compares_layers() else {},
+            row.blocks,
+            by_layer=self._config.method.compares_layers(),
+            rank=self._config.model.lora.r,
         )
         seconds = time.perf_counter() - began
         counted = sum(told.samples.values())

@@ -96,7 +96,7 @@ def show(results: Mapping[str, Any]) -> None:
     console.print(table)
     for figure in results["figures"]:
         for name, part in figure.get("parts", {}).items():
-            console.print(f"{figure['name']}: {name} x{part['median']:.2f}")
+            console.print(f"{figure['name']}: {name} x{part['median']:.2f}", soft_wrap=True)
         if "without_loading" in figure:
             console.print(
                 f"{figure['name']}: x{figure['without_loading']['median']:.2f} without the "
@@ -123,7 +123,7 @@ def show(results: Mapping[str, Any]) -> None:
 
 
 def _say(figure: Figure) -> Figure:
-    console.print(f"{figure['name']}: {figure['ratio']['median']:.2f}")
+    console.print(f"{figure['name']}: {figure['ratio']['median']:.2f}", soft_wrap=True)
     return figure
 
 
@@ -142,7 +142,7 @@ def main() -> None:
         results = bench(Path(folder))
     show(results)
     Journal(Storage(path.parent)).write_json(path.name, results)
-    console.print(f"Written: {path}")
+    console.print(f"Written: {path}", soft_wrap=True)
 
 
 if __name__ == "__main__":

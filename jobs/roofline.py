@@ -247,7 +247,7 @@ def _ratio(
     """A figure, said as soon as it is known."""
     made = figure(name, taken, of, goal, **more)
     said = made["ratio"]["median"]
-    console.print(f"{name}: {said:.2f} (processor time {made['ratio_cpu']:.2f})")
+    console.print(f"{name}: {said:.2f} (processor time {made['ratio_cpu']:.2f})", soft_wrap=True)
     return made
 
 
@@ -284,7 +284,9 @@ def main() -> None:
     loads = [before, load_average()]
     results = {"threads": THREADS, "load_average": loads, "busy": max(loads) > BUSY}
     Journal(Storage(path.parent)).write_json(path.name, {**results, "figures": figures})
-    console.print(f"Load average {loads[0]:.1f} before, {loads[1]:.1f} after. Written: {path}")
+    console.print(
+        f"Load average {loads[0]:.1f} before, {loads[1]:.1f} after. Written: {path}", soft_wrap=True
+    )
 
 
 if __name__ == "__main__":

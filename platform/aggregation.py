@@ -22,8 +22,9 @@ from fellray.platform.section import Section
 from fellray.platform.server_step import ServerStep
 from fellray.platform.slabs import Stack, gram, mix
 
-Source = Literal["update", "raw"]
-"""What the similarity of two clients is computed from."""
+Source = Literal["update", "raw", "product"]
+"""What the similarity of two clients is computed from: what the round changed, the weights sent, or
+the products B A that they make."""
 
 Weighting = Literal["uniform", "samples"]
 """How clients count in a mean: all the same, or by the histories they read."""
@@ -44,8 +45,8 @@ class Meta:
     samples_C: Tensor
     """Training histories read in the round, fp64."""
     gram: Mapping[Source, Tensor]
-    """Inner products [C, C], fp64: of the updates (`update`), of the sent weights (`raw`); those
-    that the method compares."""
+    """Inner products [C, C], fp64: of the updates (`update`), of the sent weights (`raw`), of the
+    products of their factors (`product`); those that the method compares."""
     blocks: tuple[str, ...] = ()
     """What a row of sent weights consists of, in its order: on a language model one site's factor
     each, named as peft names it (``encoder.layer.0.attention.self.query.lora_A``)."""
@@ -170,9 +171,10 @@ def describe(
     theta_CP: Stack,
     start_CP: Stack,
     sources: Collection[Source] = ("update", "raw"),
-    blocks: Sequence[str] = (),
+    blocks: Mapping[str, slice] = NO_BLOCKS,
     groups: Mapping[str, Tensor] | None = None,
-    layers: Mapping[str, slice] = NO_BLOCKS,
+    by_layer: bool = False,
+    rank: int = 0,
 ) -> Meta:
     """What a plan may look at, from one snapshot of everybody's sent weights.
 
@@ -184,20 +186,34 @@ def describe(
         theta_CP: sent weights after local training.
         start_CP: the same weights at the start of the round.
         sources: what inner products are taken of: what the method compares.
-        blocks: names of what the rows consist of, in their order.
+        blocks: what the rows consist of, in their order, and its columns.
         groups: attribute -> in which of its groups each client is.
-        layers: layer -> its columns, where inner products are taken by layer; all columns are in
-            one, and the stacks lie in memory.
+        by_layer: whether inner products are also kept layer by layer; the stacks then lie in
+            memory.
+        rank: of all adapters, where `product` is compared; the stacks then lie in memory.
     """
     assert list(clients) == sorted(clients), "rows follow the sorted client ids"
-    by_layer = {
-        name: {s: _gram_of(theta_CP, start_CP, s, columns) for s in sources}
-        for name, columns in layers.items()
-    }
-    if layers:
-        products = {s: torch.stack([by_layer[name][s] for name in layers]).sum(0) for s in sources}
-    else:
-        products = {s: gram(theta_CP, start_CP if s == "update" else None) for s in sources}
+    layers = name_layers(blocks) if by_layer or "product" in sources else {}
+
+    def measure(source: Source, layer: str) -> Tensor:
+        if source == "product":
+            a, b = (blocks[f"{layer}.{factor}"] for factor in ("lora_A", "lora_B"))
+            return product_gram(_in_memory(theta_CP)[:, a], _in_memory(theta_CP)[:, b], rank)
+        columns = layers[layer]
+        start_Cp = _in_memory(start_CP)[:, columns] if source == "update" else None
+        return gram(_in_memory(theta_CP)[:, columns], start_Cp)
+
+    products: dict[Source, Tensor] = {}
+    of_layer: dict[str, dict[Source, Tensor]] = {layer: {} for layer in layers if by_layer}
+    for source in sources:
+        if not by_layer and source != "product":
+            products[source] = gram(theta_CP, start_CP if source == "update" else None)
+            continue
+        parts = {layer: measure(source, layer) for layer in layers}
+        for layer, own in of_layer.items():
+            own[source] = parts[layer]
+        none_CC = torch.zeros(len(clients), len(clients), dtype=torch.float64)
+        products[source] = torch.stack(list(parts.values())).sum(0) if parts else none_CC
     return Meta(
         round=round,
         clients=tuple(clients),
@@ -205,7 +221,7 @@ def describe(
         samples_C=torch.tensor(samples, dtype=torch.float64),
         gram=products,
         blocks=tuple(blocks),
-        layers=by_layer,
+        layers=of_layer,
         groups=dict(groups or {}),
     )
 
@@ -319,10 +335,26 @@ def check_rows(mixing_CC: Tensor) -> None:
         )
 
 
-def _gram_of(theta_CP: Stack, start_CP: Stack, source: Source, columns: slice) -> Tensor:
-    assert isinstance(theta_CP, Tensor), "by layer only in memory"
-    assert isinstance(start_CP, Tensor), "by layer only in memory"
-    return gram(theta_CP[:, columns], start_CP[:, columns] if source == "update" else None)
+def product_gram(a_Ca: Tensor, b_Cb: Tensor, rank: int) -> Tensor:
+    """Inner products [C, C], fp64, of every client's ``B A``, which is never made.
+
+    ``<B A, B' A'> = sum of (B^T B') * (A A'^T)``, so two matrices [C r, C r] are enough.
+
+    Args:
+        a_Ca: each client's A [r, d_in], flat.
+        b_Cb: its B [d_out, r], flat.
+        rank: r.
+    """
+    num_clients = len(a_Ca)
+    rows_a = a_Ca.double().reshape(num_clients * rank, -1)
+    rows_b = b_Cb.double().unflatten(1, (-1, rank)).transpose(1, 2).flatten(0, 1)
+    joint = (rows_a @ rows_a.T).mul_(rows_b @ rows_b.T)
+    return joint.view(num_clients, rank, num_clients, rank).sum((1, 3))
+
+
+def _in_memory(stack: Stack) -> Tensor:
+    assert isinstance(stack, Tensor), "by layer, and products, only in memory"
+    return stack
 
 
 def centre(gram_CC: Tensor) -> Tensor:

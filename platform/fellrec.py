@@ -114,7 +114,9 @@ class Fellrec(Method):
     temperature: float = Field(default=0.05, gt=0)
     """Temperature of the softmax over losses."""
     similarity: Source = "update"
-    """Cosine of the round's updates, or of the weights themselves (the published way)."""
+    """Cosine of the round's updates, of the weights themselves (`raw`, the published way), or of
+    the products B A that they make (`product`, ours: two clients with one model are alike, however
+    it is factored). Products need one rank for all clients."""
     attention: Literal["affine", "softmax", "top_k"] = "affine"
     """`affine` is FELLRec's; `softmax` and `top_k` are ours, off by default. With C clients whose
     updates hardly agree (cosine near 0), `affine` leaves each an own weight of about 2 / (2 + w C),
@@ -164,6 +166,10 @@ class Fellrec(Method):
     def compares(self) -> Collection[Source]:
         """One of the two; as published always the weights."""
         return [self._source]
+
+    def mixes_products(self) -> bool:
+        """Where products are compared."""
+        return self._source == "product"
 
     def compares_layers(self) -> bool:
         """Where every projection has a matrix of its own."""

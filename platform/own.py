@@ -122,8 +122,9 @@ def read_own(config: RunConfig) -> Own:
     )
     if ranks and config.method.mixes_products():
         raise FellrayError(
-            f"{path}: rank is each client's own, and method.kind={config.method.kind} mixes the "
-            "products of A and B, which needs one; leave the column out, or take another method"
+            f"{path}: rank is each client's own, and method.kind={config.method.kind} mixes or "
+            "compares products of A and B, which needs one; leave the column out, or take another "
+            "method"
         )
     if (ranks or cuts) and not isinstance(config.privacy, NoPrivacy):
         raise FellrayError(

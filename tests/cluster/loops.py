@@ -3,6 +3,7 @@
 import http.client
 import itertools
 import json
+import ssl
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ class Loop:
     port: int
     token: str
     queries: Sequence[Mapping[str, Any]]
+    tls: ssl.SSLContext | None = None
+    """For HTTPS."""
     sent: list[Sent] = field(default_factory=list)
     """In the order of their ends."""
 
@@ -54,7 +57,11 @@ class Loop:
                 thread.join()
 
     def _work(self, ended: threading.Event, turn: Iterator[int]) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        at = ("127.0.0.1", self.port)
+        if self.tls is None:
+            connection = http.client.HTTPConnection(*at, timeout=60)
+        else:
+            connection = http.client.HTTPSConnection(*at, timeout=60, context=self.tls)
         headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
         while not ended.is_set():
             at = next(turn) % len(self.queries)

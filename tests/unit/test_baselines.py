@@ -138,7 +138,7 @@ def test_fedsa_by_hand() -> None:
     """A is the mean of both, B its client's."""
     theta = torch.tensor([[1.0, 2.0, 10.0, 3.0], [3.0, 6.0, 20.0, 5.0]])
     blocks = {"q.lora_A": slice(0, 2), "q.lora_B": slice(2, 3), "v.lora_A": slice(3, 4)}
-    meta = describe(1, ["a", "b"], [1, 1], [1, 3], theta, theta, (), tuple(blocks))
+    meta = describe(1, ["a", "b"], [1, 1], [1, 3], theta, theta, (), blocks)
     assert reduce(FedSaLora().plan(meta), theta, blocks).tolist() == [
         [2.0, 4.0, 10.0, 4.0],
         [2.0, 4.0, 20.0, 4.0],
@@ -200,7 +200,9 @@ def test_products_need_one_rank(tiny_config: Make, tmp_path: Path) -> None:
     own = tmp_path / "own.csv"
     own.write_text("client,rank\nc0,1\n")
     config = tiny_config(method={"kind": "fedex_lora_bounded"}, clients={"own": str(own)})
-    with pytest.raises(FellrayError, match="mixes the products of A and B, which needs one"):
+    with pytest.raises(
+        FellrayError, match="mixes or compares products of A and B, which needs one"
+    ):
         read_own(config)
 
 

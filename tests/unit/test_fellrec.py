@@ -366,12 +366,11 @@ def test_every_layer_has_its_own_similarities() -> None:
         "v.lora_A": slice(2, 3),
         "v.lora_B": slice(3, 4),
     }
-    layers = name_layers(blocks)
-    assert layers == {"q": slice(0, 2), "v": slice(2, 4)}
+    assert name_layers(blocks) == {"q": slice(0, 2), "v": slice(2, 4)}
     args = (1, ["a", "b"], [1.0, 1.0], [1, 1], theta, torch.zeros_like(theta))
     method = Fellrec(alpha=1e6, per_layer=True)
     assert method.compares_layers()
-    seen = describe(*args, method.compares(), tuple(blocks), layers=layers)
+    seen = describe(*args, method.compares(), blocks, by_layer=True)
     assert torch.equal(seen.gram["update"], describe(*args).gram["update"])
     plan = method.plan(seen)
     assert plan.blocks["q.lora_A"] is plan.blocks["q.lora_B"]
@@ -379,6 +378,39 @@ def test_every_layer_has_its_own_similarities() -> None:
     assert mixed.tolist() == [[1.0, 0.0, 5.0, 1.0], [1.0, 0.0, -5.0, -1.0]]
     assert plan.blocks["q.lora_A"].mixing_CC.tolist() == [[0.5, 0.5], [0.5, 0.5]]
     assert plan.own_weight_C.tolist() == [0.75, 0.75], "the record has the mean"
+
+
+@pytest.mark.parametrize("num_clients", [1, 3, 7])
+def test_products_compared_are_products_made(num_clients: int) -> None:
+    """B A of every client and projection, made and multiplied out one by one."""
+    rank, shapes = 2, {"q": (3, 4), "v": (5, 3)}
+    blocks, at = {}, 0
+    for layer, (d_in, d_out) in shapes.items():
+        for factor, width in (("lora_A", rank * d_in), ("lora_B", rank * d_out)):
+            blocks[f"{layer}.{factor}"] = slice(at, at + width)
+            at += width
+    theta = torch.from_numpy(np.random.default_rng(3).normal(size=(num_clients, at))).float()
+    names, ones = [f"c{i}" for i in range(num_clients)], [1] * num_clients
+    method = Fellrec(similarity="product", per_layer=True, alpha=1e6)
+    assert method.mixes_products()
+    args = (1, names, ones, ones, theta, theta, method.compares(), blocks)
+    seen = describe(*args, by_layer=True, rank=rank)
+    total = torch.zeros(num_clients, num_clients, dtype=torch.float64)
+    for layer, (d_in, d_out) in shapes.items():
+        a = theta[:, blocks[f"{layer}.lora_A"]].double().view(-1, rank, d_in)
+        b = theta[:, blocks[f"{layer}.lora_B"]].double().view(-1, d_out, rank)
+        made = (b @ a).flatten(1)
+        torch.testing.assert_close(seen.layers[layer]["product"], made @ made.T)
+        total += made @ made.T
+    torch.testing.assert_close(seen.gram["product"], total)
+    whole = describe(*args, rank=rank)
+    assert torch.equal(whole.gram["product"], seen.gram["product"])
+    assert whole.layers == {}
+    other_factoring = theta.clone()  # A doubled and B halved: the same model
+    for name, columns in blocks.items():
+        other_factoring[:, columns] *= 2.0 if name.endswith("A") else 0.5
+    same = describe(1, names, ones, ones, other_factoring, theta, ["product"], blocks, rank=rank)
+    torch.testing.assert_close(same.gram["product"], total)
 
 
 def test_layers_and_overwriting_do_not_go_together() -> None:
