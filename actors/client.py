@@ -39,6 +39,7 @@ from fellray.platform.metrics import Score
 from fellray.platform.own import ALIKE, Own
 from fellray.platform.privacy import find_key, privatise_round
 from fellray.platform.privacy_config import NoPrivacy
+from fellray.platform.residual import Residual
 from fellray.platform.rounds import Rounds
 from fellray.platform.seating import deal
 from fellray.platform.slots import Slots
@@ -87,6 +88,8 @@ class Client:
         self._crews = Crews(
             config, seats, catalogue, parts, self._slots, self._span, wire, own, device
         )
+        adapted = [*parts.bottom.blocks.adapted, *parts.top.blocks.adapted]
+        self._residual = Residual(config, sites, adapted, rounds)
         self._sent = find_columns(name_blocks(sites, lora.r), config.method.sends)
         """The columns of a row that leave this process; None: all."""
         self._key = find_key(config)
@@ -215,6 +218,7 @@ class Client:
         self._span.choose(server)
         if staged is not None:
             self._rounds.expect(round, staged)
+        self._residual.bring(round)
         scores: dict[str, Score] = {}
         for few in deal(learners, self._config.clients.slots):
             slots = self._slots.hold(round, few).to(self._device)
@@ -238,6 +242,7 @@ class Client:
     def forget(self) -> None:
         """Drop what is in memory: the next call starts from the last committed round."""
         self._slots.clear()
+        self._residual.forget()
         self._fitted = self._installed = -1
 
     def stage_start(self) -> tuple[Staged, ...]:
@@ -250,6 +255,10 @@ class Client:
         """One round of a few learners side by side, or of their anchors: losses and samples."""
         leave = self._span.remote.begin(self._config.name, round, learners, twin)
         slots = self._slots.hold(round - 1, learners).to(self._device)
+        self._residual.bring(round - 1)
+        if self._residual.added:
+            numbers = torch.cat([added.flatten() for added in self._residual.added.values()])
+            self._ledger.enter_each(learners, "residual_down", numbers.numpy())
         self._slots.train(learners, twin)
         if not isinstance(self._config.privacy, NoPrivacy):
             self._started |= dict(zip(learners, self._slots.values(learners), strict=True))

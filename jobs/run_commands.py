@@ -42,7 +42,8 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
         tell(f"Privacy: {summary['privacy']['statement']}")
     folder = f"{loaded.storage}/{loaded.name}"
     tell(f"Report: {folder}/report.html")
-    if summary.get("model", {}).get("generative"):  # recommend and serve refuse it
+    unserved = summary.get("model", {}).get("generative") or loaded.method.moves_base()
+    if unserved:  # recommend and serve refuse it
         tell(f"Next: fellray evaluate {quote(folder)}")
     elif loaded.attributes is None:
         client = next(iter(summary["per_client"]))

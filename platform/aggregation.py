@@ -146,6 +146,10 @@ class Method(Section):
         """Whether A and B are looked at together, so that clients need one rank."""
         return False
 
+    def moves_base(self) -> bool:
+        """Whether the plan's step keeps residuals of frozen weights (`server_step.RESIDUAL`)."""
+        return False
+
     def sends(self, block: str) -> bool:
         """Whether clients send this block of the layers that they hold, and receive it.
 
