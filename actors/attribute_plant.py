@@ -10,7 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fellray.actors.attribute_client import COMMON, PRIVATE, AttributeClient, name_values
 from fellray.actors.attribute_world import AttributeWorld
+from fellray.actors.holders import Holders
 from fellray.actors.pool import Demand, InlinePool, Pool, RayPool, Shared, check_places
-from fellray.actors.replay import replay
 from fellray.platform.aggregation import Plan, Reports, describe
 from fellray.platform.answers import read_updates
 from fellray.platform.attribute_model import Backbone
@@ -28,30 +28,21 @@ from fellray.platform.clicks import VALID
 from fellray.platform.config import RunConfig
 from fellray.platform.fedpa import GROUP
 from fellray.platform.manifest import Staged
-from fellray.platform.messages import LedgerRow
 from fellray.platform.rounds import EVERYONE, Rounds
-from fellray.platform.sampling import Sampler
-from fellray.platform.seating import Seating, choose, deal
-
-Answer = TypeVar("Answer")
+from fellray.platform.seating import deal
 
 
-class AttributePlant:
+class AttributePlant(Holders):
     """Holders of adapters, as one. Make it with `on_ray` or `inline`."""
 
     _client: type[AttributeClient] = AttributeClient
     """What becomes actors."""
 
     def __init__(self, config: RunConfig, world: AttributeWorld, rounds: Rounds, clients: Pool):
-        self._config, self._world, self._rounds, self._clients = config, world, rounds, clients
+        super().__init__(config, world.clients, world.sizes, rounds, clients)
+        self._world = world
         self._layout = world.layout
-        self._seating = Seating(world.clients, config.clients.together)
         self._place = {client: i for i, client in enumerate(world.clients)}
-        self._sampler = Sampler(config.sampling, config.seed, world.clients, world.sizes)
-        self.learners = choose(world.clients, config.evaluation.clients)
-        """Those who are evaluated, sorted."""
-        self._pending: tuple[int, tuple[Staged, ...]] = (-1, ())
-        self._events: list[str] = []
 
     @classmethod
     def inline(cls, config: RunConfig, world: AttributeWorld, rounds: Rounds) -> Self:
@@ -127,10 +118,6 @@ class AttributePlant:
             files += self._stage_common(round, reports.blocks, mixed_CP[0])
         return self._expect(round, [*files, *(one for few in asked() for one in few)])
 
-    def sample(self, round: int) -> tuple[str, ...]:
-        """Who is asked in a round."""
-        return tuple(self._world.clients[i] for i in self._sampler.sample(round))
-
     def evaluate(self, round: int, split: int) -> dict[str, ClickScore]:
         """Each actor's score of its clients at a round's state (split 1 validation, 2 test)."""
         at, files = self._pending
@@ -165,39 +152,6 @@ class AttributePlant:
             values = self._rounds.load(round, sorted(set(names)), [tensor])[tensor]
             digest.update(values.numpy().tobytes())
         return digest.hexdigest()
-
-    def close_ledger(self) -> list[LedgerRow]:
-        """What all clients exchanged since the last call, by client and kind."""
-        rows = [row for answer in self._clients.map("close_ledger") for row in answer]
-        return sorted(rows, key=lambda row: (row.client, row.kind))
-
-    def take_events(self) -> list[str]:
-        """What was lost, begun again or refused since the last call, in words."""
-        events = list(self._events)
-        self._events.clear()
-        return events
-
-    def replayed(self, work: Callable[..., Answer], *args: Any) -> Answer:
-        """As `Plant.replayed`: a round in which an actor was lost, or a page is damaged, again.
-
-        Raises:
-            FellrayError: it was lost too often, or what is damaged cannot be replaced.
-        """
-        return replay(lambda: work(self, *args), self._rounds.mend, self._forget, self._events)
-
-    def _forget(self) -> None:
-        self._clients.map("forget")
-        self._pending = (-1, ())
-
-    def close(self) -> None:
-        """End all actors."""
-        self._clients.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _number_groups(self, clients: Sequence[str]) -> dict[str, Tensor]:
         places = [self._place[client] for client in clients]

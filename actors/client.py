@@ -1,11 +1,11 @@
 """Clients: private data, labels, and the bottom and top of the model, which stay in this process.
 
-One actor holds one or many clients (slots) and trains them side by side: one forward pass for a
-crew of them, each row with its own client's adapters; while one crew's rows are in the trunk,
-another crew works here. The class is plain; `Pool` makes it an actor, tests use it as it is. It
-does not know where the trunk runs, how updates are mixed, or what Ray is.
+One actor holds one or many clients; as many as have slots train side by side, in crews. What they
+report, receive and put down is decided here, what a crew does over the cut is not. The class is
+plain; `Pool` makes it an actor, tests use it as it is. It does not know where the trunk runs, how
+updates are mixed, or what Ray is.
 
-Shapes: S slots, N rows of a step, P parameters of a client's side, I items.
+Shapes: S slots, P parameters of a client's side.
 """
 
 import math
@@ -18,40 +18,33 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from fellray.actors.crews import NO_MODEL, Crews
 from fellray.actors.world import Catalogue
 from fellray.platform.adapters import find_columns, name_blocks, start
 from fellray.platform.allocator import give_back_freed_memory
 from fellray.platform.bank import Bank
 from fellray.platform.config import RunConfig
-from fellray.platform.desk import Desk, LessonReader, WritingDesk
 from fellray.platform.device import own_device
 from fellray.platform.encoder import Backbone
-from fellray.platform.grounding import Grounding
 from fellray.platform.ledger import Ledger
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import (
-    Activation,
-    Gradient,
     Installation,
     Lease,
     LedgerRow,
     StaleLease,
     Update,
 )
-from fellray.platform.metrics import Evaluator, Score
+from fellray.platform.metrics import Score
 from fellray.platform.own import ALIKE, Own
 from fellray.platform.privacy import find_key, privatise_round
 from fellray.platform.privacy_config import NoPrivacy
-from fellray.platform.reader import Batch, Reader
-from fellray.platform.retrieval import Scorer
+from fellray.platform.residual import Residual
 from fellray.platform.rounds import Rounds
-from fellray.platform.script import Script
 from fellray.platform.seating import deal
-from fellray.platform.shards import Dataset
 from fellray.platform.slots import Slots
-from fellray.platform.span import Remote, Span, Trip, take_turns
+from fellray.platform.span import Remote, Span
 from fellray.platform.split import cut_model
-from fellray.platform.tower import Tower
 from fellray.platform.wire import Wire
 
 
@@ -74,18 +67,11 @@ class Client:
         self._config = config
         self._holder = f"clients-{index:05d}"
         self._rounds = rounds
-        self._own = own
-        self._catalogue = catalogue
-        self._data = Dataset(config.data.path)
-        self._seats = dict(sorted(seats.items()))
-        self.learners = tuple(self._seats)
+        self.learners = tuple(sorted(seats))
         """Who has a seat here, sorted."""
         device = own_device()
         self._device = device
-        self._vectors = from_dlpack(catalogue.vectors_Id).to(device)
-        self._desks: tuple[tuple[str, ...], list[Desk]] = ((), [])
         parts = cut_model(backbone, config.model)
-        bottom, top = parts.bottom.to(device), parts.top.to(device)
         sites = parts.cut.outer
         lora, rule = config.model.lora, config.method.local()
         self._rule = rule
@@ -96,20 +82,19 @@ class Client:
             rounds,
             own,
         )
-        self._ends = (bottom, top, catalogue.tokens.pad)
-        self._script: tuple[Script, Grounding] | None = None
-        if catalogue.wording:
-            titles = self._data.titles
-            script = Script(catalogue.wording, config.model, titles)
-            self._script = (script, Grounding(titles, self._vectors))
         self._ledger = Ledger()
         self._span = Span(remote, self._ledger)
+        wire = Wire(config, backbone.dim)
+        self._crews = Crews(
+            config, seats, catalogue, parts, self._slots, self._span, wire, own, device
+        )
+        adapted = [*parts.bottom.blocks.adapted, *parts.top.blocks.adapted]
+        self._residual = Residual(config, sites, adapted, rounds)
         self._sent = find_columns(name_blocks(sites, lora.r), config.method.sends)
         """The columns of a row that leave this process; None: all."""
         self._key = find_key(config)
         self._started: dict[str, Tensor] = {}
         """The values at the round's start, where the upload is made private."""
-        self._wire = Wire(config, backbone.dim)
         self._seeded = start(sites, lora, config.seed)
         self._fitted = self._installed = -1
         self._staged: tuple[Staged, ...] = ()
@@ -233,36 +218,21 @@ class Client:
         self._span.choose(server)
         if staged is not None:
             self._rounds.expect(round, staged)
+        self._residual.bring(round)
         scores: dict[str, Score] = {}
         for few in deal(learners, self._config.clients.slots):
-            slots = self._slots.hold(round, few).to(self._device).split(self._crew_size(few))
-            crews = zip(self._sit(few), slots, strict=True)
-            with torch.no_grad():
-                found = take_turns(
-                    self._rank(desk, own, round, split, max_users) for desk, own in crews
-                )
-            for crew in found:
-                scores |= crew
+            slots = self._slots.hold(round, few).to(self._device)
+            scores |= self._crews.evaluate(round, few, slots, split, max_users)
         return scores
 
     def evaluate_baselines(
         self, split: Literal[1, 2], learners: Sequence[str]
     ) -> dict[str, dict[str, Score]]:
         """Rows that need no model: global popularity, and the client's own counts alone."""
-        popularity = from_dlpack(self._catalogue.popularity_I).float().to(self._device)
-        found: dict[str, dict[str, Score]] = {"popularity": {}, "prior": {}}
+        found: dict[str, dict[str, Score]] = {name: {} for name in NO_MODEL}
         for few in deal(learners, self._config.clients.slots):
-            for desk in self._sit(few):
-                rows = {
-                    "popularity": popularity.expand(len(desk.reader.shards), -1),
-                    "prior": desk.scorer.prior_KI,
-                }
-                for name, scores_KI in rows.items():
-                    evaluators = self._evaluators(desk)
-                    for batch, seen, truth in desk.reader.held_out(split, None):
-                        scores = scores_KI[batch.shard_N]
-                        evaluators[_owner(desk, batch)].add(scores, seen, truth)
-                    found[name] |= {client: e.score() for client, e in evaluators.items()}
+            for name, scores in self._crews.evaluate_baselines(few, split).items():
+                found[name] |= scores
         return found
 
     def close_ledger(self) -> list[LedgerRow]:
@@ -272,6 +242,7 @@ class Client:
     def forget(self) -> None:
         """Drop what is in memory: the next call starts from the last committed round."""
         self._slots.clear()
+        self._residual.forget()
         self._fitted = self._installed = -1
 
     def stage_start(self) -> tuple[Staged, ...]:
@@ -284,126 +255,16 @@ class Client:
         """One round of a few learners side by side, or of their anchors: losses and samples."""
         leave = self._span.remote.begin(self._config.name, round, learners, twin)
         slots = self._slots.hold(round - 1, learners).to(self._device)
+        self._residual.bring(round - 1)
+        if self._residual.added:
+            numbers = torch.cat([added.flatten() for added in self._residual.added.values()])
+            self._ledger.enter_each(learners, "residual_down", numbers.numpy())
         self._slots.train(learners, twin)
         if not isinstance(self._config.privacy, NoPrivacy):
             self._started |= dict(zip(learners, self._slots.values(learners), strict=True))
         lease = leave()
-        crews = zip(self._sit(learners), slots.split(self._crew_size(learners)), strict=True)
-        found = take_turns(self._train_crew(desk, own, round, lease) for desk, own in crews)
-        weighted, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
-        losses: list[float] = (weighted / rows).tolist()
-        return lease, losses, [int(n) for n in rows.tolist()]
-
-    def _train_crew(
-        self, desk: Desk, slots: Tensor, round: int, lease: Lease
-    ) -> Trip[tuple[Tensor, Tensor]]:
-        """A crew's steps: the losses of all rows of each learner, summed, and how many rows."""
-        num = len(desk.reader.learners)
-        weighted, rows = torch.zeros(2, num, dtype=torch.float64)
-        for step, (batch, target_N) in enumerate(desk.reader.steps(round)):
-            count_S = torch.bincount(batch.slot_N.cpu(), minlength=num)
-            header = self._header(desk, batch, round, step, lease)
-            # of one's own, not of the crew's: who has fewer histories is done before the others
-            learners = desk.reader.learners
-            done = tuple(learners[slot] for slot in desk.reader.ends(step))
-            loss_S = yield from self._step(desk, batch, slots[batch.slot_N], target_N, header, done)
-            weighted += loss_S * count_S
-            rows += count_S
-        return weighted, rows
-
-    def _step(
-        self,
-        desk: Desk,
-        batch: Batch,
-        slot_N: Tensor,
-        target_N: Tensor,
-        header: Activation,
-        done: tuple[str, ...],
-    ) -> Trip[Tensor]:
-        """One local step, twice over the cut: each learner's loss."""
-        bank, tower = self._slots.bank, self._tower()
-        h_Ld, used = tower.rise(batch.rows, batch.ids_L, slot_N, True)
-        activation = self._wire.send_activation(header, h_Ld)
-        output = yield self._span.forward(activation)
-        y_Ld = self._wire.read_output(output).to(h_Ld.device).requires_grad_()
-        loss_S = desk.losses(tower, batch, target_N, y_Ld, used)
-        loss_S.sum().backward()
-        assert y_Ld.grad is not None
-        g_Ld = self._wire.send_gradient(y_Ld.grad, activation)
-        gradient = Gradient(header.run, header.round, header.step, g_Ld, done)
-        down = yield self._span.backward(activation, gradient)
-        down_Ld = self._wire.read_input(down)
-        if down_Ld is not None:
-            h_Ld.backward(down_Ld.to(h_Ld.device))
-        for slots_n, pairs in used:
-            bank.gradient.add(slots_n, pairs)
-        bank.step(slot_N.unique())
-        return loss_S.detach().cpu().double()
-
-    def _tower(self) -> Tower:
-        return Tower(*self._ends, self._slots.bank, self._wire.pooled)
-
-    def _header(
-        self, desk: Desk, batch: Batch, round: int, step: int, lease: Lease | None
-    ) -> Activation:
-        # who is done with its histories has no row, and the server expects no step of it
-        present, owner_N = np.unique(batch.slot_N.cpu().numpy(), return_inverse=True)
-        learners = desk.reader.learners
-        return Activation(
-            run=self._config.name,
-            round=round,
-            step=step,
-            lease=lease,
-            clients=tuple(learners[i] for i in present.tolist()) if lease else learners,
-            row_client_N=(owner_N if lease else present[owner_N]).astype(np.int32),
-            lengths_N=batch.rows.lengths_N.numpy().astype(np.int32),
-            h_Ld=np.empty((0, 0), np.float32),
-        )
-
-    def _rank(
-        self, desk: Desk, slots: Tensor, round: int, split: Literal[1, 2], max_users: int | None
-    ) -> Trip[dict[str, Score]]:
-        """A crew's scores."""
-        evaluators, tower = self._evaluators(desk), self._tower()
-        for step, (batch, seen, truth) in enumerate(desk.reader.held_out(split, max_users)):
-            header = self._header(desk, batch, round, step, None)
-            scores = yield from desk.rank(tower, batch, slots[batch.slot_N], header, self._span)
-            desk.judge(evaluators[_owner(desk, batch)], scores, seen, truth)
-        return {client: evaluator.score() for client, evaluator in evaluators.items()}
-
-    def _evaluators(self, desk: Desk) -> dict[str, Evaluator]:
-        return {shard.client: Evaluator(len(self._vectors)) for shard in desk.reader.shards}
-
-    def _sit(self, learners: tuple[str, ...]) -> list[Desk]:
-        """The data of a few learners by crew, read when they take part."""
-        if self._desks[0] != learners:
-            crews = deal(learners, self._crew_size(learners))
-            self._desks = (learners, [self._desk(crew) for crew in crews])
-        return self._desks[1]
-
-    def _crew_size(self, learners: Sequence[str]) -> int:
-        return -(-len(learners) // self._config.clients.crews)
-
-    def _desk(self, crew: tuple[str, ...]) -> Desk:
-        shards = {c: [self._data.shard(own) for own in self._seats[c]] for c in crew}
-        given = (self._config, self._catalogue.tokens, shards, self._device, self._own)
-        model = self._config.model
-        reader = LessonReader(self._script[0], *given) if self._script else Reader(*given)
-        scorer = Scorer(self._vectors, reader.shards, model.temperature, model.prior, self._device)
-        if not self._script:
-            return Desk(reader, scorer, self._wire)
-        bottom, top, pad = self._ends
-        assert top.head
-        plain = Tower(bottom, top, pad, None)
-        multiple, rule = model.pad_multiple, model.generation
-        return WritingDesk(
-            reader, scorer, self._wire, *self._script, top.head, plain, multiple, rule
-        )
-
-
-def _owner(desk: Desk, batch: Batch) -> str:
-    """Whose held-out users these are: those of one shard."""
-    return desk.reader.shards[int(batch.shard_N[0])].client
+        losses, samples = self._crews.train(round, learners, slots, lease)
+        return lease, losses, samples
 
 
 def _refuse(loss: float, finite: bool) -> str | None:

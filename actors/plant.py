@@ -7,17 +7,17 @@ Shapes: C learners, P sent parameters of one learner.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeVar
+from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 from torch import Tensor
 
 from fellray.actors.client import Client
 from fellray.actors.client_args import make_client_args, share_names, share_own
+from fellray.actors.holders import Holders
 from fellray.actors.pool import Demand, InlinePool, Pool, RayPool, Shared, check_places
 from fellray.actors.remote import RayRemote
-from fellray.actors.replay import replay
 from fellray.actors.server import Server, make_host
 from fellray.actors.servers import Servers, check_servers
 from fellray.actors.world import World
@@ -28,19 +28,16 @@ from fellray.platform.client_groups import number_groups
 from fellray.platform.config import RunConfig
 from fellray.platform.in_process import InProcess
 from fellray.platform.manifest import Staged
-from fellray.platform.messages import Damaged, LedgerRow
+from fellray.platform.messages import Damaged
 from fellray.platform.metrics import Score
 from fellray.platform.rounds import Rounds
-from fellray.platform.sampling import Sampler
-from fellray.platform.seating import Seating, choose, deal
+from fellray.platform.seating import deal
 from fellray.platform.sent_pages import SentPages
 from fellray.platform.sent_row import SentRow
 from fellray.platform.split import plan_cut
 
-Answer = TypeVar("Answer")
 
-
-class Plant:
+class Plant(Holders):
     """Holders of adapters, as one. Make it with `on_ray` or `inline`."""
 
     _server: type[Server] = Server
@@ -50,11 +47,9 @@ class Plant:
     def __init__(
         self, config: RunConfig, world: World, rounds: Rounds, servers: Pool, clients: Pool
     ):
-        self._config = config
-        self._learners = tuple(sorted(world.seats))
-        self._rounds = rounds
-        self._clients = clients
-        self._seating = Seating(self._learners, config.clients.together)
+        learners = tuple(sorted(world.seats))
+        sizes = np.array([world.sizes[c] for c in learners])
+        super().__init__(config, learners, sizes, rounds, clients)
         self._servers = Servers(
             servers,
             config.server.count,
@@ -62,16 +57,10 @@ class Plant:
             self._seating.num_actors,
             lambda n: self._events.append(n),
         )
-        sizes = np.array([world.sizes[c] for c in self._learners])
-        self._sampler = Sampler(config.sampling, config.seed, self._learners, sizes)
-        self.learners = choose(self._learners, config.evaluation.clients)
-        """Those who are evaluated, sorted."""
-        self._pending: tuple[int, tuple[Staged, ...]] = (-1, ())
         cut = plan_cut(world.backbone, config.model)
         self._row = SentRow(config, cut, world.own)
         self._groups = world.groups
         self._pages = SentPages(config, cut, self._row, rounds)
-        self._events: list[str] = []
         self._start_restored = False
 
     @classmethod
@@ -211,10 +200,6 @@ class Plant:
         driver_files = given.stage()
         return self._expect(round, [*client_files(), *server_files(), *driver_files])
 
-    def sample(self, round: int) -> tuple[str, ...]:
-        """Who is asked in a round."""
-        return tuple(self._learners[i] for i in self._sampler.sample(round))
-
     def evaluate(self, round: int, split: int, max_users: int | None = None) -> dict[str, Score]:
         """Each client's scores at a round's state (split 1 validation, 2 test)."""
         at, files = self._pending
@@ -246,36 +231,13 @@ class Plant:
         names = answers[0]
         return {n: {c: s for a in answers for c, s in sorted(a[n].items())} for n in names}
 
-    def close_ledger(self) -> list[LedgerRow]:
-        """What all clients exchanged since the last call, by client and kind."""
-        rows = [row for answer in self._clients.map("close_ledger") for row in answer]
-        return sorted(rows, key=lambda row: (row.client, row.kind))
-
-    def take_events(self) -> list[str]:
-        """What was lost, begun again or refused since the last call, in words."""
-        events = list(self._events)
-        self._events.clear()
-        return events
-
-    def replayed(self, work: Callable[..., Answer], *args: Any) -> Answer:
-        """Run a round; if a holder was lost in it, everyone goes back to its start and again.
-
-        So it is where a page is damaged, once it is decided who goes back to an earlier one.
-
-        Raises:
-            FellrayError: it was lost too often, or what is damaged cannot be replaced.
-        """
-        return replay(lambda: work(self, *args), self._mend, self._forget, self._events)
-
     def _forget(self) -> None:
-        self._clients.map("forget")
+        super()._forget()
         self._servers.forget()
-        self._pending = (-1, ())
 
     def _mend(self, damage: Damaged) -> list[str]:
-        """What was decided, in words; nothing where the file is whole by now."""
         try:
-            return self._rounds.mend(damage)
+            return super()._mend(damage)
         except Damaged as hopeless:
             if hopeless.round or self._start_restored:
                 raise
@@ -288,14 +250,8 @@ class Plant:
 
     def close(self) -> None:
         """End all actors."""
-        self._clients.close()
+        super().close()
         self._servers.pool.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _expect(self, round: int, answers: Sequence[tuple[Staged, ...]]) -> list[Staged]:
         staged = tuple(one for files in answers for one in files)

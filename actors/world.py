@@ -92,6 +92,11 @@ def survey(config: RunConfig, own: Own | None = None) -> World:
             f"{config.model.name} ({backbone.sha256[:12]}): run `fellray prepare` again"
         )
     wording = None
+    if backbone.generative and config.method.moves_base():
+        raise FellrayError(
+            f"method.kind={config.method.kind} changes frozen weights, and what {backbone.name} "
+            "writes is compared with titles by the weights as they were; take another method"
+        )
     if backbone.generative and config.wire.pooled:
         raise FellrayError(
             f"wire.pooled sends means of texts, and {backbone.name} writes them token by token; "

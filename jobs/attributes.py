@@ -18,6 +18,7 @@ from fellray.actors.attribute_world import AttributeWorld
 from fellray.actors.session import connect
 from fellray.jobs.attribute_summary import summarise_attributes
 from fellray.jobs.display import Display, console
+from fellray.jobs.finish import tell_stop
 from fellray.platform.attribute_model import Backbone, Shape, describe_backbone
 from fellray.platform.attribute_page import render_attributes
 from fellray.platform.attributes import AttributeConfig
@@ -123,9 +124,7 @@ def _train(
         Display(config, str(run.storage), run.to_go(), run.events) as display,
     ):
         play(run, plant, display)
-        if run.spending.stop:
-            display.warn([run.spending.stop])
-            run.events.append(run.spending.stop)
+        tell_stop(run, display)
         display.say("testing")
         summary = plant.replayed(summarise_attributes, run, world) | rows
         run.journal.write_json("summary.json", summary)

@@ -2,9 +2,11 @@
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
+from fellray import __version__
 from fellray.jobs.data_commands import doctor, init, plan, prepare
 from fellray.jobs.run_commands import compare, continue_, evaluate, runs, scale, train
 from fellray.jobs.serve_commands import bench_serve, promote, recommend, rollback, serve, token
@@ -18,6 +20,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        print(f"fellray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _take_options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_tell_version, is_eager=True, help="Say which version this is."
+        ),
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
+
 # in the order of the help
 for command in (
     init,

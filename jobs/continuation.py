@@ -78,7 +78,7 @@ def _plan(old: Run, rounds: int | None) -> Continuation:
     """What was begun, or what is begun now; the same until it is finished."""
     if plan := read_continuation(old.storage):
         new = old.storage.beside(plan.run)
-        if new.exists("summary.json") and Run(_config(old, plan), storage=new).is_finished():
+        if Run(_config(old, plan), storage=new).is_finished():
             raise FellrayError(
                 f"{old.storage}: was continued as {plan.run}, which has its events; those that "
                 f"came since are taken by `fellray continue {new}`"

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from fellray.jobs.console import (
+    SHOWN_CLIENTS,
     ConfigFile,
     Overrides,
     command,
@@ -17,8 +18,6 @@ from fellray.jobs.console import (
     interruptible,
     tell,
 )
-
-SHOWN_CLIENTS = 20
 
 
 def init(

@@ -21,9 +21,7 @@ SPENT = 3
 def finish(run: Run, plant: Plant, world: World, display: Display) -> dict[str, Any]:
     """Test the best round, write `summary.json`, `report.html` and `adapters/`; the summary."""
     best = run.best_round()
-    if run.spending.stop:
-        display.warn([run.spending.stop])
-        run.events.append(run.spending.stop)
+    tell_stop(run, display)
     display.say(f"testing round {best}")
     summary = plant.replayed(_test, run, world, best)
     summary["model"]["generative"] = world.backbone.generative
@@ -38,6 +36,13 @@ def finish(run: Run, plant: Plant, world: World, display: Display) -> dict[str, 
     run.journal.write_json("summary.json", summary)
     write_report(run)
     return summary
+
+
+def tell_stop(run: Run, display: Display) -> None:
+    """Where its privacy budget ended the run, say so; the summary says it too."""
+    if run.spending.stop:
+        display.warn([run.spending.stop])
+        run.events.append(run.spending.stop)
 
 
 def exit_status(summary: Mapping[str, Any]) -> int:

@@ -16,6 +16,7 @@ from fellray.jobs.console import (
     Overrides,
     console,
     interruptible,
+    show_scores,
     show_summary,
     tell,
 )
@@ -41,7 +42,8 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
         tell(f"Privacy: {summary['privacy']['statement']}")
     folder = f"{loaded.storage}/{loaded.name}"
     tell(f"Report: {folder}/report.html")
-    if summary.get("model", {}).get("generative"):  # recommend and serve refuse it
+    unserved = summary.get("model", {}).get("generative") or loaded.method.moves_base()
+    if unserved:  # recommend and serve refuse it
         tell(f"Next: fellray evaluate {quote(folder)}")
     elif loaded.attributes is None:
         client = next(iter(summary["per_client"]))
@@ -55,12 +57,18 @@ def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or URI.")],
     round: Annotated[int | None, typer.Option(help="Which round; the best by default.")] = None,
     split: Annotated[str, typer.Option(help="`test` or `valid`.")] = "test",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="All metrics of all clients, all digits, as JSON.")
+    ] = False,
 ) -> None:
     """Evaluate a trained run again: full ranking, per client and pooled."""
     from fellray.jobs.evaluate import evaluate as evaluate_run
 
     scores = evaluate_run(run, round, split)
-    console.print_json(json.dumps(scores))
+    if as_json:
+        console.print_json(json.dumps(scores))
+    else:
+        show_scores(scores)
 
 
 def compare(

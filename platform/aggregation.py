@@ -154,6 +154,10 @@ class Method(Section):
         """Where a projection has a user's adapter and a group's; None: it has one."""
         return None
 
+    def moves_base(self) -> bool:
+        """Whether the plan's step keeps residuals of frozen weights (`server_step.RESIDUAL`)."""
+        return False
+
     def sends(self, block: str) -> bool:
         """Whether clients send this block of the layers that they hold, and receive it.
 

@@ -13,7 +13,13 @@ from fellray.platform.charts import Series, draw_lines
 from fellray.platform.click_score import CALIBRATION
 from fellray.platform.fedpa import OTHER
 from fellray.platform.markup import Html, fold, join, make_page, section, tabulate, tag
-from fellray.platform.run_sections import show_events, show_privacy, show_provenance, show_traffic
+from fellray.platform.run_sections import (
+    show_events,
+    show_head,
+    show_privacy,
+    show_provenance,
+    show_traffic,
+)
 from fellray.platform.words import (
     CLICK_METRICS,
     CLICK_ROWS,
@@ -78,20 +84,7 @@ def _head(summary: Mapping[str, Any]) -> Html:
         ("test GAUC", test.get("gauc")),
         ("GAUC before round 1", summary["untrained"].get("gauc")),
     ]
-    return join(
-        tag("h1", str(summary["run"])),
-        tag("p", " · ".join(facts), class_="soft"),
-        tag("p", _lead(summary), class_="lead"),
-        tag(
-            "div",
-            *(
-                tag("div", tag("b", format_number(value)), label, class_="tile")
-                for label, value in tiles
-                if value is not None
-            ),
-            class_="tiles",
-        ),
-    )
+    return show_head(str(summary["run"]), facts, _lead(summary), tiles)
 
 
 def _lead(summary: Mapping[str, Any]) -> str:

@@ -4,8 +4,8 @@ The modules and weights are transformers' own; forward and backward are written 
 reasons as there. Rows are padded at their end and a token sees none behind it, so attention needs
 no mask; where a text goes on, it sees what a cache holds. It knows nothing of clients or messages.
 
-Shapes: M tokens of all lanes, L real tokens, X tokens of rows padded one by one, n rows of one
-padded length T, d width, f width inside the feed-forward part, h heads, e width of a head.
+Shapes: M tokens of all lanes, L real tokens, n rows of one padded length T, d width, f width inside
+the feed-forward part, h heads, e width of a head.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fellray.platform.adapters import LoraLinear
+from fellray.platform.attention import attend, unattend
 from fellray.platform.caches import Cache, Sight, Stretches
 from fellray.platform.lanes import Heap
 from fellray.platform.packed import Batch, PackedBlocks, Projection, Saved
@@ -66,12 +67,8 @@ class CausalBlock:
     def forward(self, x_Md: Tensor, batch: Batch) -> tuple[Tensor, Saved]:
         """Hidden states after the block [M, d]."""
         q, k, v = self._look(x_Md, batch)
-        padded = [batch.lanes.pad(part) for part in (q, k, v)]
-        mixed_Xd = torch.empty_like(padded[0])
-        for heap in batch.lanes.heaps:
-            parts = [self._split(heap, part) for part in padded]
-            self._split(heap, mixed_Xd).copy_(self._attend(*parts))
-        middle = self._out.forward(batch.lanes.unpad(mixed_Xd), batch).add_(x_Md)
+        mixed = attend((q, k, v), batch.lanes, self._head, self._attend)
+        middle = self._out.forward(mixed, batch).add_(x_Md)
         y, gate, up = self._feed(middle, batch)
         return y, Saved(x_Md, q, k, v, middle, gate, up)
 
@@ -98,9 +95,14 @@ class CausalBlock:
         dmiddle = dy_Md + _pull(self._norm2, (saved.middle_Md,), dh)[0]
         h = self._norm1(saved.x_Md)
         dh = torch.zeros_like(saved.x_Md)
-        for projection, gradient in zip(
-            self._qkv, self._unattend(dmiddle, saved, batch), strict=True
-        ):
+        pulled = unattend(
+            saved.qkv,
+            batch.lanes,
+            self._head,
+            self._attend,
+            lambda mixed_Md: self._out.backward(dmiddle, mixed_Md, batch),
+        )
+        for projection, gradient in zip(self._qkv, pulled, strict=True):
             dh = projection.backward(gradient, h, batch, dh)
         return dmiddle + _pull(self._norm1, (saved.x_Md,), dh)[0]
 
@@ -140,7 +142,7 @@ class CausalBlock:
         mixed = self._mix(q, k, v, stretch.sees_nTC[:, None])
         return mixed.transpose(1, 2).flatten(2)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, _: Heap, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention within whole rows [n, h, T, e]."""
         q, k = self._turn(q, k, torch.arange(q.shape[2], device=q.device)[None])
         return self._mix(q, k, v, None)
@@ -159,31 +161,6 @@ class CausalBlock:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self._scaling
         )
-
-    def _unattend(self, dmiddle_Md: Tensor, saved: Saved, batch: Batch) -> list[Tensor]:
-        """The gradients at queries, keys and values as projected."""
-        lanes = batch.lanes
-        padded = [lanes.pad(part) for part in (saved.q_Md, saved.k_Md, saved.v_Md)]
-        mixed_Xd = torch.empty_like(padded[0])
-        graphs = []
-        for heap in lanes.heaps:
-            leaves = [self._split(heap, part).detach().requires_grad_() for part in padded]
-            with torch.enable_grad():
-                mixed = self._attend(*leaves)
-            self._split(heap, mixed_Xd).copy_(mixed.detach())
-            graphs.append((mixed, leaves))
-        dmixed_Xd = lanes.pad(self._out.backward(dmiddle_Md, lanes.unpad(mixed_Xd), batch))
-        found = [torch.empty_like(part) for part in padded]
-        for heap, (mixed, leaves) in zip(lanes.heaps, graphs, strict=True):
-            gradients = torch.autograd.grad(mixed, leaves, self._split(heap, dmixed_Xd))
-            for part, gradient in zip(found, gradients, strict=True):
-                self._split(heap, part).copy_(gradient)
-        return [lanes.unpad(part) for part in found]
-
-    def _split(self, heap: Heap, x_Xd: Tensor) -> Tensor:
-        """A heap's rows by head [n, h, T, e], a view."""
-        n, length = heap.mask_nT.shape
-        return heap.cut(x_Xd).view(n, length, -1, self._head).transpose(1, 2)
 
 
 class CausalBlocks(PackedBlocks):

@@ -52,6 +52,28 @@ def to_ids(name: str, columns: list[tuple[str, pa.ChunkedArray]]) -> list[np.nda
     return [pc.index_in(values, value_set=known).to_numpy().astype(np.int64) for values in plain]
 
 
+def order_once(file: str, kind: str, column: pa.ChunkedArray, ids: np.ndarray) -> np.ndarray:
+    """The rows in order of their ids, of which none occurs twice.
+
+    Args:
+        kind: whose ids they are, `user` or `item`.
+        column: the ids as the file has them.
+        ids: the same, as `to_ids` returns them.
+
+    Raises:
+        FellrayError: an id occurs twice.
+    """
+    by_id = np.argsort(ids, kind="stable")
+    in_order = ids[by_id]
+    twice = in_order[1:][in_order[1:] == in_order[:-1]]
+    if len(twice):
+        value = column[by_id[np.searchsorted(in_order, twice[0])]].as_py()
+        raise FellrayError(
+            f"{file}: {kind}_id {value!r} occurs more than once; keep one row per {kind}"
+        )
+    return by_id
+
+
 def to_seconds(file: str, column: pa.ChunkedArray) -> np.ndarray:
     """int64 unix seconds from whole numbers, fractions or dates.
 

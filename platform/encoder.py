@@ -114,6 +114,7 @@ def load_backbone(name: str) -> Backbone:
 
     where = locate(name)
     try:
+        _refuse_absent(where)
         config = AutoConfig.from_pretrained(where)
         if config.model_type not in FAMILIES + DECODERS:
             raise FellrayError(
@@ -128,6 +129,18 @@ def load_backbone(name: str) -> Backbone:
         ) from None
     arrays = {n: t.detach().numpy() for n, t in sorted(tensors.items())}
     return Backbone(name, _digest(arrays), config.to_dict(), arrays)
+
+
+def _refuse_absent(where: str) -> None:
+    """Look once for a model that is not on this disk: without a network transformers looks six
+    times, with pauses of 23 seconds in all."""
+    from transformers.utils import has_file
+
+    if Path(where).is_dir() or has_file(where, "config.json", local_files_only=True):
+        return
+    with _quiet(logging.CRITICAL):
+        if not has_file(where, "config.json"):
+            raise OSError("it is not on this disk, and the hub does not answer or does not have it")
 
 
 def _read_tensors(where: str, generative: bool) -> dict[str, Tensor]:
@@ -196,7 +209,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(least: int = logging.ERROR) -> Iterator[None]:
     """Load reports and length warnings are about uses of the model that are not ours.
 
     One thread at a time: what is switched off here is the whole process's.
@@ -206,7 +219,7 @@ def _quiet() -> Iterator[None]:
     log = logging.getLogger("transformers")
     with _alone:
         level, shown = log.level, bars.is_progress_bar_enabled()
-        log.setLevel(logging.ERROR)
+        log.setLevel(least)
         bars.disable_progress_bar()
         try:
             yield

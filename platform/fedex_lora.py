@@ -2,18 +2,18 @@
 
 FedEx-LoRA (Singhal et al., "Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation
 Models", arXiv 2410.09432) averages A and B and adds what is lost by that, ``mean(B A) - mean(B)
-mean(A)``, to the frozen weights of every client. Here the frozen weights stay what they are: one
-read-only copy serves all clients of a node, and what is exported or served are adapters for a
-public model. So the residual is bounded to the adapter's own rank: of all adapters of that rank the
-one whose product is nearest to ``mean(B A)`` is taken (Eckart and Young 1936). Its error is never
-larger than that of the product of the means, and none where the clients' products together have no
-larger rank.
+mean(A)``, to the frozen weights of every client and of the server.
+
+Bounded, the frozen weights stay what they are, as one read-only copy for all clients of a node and
+the public model of what is exported or served: of all adapters of the rank the one whose product is
+nearest to ``mean(B A)`` is taken (Eckart and Young 1936). Its error is never larger than that of
+the product of the means, and none where the clients' products together have no larger rank.
 
 Shapes: C clients, P parameters of one client, r rank, K = C r.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -25,10 +25,11 @@ from fellray.platform.aggregation import (
     Plan,
     Source,
     Weighting,
-    layer_of,
     mean_row,
+    name_layers,
 )
-from fellray.platform.server_step import Snapshot, State
+from fellray.platform.averaging import Averaging
+from fellray.platform.server_step import RESIDUAL, Snapshot, State
 
 SMALLEST = 1e-7
 """Singular values below this share of the largest are rounding of fp32 weights, not directions."""
@@ -75,7 +76,7 @@ class NearestProduct:
     def take(self, seen: Snapshot, state: State) -> tuple[Tensor, State]:
         """See `ServerStep`; in fp64, without state. Where the mean A is zero it stays mixed."""
         new_1P, rank = seen.mixed_RP.clone(), seen.rank
-        for columns_a, columns_b in _pairs(seen.blocks):
+        for columns_a, columns_b in _pairs(seen.blocks).values():
             a_Cri = seen.sent_CP[:, columns_a].unflatten(1, (rank, -1))
             b_Cor = seen.sent_CP[:, columns_b].unflatten(1, (-1, rank))
             if seen.mixed_RP[:, columns_a].any():
@@ -83,6 +84,52 @@ class NearestProduct:
                 new_1P[:, columns_a] = a.flatten().to(new_1P.dtype)
                 new_1P[:, columns_b] = b.flatten().to(new_1P.dtype)
         return new_1P, {}
+
+
+@dataclass(frozen=True)
+class ExactProduct:
+    """The product of the means, and what it lacks of the mean product as a residual."""
+
+    weight_C: Tensor
+    """What each client counts."""
+
+    def take(self, seen: Snapshot, state: State) -> tuple[Tensor, State]:
+        """See `ServerStep`; in fp64. State: a residual for each projection that is sent."""
+        added, rank = dict(state), seen.rank
+        for layer, (columns_a, columns_b) in _pairs(seen.blocks).items():
+            a_Cri = seen.sent_CP[:, columns_a].unflatten(1, (rank, -1)).double()
+            b_Cor = seen.sent_CP[:, columns_b].unflatten(1, (-1, rank)).double()
+            left = (self.weight_C[:, None, None] * b_Cor).transpose(0, 1).flatten(1)
+            wanted = left @ a_Cri.flatten(0, 1)  # [d_out, d_in]
+            mean_a = seen.mixed_RP[0, columns_a].unflatten(0, (rank, -1)).double()
+            mean_b = seen.mixed_RP[0, columns_b].unflatten(0, (-1, rank)).double()
+            name = f"{RESIDUAL}{layer}"
+            before = state[name].double() if name in state else 0.0
+            added[name] = (before + wanted - mean_b @ mean_a).float()
+        return seen.mixed_RP, added
+
+
+class FedExLora(Averaging):
+    """FedEx-LoRA: clients start the next round from the exact mean of their models.
+
+    Frozen weights change every round, so each process has its own of the adapted projections, and a
+    client receives d_out d_in numbers for each of its own besides the adapters. A run is exported
+    with its frozen weights, and not served.
+    """
+
+    kind: Literal["fedex_lora"] = "fedex_lora"
+
+    def mixes_products(self) -> bool:
+        """Of one rank."""
+        return True
+
+    def moves_base(self) -> bool:
+        """By what the product of the means lacks."""
+        return True
+
+    def plan(self, meta: Meta) -> Plan:
+        """One constant row, and the step that keeps what is left over."""
+        return replace(super().plan(meta), step=ExactProduct(mean_row(meta, self.weighting)))
 
 
 class FedExLoraBounded(Method):
@@ -107,7 +154,7 @@ class FedExLoraBounded(Method):
         return Plan(row_C.repeat(len(row_C), 1), common=True, step=NearestProduct(row_C))
 
 
-def _pairs(blocks: Mapping[str, slice]) -> list[tuple[slice, slice]]:
-    """Columns of each projection's A and B."""
-    names = dict.fromkeys(layer_of(block) for block in blocks)
-    return [(blocks[f"{name}.lora_A"], blocks[f"{name}.lora_B"]) for name in names]
+def _pairs(blocks: Mapping[str, slice]) -> dict[str, tuple[slice, slice]]:
+    """Projection -> the columns of its A and B."""
+    layers = name_layers(blocks)
+    return {name: (blocks[f"{name}.lora_A"], blocks[f"{name}.lora_B"]) for name in layers}

@@ -5,15 +5,15 @@ Reddi et al., "Adaptive Federated Optimization", ICLR 2021 (arXiv 2003.00295), a
 Shapes: R rows (one: all clients have one state), P parameters of one client.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from fellray.platform.aggregation import Meta, Method, Plan, Source, Weighting, mean_row
+from fellray.platform.aggregation import Meta, Plan
+from fellray.platform.averaging import Averaging
 from fellray.platform.server_step import Snapshot, State
 
 Kind = Literal["fedadam", "fedyogi", "fedadagrad"]
@@ -58,7 +58,7 @@ class Adaptive:
         return new.to(seen.mixed_RP.dtype), {"m": m, "v": v}
 
 
-class FedOpt(Method):
+class FedOpt(Averaging):
     """Reddi et al. 2021: the mean of the updates is a gradient for an optimizer at the server.
 
     Its moments lie with the round (`method.m`, `method.v`): a resumed run has the same bits.
@@ -75,19 +75,8 @@ class FedOpt(Method):
     """Decay of the second moment; fedadagrad has none."""
     tau: float = Field(default=1e-3, gt=0)
     """Degree of adaptivity: updates well below it are not scaled up."""
-    weighting: Weighting = "uniform"
-    """Every client counts the same, or by the histories it read this round."""
-
-    def compares(self) -> Collection[Source]:
-        """Nobody with anybody."""
-        return ()
-
-    def reads_losses(self) -> bool:
-        """No."""
-        return False
 
     def plan(self, meta: Meta) -> Plan:
         """One constant row, and the server's step from the round's start."""
-        row_C = mean_row(meta, self.weighting)
         step = Adaptive(self.kind, self.server_learning_rate, self.beta1, self.beta2, self.tau)
-        return Plan(row_C.repeat(len(row_C), 1), common=True, step=step)
+        return replace(super().plan(meta), step=step)

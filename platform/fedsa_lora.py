@@ -4,47 +4,29 @@ Guo et al., "Selective Aggregation for Low-Rank Adaptation in Federated Learning
 (arXiv 2410.01463).
 """
 
-from collections.abc import Collection
+from dataclasses import replace
 from typing import Literal
 
 import torch
 
-from fellray.platform.aggregation import (
-    Meta,
-    Method,
-    Mixture,
-    Plan,
-    Source,
-    Weighting,
-    mean_row,
-)
+from fellray.platform.aggregation import Meta, Mixture, Plan
+from fellray.platform.averaging import Averaging
 
 
-class FedSaLora(Method):
+class FedSaLora(Averaging):
     """Guo et al. 2024: A is averaged, B stays private; B of a client's own layers is never sent.
 
     Everyone starts the next round from the mean A, also those who took no part.
     """
 
     kind: Literal["fedsa_lora"] = "fedsa_lora"
-    weighting: Weighting = "uniform"
-    """Every client counts the same, or by the histories it read this round."""
-
-    def compares(self) -> Collection[Source]:
-        """Nobody with anybody."""
-        return ()
 
     def sends(self, block: str) -> bool:
         """All but the B of a site."""
         return not block.endswith(".lora_B")
 
-    def reads_losses(self) -> bool:
-        """No."""
-        return False
-
     def plan(self, meta: Meta) -> Plan:
         """One constant row for A, the identity for B."""
-        row_C = mean_row(meta, self.weighting)
-        own = Mixture(torch.eye(len(row_C), dtype=torch.float64))
+        own = Mixture(torch.eye(len(meta.clients), dtype=torch.float64))
         private = {block: own for block in meta.blocks if not self.sends(block)}
-        return Plan(row_C.repeat(len(row_C), 1), common=True, blocks=private)
+        return replace(super().plan(meta), blocks=private)

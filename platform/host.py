@@ -35,6 +35,7 @@ from fellray.platform.messages import (
 )
 from fellray.platform.own import ALIKE, Own
 from fellray.platform.recall import Recall
+from fellray.platform.residual import Residual
 from fellray.platform.rounds import Rounds
 from fellray.platform.shared_adapter import SharedAdapter
 from fellray.platform.slots import WRITTEN, Slots
@@ -78,6 +79,7 @@ class TrunkHost:
             kept,
         )
         self._shared = SharedAdapter(config, sites, engine, rounds, device)
+        self._residual = Residual(config, sites, engine.module.blocks.adapted, rounds)
         self._keep = Keep(config.server.keep_graphs_mib * 2**20)
         self._recall = Recall(config.wire.keep_rows_mib * 2**20)
         self._wire = Wire(config, engine.module.packed.dim)
@@ -104,6 +106,7 @@ class TrunkHost:
         if self._rule.twin and not twin and not self._slots.have_twins(clients):
             raise StaleLease("the server was restarted during the round")
         self._shared.bring(round - 1)
+        self._residual.bring(round - 1)
         slots = self._slots.hold(round - 1, clients)
         self._slots.train(clients, twin)
         self._shared.begin(clients, slots, len(self._slots.bank.values_SP))
@@ -216,6 +219,7 @@ class TrunkHost:
         """Drop what is in memory: the next call starts from the last committed round."""
         self._slots.clear()
         self._shared.forget()
+        self._residual.forget()
         self._admission.turns.clear()
         self._keep.clear()
         self._texts.caches.clear()
@@ -232,6 +236,7 @@ class TrunkHost:
         self._admission.check(activation)
         if activation.lease is None:
             self._shared.bring(activation.round)
+            self._residual.bring(activation.round)
         return self._recall.complete(activation)
 
     def _check_step(self, sent: tuple[Activation, Gradient]) -> tuple[Activation, Gradient]:

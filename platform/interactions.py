@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fellray.platform.columns import to_ids, to_ratings, to_seconds, to_text
+from fellray.platform.columns import order_once, to_ids, to_ratings, to_seconds, to_text
 from fellray.platform.data_config import DataConfig, LeaveOneOut, Temporal
 from fellray.platform.errors import FellrayError
 from fellray.platform.sources import open_source
@@ -148,15 +148,8 @@ def _check(source: Source) -> Interactions:
     item_id, catalogue = to_ids(
         "item_id", [(in_rows, rows["item_id"]), (in_items, items["item_id"])]
     )
-    by_id = np.argsort(catalogue, kind="stable")
+    by_id = order_once(in_items, "item", items["item_id"], catalogue)
     catalogue = catalogue[by_id]
-    twice = catalogue[1:][catalogue[1:] == catalogue[:-1]]
-    if len(twice):
-        i = by_id[np.searchsorted(catalogue, twice[0])]
-        raise FellrayError(
-            f"{in_items}: item_id {items['item_id'][i].as_py()!r} occurs more than once; "
-            "keep one row per item"
-        )
     unknown = ~np.isin(item_id, catalogue)
     if unknown.any():
         strangers = pc.unique(rows["item_id"].filter(pa.array(unknown)))

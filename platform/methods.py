@@ -18,7 +18,7 @@ from fellray.platform.averaging import Averaging
 from fellray.platform.ditto import Ditto
 from fellray.platform.errors import FellrayError
 from fellray.platform.fedamp import FedAmp
-from fellray.platform.fedex_lora import FedExLoraBounded
+from fellray.platform.fedex_lora import FedExLora, FedExLoraBounded
 from fellray.platform.fedopt import FedOpt
 from fellray.platform.fedpa import Fedpa
 from fellray.platform.fedpa_lora import FedpaLora
@@ -122,6 +122,10 @@ class FromFile(Method):
         """As the user's class says."""
         return self._method.levels()
 
+    def moves_base(self) -> bool:
+        """As the user's class says."""
+        return self._method.moves_base()
+
     def sends(self, block: str) -> bool:
         """As the user's class says."""
         return self._method.sends(block)
@@ -173,6 +177,7 @@ AnyMethod = Annotated[
     | FedOpt
     | QFfl
     | FedSaLora
+    | FedExLora
     | FedExLoraBounded
     | Shrinkage
     | Fedpa

@@ -7,8 +7,7 @@ cut by lanes, or made again. Nothing here knows clients, engines or messages.
 Lanes may enter at different blocks: a block works on the first so many tokens, those that are in,
 and the others' wait behind them; so they do on the way back.
 
-Shapes: M tokens of all lanes, X tokens of rows padded one by one, n rows of one padded length T,
-d width, f width inside the feed-forward part.
+Shapes: M tokens of all lanes, d width, f width inside the feed-forward part.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fellray.platform.adapters import LoraLinear
+from fellray.platform.attention import Parts, attend, unattend
 from fellray.platform.kernel import Loras, Piece, add_product, backpropagate
 from fellray.platform.lanes import Heap, Lanes
 from fellray.platform.split import Blocks
@@ -52,6 +52,11 @@ class Saved:
     end_Md: Tensor
     """Before the second normalisation; in a decoder's block, what the gate is multiplied by [M, f].
     """
+
+    @property
+    def qkv(self) -> Parts:
+        """What attention mixes."""
+        return self.q_Md, self.k_Md, self.v_Md
 
 
 class Projection:
@@ -125,7 +130,7 @@ class PackedBlock:
 
         own = layer.attention.self
         self._qkv = [projection(module) for module in (own.query, own.key, own.value)]
-        self._heads = int(own.num_attention_heads)
+        self._head = int(own.attention_head_size)
         self._out = projection(layer.attention.output.dense)
         self._norm1: nn.LayerNorm = layer.attention.output.LayerNorm
         self._up = projection(layer.intermediate.dense)
@@ -136,12 +141,7 @@ class PackedBlock:
     def forward(self, x_Md: Tensor, batch: Batch) -> tuple[Tensor, Saved]:
         """Hidden states after the block [M, d]."""
         q, k, v = (projection.forward(x_Md, batch) for projection in self._qkv)
-        padded = [batch.lanes.pad(part) for part in (q, k, v)]
-        mixed_Xd = torch.empty_like(padded[0])
-        for heap in batch.lanes.heaps:
-            parts = [self._split(heap, part) for part in padded]
-            self._split(heap, mixed_Xd).copy_(_attend(heap, *parts))
-        mixed = batch.lanes.unpad(mixed_Xd)
+        mixed = attend((q, k, v), batch.lanes, self._head, _mix)
         middle = self._out.forward(mixed, batch).add_(x_Md)
         h = _normalise(self._norm1, middle)
         wide = self._up.forward(h, batch)
@@ -156,9 +156,14 @@ class PackedBlock:
         h = _normalise(self._norm1, saved.middle_Md)
         dh = self._up.backward(dwide, h, batch, onto_Mi=dend)
         dmiddle = _denormalise(self._norm1, saved.middle_Md, dh)
-        for projection, gradient in zip(
-            self._qkv, self._unattend(dmiddle, saved, batch), strict=True
-        ):
+        pulled = unattend(
+            saved.qkv,
+            batch.lanes,
+            self._head,
+            _mix,
+            lambda mixed_Md: self._out.backward(dmiddle, mixed_Md, batch),
+        )
+        for projection, gradient in zip(self._qkv, pulled, strict=True):
             dmiddle = projection.backward(gradient, saved.x_Md, batch, onto_Mi=dmiddle)
         return dmiddle
 
@@ -187,31 +192,6 @@ class PackedBlock:
             leaf = wide_Mf.detach().requires_grad_()
             (dwide,) = torch.autograd.grad(self._activate(leaf), leaf, dactive_Mf)
         return dwide
-
-    def _unattend(self, dmiddle_Md: Tensor, saved: Saved, batch: Batch) -> list[Tensor]:
-        """The gradients at queries, keys and values [M, d] each."""
-        lanes = batch.lanes
-        padded = [lanes.pad(part) for part in (saved.q_Md, saved.k_Md, saved.v_Md)]
-        mixed_Xd = torch.empty_like(padded[0])
-        graphs = []
-        for heap in lanes.heaps:
-            leaves = [self._split(heap, part).detach().requires_grad_() for part in padded]
-            with torch.enable_grad():
-                mixed = _attend(heap, *leaves)
-            self._split(heap, mixed_Xd).copy_(mixed.detach())
-            graphs.append((mixed, leaves))
-        dmixed_Xd = lanes.pad(self._out.backward(dmiddle_Md, lanes.unpad(mixed_Xd), batch))
-        found = [torch.empty_like(part) for part in padded]
-        for heap, (mixed, leaves) in zip(lanes.heaps, graphs, strict=True):
-            gradients = torch.autograd.grad(mixed, leaves, self._split(heap, dmixed_Xd))
-            for part, gradient in zip(found, gradients, strict=True):
-                self._split(heap, part).copy_(gradient)
-        return [lanes.unpad(part) for part in found]
-
-    def _split(self, heap: Heap, x_Xd: Tensor) -> Tensor:
-        """A heap's rows by head [n, heads, T, d / heads], a view."""
-        n, length = heap.mask_nT.shape
-        return heap.cut(x_Xd).view(n, length, self._heads, -1).transpose(1, 2)
 
 
 class PackedBlocks:
@@ -270,7 +250,7 @@ def _before(first_Md: Tensor, all_Md: Tensor) -> Tensor:
     return first_Md if size == len(all_Md) else torch.cat([first_Md, all_Md[size:]])
 
 
-def _attend(heap: Heap, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _mix(heap: Heap, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention within each row."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=heap.mask_nT[:, None, None])
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from fellray.platform.adapters import Pair, Site, views
-from fellray.platform.encoder import MINILM, MINILM_HUB, load_backbone
+from fellray.platform.encoder import MINILM, MINILM_HUB, Backbone, load_backbone
 from fellray.platform.model_config import ModelConfig
+from fellray.platform.residual import add, load_residual
 from fellray.platform.run import Run
 from fellray.platform.split import plan_cut
 
@@ -31,7 +32,9 @@ def export(run: Run, round: int, learners: Sequence[str]) -> list[str]:
     knows one adapter per projection; where all learners share a trunk adapter, the
     personal and the shared one stand there as one of both ranks together, whose product is their
     sum. A learner's folder has the learner's own rank, and each block from whoever holds it. Where
-    adapters have levels nothing is written: peft has no gate.
+    the method has changed the frozen weights, the encoder is the one in the run's folder `base/`,
+    written here too: its config and weights, without a tokenizer. Where adapters have levels
+    nothing is written: peft has no gate.
 
     Returns:
         The folders, sorted by learner.
@@ -50,6 +53,10 @@ def export(run: Run, round: int, learners: Sequence[str]) -> list[str]:
     loaded = run.rounds.load(round, learners, ["client.values", "trunk.values"])
     stacked = _by_path(ends, views(loaded["client.values"], ends, r))
     served = _by_path(trunk, views(loaded["trunk.values"], trunk, r))
+    moved = run.config.method.moves_base()
+    encoder = str(run.storage.sub("base")) if moved else model.name
+    if moved:
+        _write_base(run, round, backbone, [*planned.outer, *trunk])
     stacked |= {path: pair for path, pair in served.items() if path not in stacked}
     shared: dict[str, Pair] = {}
     if run.config.server.shared_adapter:
@@ -70,7 +77,7 @@ def export(run: Run, round: int, learners: Sequence[str]) -> list[str]:
             a, b = pairs[path]
             pairs[path] = torch.cat([a, c[0]]), torch.cat([b * extra, d[0]], 1)
         task = "CAUSAL_LM" if backbone.generative else "FEATURE_EXTRACTION"
-        described = _describe(model, rank, list(pairs), list(doubled), task)
+        described = _describe(model, encoder, rank, list(pairs), list(doubled), task)
         config = json.dumps(described, indent=2, sort_keys=True) + "\n"
         run.storage.write(f"{folder}/adapter_model.safetensors", _pack(pairs))
         # equal for all rounds of a run: whatever ends the process between the two writes, weights
@@ -83,8 +90,26 @@ def _by_path(sites: Sequence[Site], pairs: Sequence[Pair]) -> dict[str, Pair]:
     return {site.path: pair for site, pair in zip(sites, pairs, strict=True)}
 
 
+def _write_base(run: Run, round: int, backbone: Backbone, sites: Sequence[Site]) -> None:
+    """The frozen weights as they are at a round, in transformers' format."""
+    paths = {site.path: None for site in sites}
+    arrays = {name: torch.from_numpy(array.copy()) for name, array in backbone.arrays.items()}
+    for path, residual in load_residual(run.rounds, round, paths).items():
+        name = f"{path}.weight"
+        arrays[name] = add(arrays[name], residual, run.config.model.lora.scaling)
+    data: bytes = safetensors.torch.save(arrays, metadata={"format": "pt"})
+    run.storage.write("base/model.safetensors", data)
+    config = json.dumps(backbone.config, indent=2, sort_keys=True) + "\n"
+    run.storage.write("base/config.json", config.encode())
+
+
 def _describe(
-    model: ModelConfig, rank: int, paths: Sequence[str], doubled: Sequence[str], task: str
+    model: ModelConfig,
+    encoder: str,
+    rank: int,
+    paths: Sequence[str],
+    doubled: Sequence[str],
+    task: str,
 ) -> dict[str, Any]:
     """peft's `adapter_config.json`; what is left out has peft's default.
 
@@ -99,7 +124,7 @@ def _describe(
     return {
         "peft_type": "LORA",
         "task_type": task,
-        "base_model_name_or_path": MINILM_HUB if model.name == MINILM else model.name,
+        "base_model_name_or_path": MINILM_HUB if encoder == MINILM else encoder,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": lora.lora_alpha,

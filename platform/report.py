@@ -11,10 +11,11 @@ from typing import Any
 
 from fellray.platform.charts import draw_bars
 from fellray.platform.curves import show_rounds
-from fellray.platform.markup import Html, fold, join, make_page, section, tabulate, tag
+from fellray.platform.markup import Html, fold, make_page, section, tabulate, tag
 from fellray.platform.run_sections import (
     show_events,
     show_groups,
+    show_head,
     show_privacy,
     show_provenance,
     show_traffic,
@@ -90,20 +91,7 @@ def _head(summary: Mapping[str, Any]) -> Html:
         ("test Recall@10", test.get("recall@10")),
         ("Jain index of clients", balance.get("jain")),
     ]
-    return join(
-        tag("h1", str(summary.get("run", "run"))),
-        tag("p", " · ".join(facts), class_="soft"),
-        tag("p", _lead(summary), class_="lead"),
-        tag(
-            "div",
-            *(
-                tag("div", tag("b", format_number(value)), label, class_="tile")
-                for label, value in tiles
-                if value is not None
-            ),
-            class_="tiles",
-        ),
-    )
+    return show_head(str(summary.get("run", "run")), facts, _lead(summary), tiles)
 
 
 def _lead(summary: Mapping[str, Any]) -> str:

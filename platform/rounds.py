@@ -11,7 +11,7 @@ Legend: S rows of a stacked tensor, one per client.
 import hashlib
 import math
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -112,7 +112,7 @@ class Rounds:
         self._where.learn(round)
         return sorted(self._where.index.owners(round, name))
 
-    def expect(self, round: int, staged: Iterable[Staged]) -> None:
+    def expect(self, round: int, staged: Sequence[Staged]) -> None:
         """Files that are staged, here or elsewhere, for a round that is not committed yet.
 
         Until it is, `load` of that round finds them.
@@ -151,13 +151,12 @@ class Rounds:
         return loaded
 
     def shared(self, round: int) -> list[str]:
-        """Sorted names of a committed round's tensors that belong to nobody.
+        """Sorted names of a round's tensors that belong to nobody.
 
         Raises:
             FellrayError: the round is not committed.
         """
-        files = self._shelf.open(round).files
-        return sorted(name for one in files if not one.clients for name in one.tensors)
+        return sorted(name for one in self._where.shared(round) for name in one.tensors)
 
     def load_shared(self, round: int, name: str) -> torch.Tensor:
         """A tensor that belongs to nobody.
@@ -165,8 +164,8 @@ class Rounds:
         Raises:
             FellrayError: the round is not committed, a file is damaged or there is no such tensor.
         """
-        for one in self._shelf.open(round).files:
-            if not one.clients and name in one.tensors:
+        for one in self._where.shared(round):
+            if name in one.tensors:
                 try:
                     return self._reader.read_shared(round, one, name)
                 except Damaged as error:

@@ -1,4 +1,4 @@
-"""Sections that the page of every kind of run has: bytes, privacy, events, where it came from.
+"""Sections that the page of every kind of run has: its head, bytes, privacy, events, origin.
 
 Takes plain dicts as they stand in the run's JSON files. It must not know what a run trained.
 """
@@ -16,6 +16,26 @@ from fellray.platform.words import (
 )
 
 _LISTED = 20  # members of a group that are named
+
+
+def show_head(
+    run: str, facts: Sequence[str], lead: str, tiles: Sequence[tuple[str, float | None]]
+) -> Html:
+    """The run's name, what it was, its result in words, and its first numbers: (name, value)."""
+    return join(
+        tag("h1", run),
+        tag("p", " · ".join(facts), class_="soft"),
+        tag("p", lead, class_="lead"),
+        tag(
+            "div",
+            *(
+                tag("div", tag("b", format_number(value)), label, class_="tile")
+                for label, value in tiles
+                if value is not None
+            ),
+            class_="tiles",
+        ),
+    )
 
 
 def show_traffic(

@@ -16,6 +16,10 @@ from torch import Tensor
 State = Mapping[str, Tensor]
 """By name; empty before the first step."""
 
+RESIDUAL = "residual."
+"""State ``residual.<projection>`` [d_out, d_in], fp32, is added to that projection's frozen
+weights, times the adapters' scale: see `Method.moves_base`."""
+
 
 @dataclass(frozen=True)
 class Snapshot:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fellray.platform.columns import to_text
+from fellray.platform.columns import order_once, to_text
 from fellray.platform.errors import FellrayError
 
 
@@ -24,19 +24,11 @@ def check_users(file: str, users: pa.Table, ids: np.ndarray) -> pa.Table:
     Raises:
         FellrayError: a user is there twice, there is no attribute, or one is of another type.
     """
-    by_id = np.argsort(ids, kind="stable")
-    ids = ids[by_id]
-    twice = ids[1:][ids[1:] == ids[:-1]]
-    if len(twice):
-        at = by_id[np.searchsorted(ids, twice[0])]
-        raise FellrayError(
-            f"{file}: user_id {users['user_id'][at].as_py()!r} occurs more than once; keep one row "
-            "per user"
-        )
+    by_id = order_once(file, "user", users["user_id"], ids)
     names = [name for name in users.column_names if name != "user_id"]
     if not names:
         raise FellrayError(f"{file}: has no column besides user_id; an attribute is a column")
-    columns = {"user_id": pa.array(ids)}
+    columns = {"user_id": pa.array(ids[by_id])}
     order = pa.array(by_id)
     for name in names:
         column = users[name]

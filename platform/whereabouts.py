@@ -4,7 +4,7 @@ Manifests are read once, verdicts on damaged pages are followed. It must not kno
 a page.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from fellray.platform import pruning
 from fellray.platform.errors import FellrayError
@@ -32,10 +32,11 @@ class Whereabouts:
         self._looked = 0
         """How many rounds were known when those that are gone were last forgotten."""
         self._expected: tuple[int, dict[str, dict[str, Page]]] = (-1, {})
+        self._expected_shared: tuple[Staged, ...] = ()
         self._sure = False
         """Whether verdicts were looked at since the last `look_again`."""
 
-    def expect(self, round: int, staged: Iterable[Staged]) -> None:
+    def expect(self, round: int, staged: Sequence[Staged]) -> None:
         """See `Rounds.expect`."""
         found: dict[str, dict[str, Page]] = {}
         for one in staged:
@@ -43,6 +44,7 @@ class Whereabouts:
                 held = found.setdefault(name, {})
                 held |= {client: (round, one, row) for row, client in enumerate(one.clients)}
         self._expected = (round, found)
+        self._expected_shared = tuple(one for one in staged if not one.clients)
         self._reader.forget(round)
 
     def look_again(self) -> None:
@@ -79,11 +81,10 @@ class Whereabouts:
             Damaged: a file that is needed to know is damaged.
             FellrayError: a client has no such tensor.
         """
-        expected, found = self._expected
         staged: Mapping[str, Page] = {}
         before = round
-        if round == expected and not self._storage.exists(f"{folder(round)}/{MANIFEST}"):
-            staged, before = found.get(name, {}), round - 1
+        if self._only_expected(round):
+            staged, before = self._expected[1].get(name, {}), round - 1
         if before >= 0:
             self.learn(before)
         *held, common = self.index.find(name, [*clients, EVERYONE], before)
@@ -97,6 +98,21 @@ class Whereabouts:
                 "clients or another model; resume it with its own config"
             )
         return [page for page in located if page]
+
+    def shared(self, round: int) -> list[Staged]:
+        """The files of a round, committed or expected, whose tensors belong to nobody.
+
+        Raises:
+            Uncommitted: it is neither.
+            Damaged: a file that is needed to know is damaged.
+        """
+        if self._only_expected(round):
+            return list(self._expected_shared)
+        return [one for one in self._shelf.open(round).files if not one.clients]
+
+    def _only_expected(self, round: int) -> bool:
+        known = round == self._expected[0]
+        return known and not self._storage.exists(f"{folder(round)}/{MANIFEST}")
 
     def _learn_old(self, number: int) -> None:
         try:

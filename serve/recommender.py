@@ -71,6 +71,12 @@ class Recommender:
                 f"{run.storage}: was trained with a model that writes titles, which cannot be "
                 f"served yet; `fellray evaluate {args.run}` ranks with it"
             )
+        if config.method.moves_base():
+            raise FellrayError(
+                f"{run.storage}: method.kind={config.method.kind} has changed the frozen weights, "
+                f"which cannot be served yet; `fellray evaluate {args.run}` ranks with them, and "
+                "base/ and adapters/ hold the model"
+            )
         made_with = data.manifest["encoder"]["sha256"]
         if made_with != backbone.sha256:
             raise FellrayError(

@@ -662,7 +662,7 @@ def test_from_a_file_to_a_recommendation(
     listed = fellray("runs")
     assert "source" in listed.out
     assert "finished" in listed.out
-    scores = json.loads(fellray("evaluate", run).out)
+    scores = json.loads(fellray("evaluate", run, "--json").out)
     assert scores["pooled"] == summary["test"]
     assert {
         c: {"users": summary["per_client"][c]["users"], **m}

@@ -51,7 +51,8 @@ def poisson(rate: float, multiplier: float, rounds: int, delta: float, widest: f
     step = widest / half
     edges = (np.arange(-half, half + 1) - 0.5) * step
     found = []
-    with np.errstate(divide="ignore", invalid="ignore"):
+    # a loss past what a float holds is one that nobody has: infinity is its place
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         inside = np.maximum(np.expm1(np.abs(edges)), 0) * np.sign(edges)
         inside = np.where(edges < 0, np.expm1(edges), inside)
         at = np.log1p(inside / rate) * multiplier**2 + 0.5  # where the loss is an edge's

@@ -99,14 +99,14 @@ def test_the_loss_is_the_mean_over_the_rounds_histories(stand: Callable[..., Sta
     """Steps of unequal size weigh by their rows."""
     client = stand(train={"local_samples": 10, "batch_size": 4}, clients={"crews": 1}).client
     steps: list[tuple[torch.Tensor, torch.Tensor]] = []
-    sound = client._step
+    sound = client._crews._step
 
     def heard(desk: Any, batch: Any, *args: Any) -> Trip[torch.Tensor]:
         loss = yield from sound(desk, batch, *args)
         steps.append((loss, torch.bincount(batch.slot_N)))
         return loss
 
-    client._step = heard  # type: ignore[method-assign]
+    client._crews._step = heard  # type: ignore[method-assign]
     update = client.fit(1, client.learners)
     assert [rows.tolist() for _, rows in steps] == [[4] * 3, [4] * 3, [2] * 3]
     weighted = sum(loss * rows for loss, rows in steps) / 10
@@ -208,7 +208,7 @@ def test_a_restarted_client_does_not_install_what_it_did_not_train(
 
 def test_a_nan_is_refused_with_the_reason(stand: Callable[..., Stand]) -> None:
     client = stand().client
-    client._sit(client.learners)[0].scorer.prior_KI[0] = torch.nan
+    client._crews._sit(client.learners)[0].scorer.prior_KI[0] = torch.nan
     update = client.fit(1, client.learners)
     assert dict(update.refused) == {"c0": "training loss is nan"}
     assert np.isnan(update.losses[0])

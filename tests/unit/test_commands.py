@@ -1,11 +1,14 @@
-"""What the command says after a training: the report, a next step that works, its status."""
+"""What commands say: after a training the report, a next step that works, their status."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import fellray
 from fellray.jobs import cli
+from fellray.jobs.console import SHOWN_CLIENTS
 from fellray.jobs.finish import SPENT
 from fellray.platform import config as configs
 from fellray.platform.words import CLICK_METRICS
@@ -38,7 +41,14 @@ def told(
     """What `fellray train` prints where the training ends with this summary, and its status."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("fellray.jobs.train.train", lambda _: summary)
-    monkeypatch.setattr("sys.argv", ["fellray", "train", config, "storage=runs"])
+    return run(["train", config, "storage=runs"], monkeypatch, capsys)
+
+
+def run(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[str, object]:
+    """What the command prints, and its status."""
+    monkeypatch.setattr("sys.argv", ["fellray", *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     return capsys.readouterr().out, ended.value.code
@@ -66,3 +76,40 @@ def test_a_run_on_attributes_names_its_report_and_ends_with_its_status(
         assert status == wanted
         assert "Report: runs/fedpa/report.html" in out
         assert "Next" not in out
+
+
+def test_which_version_this_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["--version"], monkeypatch, capsys) == (f"fellray {fellray.__version__}\n", 0)
+
+
+def test_an_evaluation_is_for_a_person_or_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clients: dict[str, dict[str, float]] = {
+        f"c{i:02d}": dict.fromkeys(METRICS, (50 - i) / 300) for i in range(SHOWN_CLIENTS + 2)
+    }
+    clients["c00"] = {}  # no users in this part
+    scores = {
+        "run": "demo",
+        "round": 3,
+        "split": "test",
+        "pooled": dict.fromkeys(METRICS, 1 / 3),
+        "per_client": clients,
+        "balance": {"mean": 2 / 3, "cv": 0.25, "jain": 0.5, "min": 0.1},
+    }
+    monkeypatch.setattr("fellray.jobs.evaluate.evaluate", lambda *_: scores)
+    out, status = run(["evaluate", "runs/demo", "--json"], monkeypatch, capsys)
+    assert (json.loads(out), status) == (scores, 0)
+    out, status = run(["evaluate", "runs/demo"], monkeypatch, capsys)
+    assert status == 0
+    first, *rows = [
+        [c.strip() for c in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line
+    ]
+    assert first == ["all users", *["0.3333"] * len(METRICS)]
+    assert [row[0] for row in rows] == ["c00", *(f"c{i:02d}" for i in range(21, 2, -1))]
+    assert rows[0][1:] == ["–"] * len(METRICS)
+    assert rows[1][1:] == ["0.0967"] * len(METRICS)
+    assert "the lowest 20 of 22 clients by NDCG@10" in out
+    assert "mean of clients 0.6667, standard deviation / mean 0.2500" in out

@@ -259,7 +259,7 @@ def test_a_nan_is_refused_and_stays_with_its_client(
     def poison(plant: Plant, t: int) -> None:
         if t == 1:
             (client,) = plant._clients.members  # type: ignore[attr-defined]
-            for desk in client._sit(client.learners):
+            for desk in client._crews._sit(client.learners):
                 for place, shard in enumerate(desk.reader.shards):
                     if shard.client == "c2":
                         desk.scorer.prior_KI[place] = np.nan
@@ -299,7 +299,7 @@ def test_a_message_in_another_form_is_refused(tiny_config: Make, play: Play) -> 
     with Plant.inline(played.config, survey(played.config), played.rounds) as plant:
         (client,) = plant._clients.members  # type: ignore[attr-defined]
         other = tiny_config()
-        client._wire = type(client._wire)(other, 32)
+        client._crews._wire = type(client._crews._wire)(other, 32)
         with pytest.raises(FellrayError, match=r"does not add up"):
             client.fit(1, client.learners)
 

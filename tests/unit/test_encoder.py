@@ -1,6 +1,8 @@
 """The frozen encoder as data: found, checked, built without a copy; titles as tokens."""
 
 import shutil
+import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -83,6 +85,18 @@ def test_another_family_is_refused(tmp_path: Path) -> None:
 def test_a_model_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FellrayError, match=r"cannot be loaded .* give all-MiniLM-L6-v2"):
         load_backbone(str(tmp_path / "nowhere"))
+
+
+def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolve(*_: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    slept: list[float] = []
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    with pytest.raises(FellrayError, match=r"nobody/nothing: cannot be loaded \(it is not on this"):
+        load_backbone("nobody/nothing")
+    assert slept == []
 
 
 def test_weights_that_are_cut_off(tiny_encoder: Path, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_a_refused_client_goes_back_with_all_that_it_keeps(
 ) -> None:
     def poison(plant: Plant, t: int) -> None:
         (client,) = plant._clients.members  # type: ignore[attr-defined]
-        for desk in client._sit(client.learners) if t == 2 else ():
+        for desk in client._crews._sit(client.learners) if t == 2 else ():
             desk.scorer.prior_KI[2] = torch.nan
 
     train = {"rounds": 3} | METHODS[name].get("train", {})

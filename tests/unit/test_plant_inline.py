@@ -309,7 +309,7 @@ def test_central_is_one_learner_over_all_data(plain: Play) -> None:
 def poison(plant: Plant, *learners: str) -> None:
     """From here on these learners' scores are NaN: loss, gradients and adapters follow."""
     for client in clients_of(plant):
-        for desk in client._sit(client.learners):
+        for desk in client._crews._sit(client.learners):
             for place, shard in enumerate(desk.reader.shards):
                 if shard.client in learners:
                     desk.scorer.prior_KI[place] = torch.nan
@@ -317,7 +317,7 @@ def poison(plant: Plant, *learners: str) -> None:
 
 def heal(plant: Plant) -> None:
     for client in clients_of(plant):
-        for desk in client._sit(client.learners):
+        for desk in client._crews._sit(client.learners):
             desk.scorer.prior_KI.nan_to_num_(0.0)
 
 
@@ -668,7 +668,7 @@ def secrets(config: RunConfig) -> dict[str, list[bytes]]:
     )
     found: dict[str, list[bytes]] = {"titles": [title.encode() for title in data.titles]}
     found["tokens"], found["targets"], found["histories"] = [], [], []
-    (desk,) = client._sit(client.learners)
+    (desk,) = client._crews._sit(client.learners)
     reader = desk.reader
     batches = [(b, t) for r in (1, 2) for b, t in reader.steps(r)]
     for batch, target_N in batches:

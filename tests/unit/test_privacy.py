@@ -200,7 +200,7 @@ def test_a_refused_clients_nan_does_not_leave_it_and_nobody_elses_noise_changes(
     def poison(plant: Plant, t: int) -> None:
         if t:
             (client,) = plant._clients.members  # type: ignore[attr-defined]
-            for desk in client._sit(client.learners):
+            for desk in client._crews._sit(client.learners):
                 for place, shard in enumerate(desk.reader.shards):
                     if shard.client == "c2":
                         desk.scorer.prior_KI[place] = torch.nan

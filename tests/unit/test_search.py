@@ -63,7 +63,7 @@ class Setting:
 
     @property
     def desk(self) -> WritingDesk:
-        (desk,) = self.client._sit(("c0",))
+        (desk,) = self.client._crews._sit(("c0",))
         assert isinstance(desk, WritingDesk)
         return desk
 
@@ -77,7 +77,9 @@ class Setting:
         none = np.empty((0, 0), np.float32)
         owners = np.zeros(len(prompts), np.int32)
         header = Activation("tiny", 1, 0, None, ("c0",), owners, owners, none)
-        writing = Writing(client._tower(), header, slot, client._span.extend, client._wire, 16)
+        writing = Writing(
+            client._crews._tower(), header, slot, client._span.extend, client._crews._wire, 16
+        )
         trip: Trip[Any] = write(writing, self.desk.head, *pack_ids(prompts), rule, end)
         (found,) = take_turns([trip])
         return found

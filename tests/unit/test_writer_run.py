@@ -57,7 +57,7 @@ def test_a_step_is_a_step_of_the_whole_model(
     played = play(config)
     whole = whole_of(config, 0, "c1")
     with Plant.inline(config, survey(config), played.rounds) as plant:
-        (desk,) = first_client(plant)._sit(("c1",))
+        (desk,) = first_client(plant)._crews._sit(("c1",))
         ((batch, _),) = desk.reader.steps(1)
     lengths = batch.rows.lengths_N.tolist()
     summed, tokens = torch.tensor(0.0), 0
@@ -90,7 +90,7 @@ def test_a_ranking_is_that_of_the_whole_model(tiny_writer: Make, play: Play) -> 
     learner = max(data.clients, key=lambda client: len(data.shard(client).users))
     with Plant.inline(config, survey(config), played.rounds) as plant:
         found = plant.evaluate(1, 2)[learner].means()
-        (desk,) = first_client(plant)._sit((learner,))
+        (desk,) = first_client(plant)._crews._sit((learner,))
     whole = whole_of(config, 1, learner)
     tokenizer = AutoTokenizer.from_pretrained(config.model.name)
 
