@@ -96,6 +96,7 @@ def compare(
 
     Where CONFIG is a study (jobs/study.yaml), that says everything itself: arms,
     what each may tune, sets, seeds, and the page that is written.
+    Started several times, the processes share a study's runs.
     """
     from fellray.platform.config import load
     from fellray.platform.study import is_study, load_study
