@@ -91,6 +91,7 @@ def test_threads(environ: dict[str, str], cores: int, status: str, words: list[s
     expect(checks.check_threads(environ, LOCAL, 5, cores), status, *words)
 
 
+@pytest.mark.long
 def test_what_the_thread_check_says_is_so() -> None:
     """OMP_NUM_THREADS is overruled by an actor's own count; pinning is not."""
     code = "import os, torch; torch.set_num_threads(2); torch.ones(9) @ torch.ones(9); print("

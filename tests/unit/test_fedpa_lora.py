@@ -494,6 +494,7 @@ def test_private_blocks_are_in_no_message(
         )
 
 
+@pytest.mark.long
 def test_a_model_that_writes_has_levels_too(tiny_writer: Make, play: Play) -> None:
     """The gate is by token, so that a text is read on with caches as it was read whole."""
     method = {"kind": "fedpa_lora", "group": ALL}

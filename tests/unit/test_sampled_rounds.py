@@ -39,8 +39,12 @@ def test_the_absent_keep_every_byte_and_cost_no_page(
 
 @pytest.mark.parametrize(
     "clients",
-    [{"per_actor": 1}, {"per_actor": 2, "slots": 1}, {"per_actor": 5, "slots": 1}],
-    ids=["alone", "one after the other in pairs", "one after the other"],
+    [
+        {"per_actor": 2, "slots": 1},
+        pytest.param({"per_actor": 1}, marks=pytest.mark.long),
+        pytest.param({"per_actor": 5, "slots": 1}, marks=pytest.mark.long),
+    ],
+    ids=["one after the other in pairs", "alone", "one after the other"],
 )
 @pytest.mark.parametrize("method", ["fellrec", "fedavg"])
 def test_seats_and_slots_change_no_bit(

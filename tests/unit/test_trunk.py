@@ -176,7 +176,10 @@ def check_strangers(host: TrunkHost, steps: list[list[int]], seeds: Sequence[int
         assert differ == [], f"seed {seed}: of {len(alone)} records these differ"
 
 
-@pytest.mark.parametrize(("threads", "shared"), [(1, False), (2, False), (1, True)])
+@pytest.mark.parametrize(
+    ("threads", "shared"),
+    [pytest.param(1, False, marks=pytest.mark.long), (2, False), (1, True)],
+)
 def test_alone_or_among_strangers(
     wide_hosts: dict[bool, TrunkHost], threads: int, shared: bool
 ) -> None:
@@ -236,7 +239,7 @@ def deal(draw: np.random.Generator | None) -> list[list[str]]:
     ("groupings", "kept_mib"),
     [
         (1, 0),
-        (2, 1),
+        pytest.param(2, 1, marks=pytest.mark.long),
         pytest.param(256, 1, marks=HOUR),
         pytest.param(256, 512, marks=HOUR),
     ],
