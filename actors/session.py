@@ -9,9 +9,12 @@ import os
 import secrets
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+import psutil
 
 from fellray.platform.config import RunConfig
+from fellray.platform.errors import FellrayError
 
 # a thread that spins while it waits takes its core from the other actors of the machine
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -26,6 +29,8 @@ from ray.util import metrics  # noqa: E402
 __all__ = ["ask_for_token", "connect", "find_address", "metrics", "ray"]
 
 
+TRIES = 3
+"""To start a Ray of one's own."""
 _OPEN_PORTS = ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT")
 """Where Ray 2.60's own metrics listen on all addresses, ask for no token, cannot be turned off: on
 a port that is none they do not start, and nothing else is the worse for it."""
@@ -62,16 +67,42 @@ def connect(config: RunConfig, actors: int) -> Iterator[None]:
         # its endpoint would be open to everybody: for Prometheus set it to 1
         os.environ.setdefault("RAY_enable_metrics_collection", "0")
         needed = config.server.count * config.server.cpus + actors * config.clients.cpus
-        ray.init(
-            address=address,
-            num_cpus=max(os.cpu_count() or 1, int(needed + 0.999)),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        _start(max(os.cpu_count() or 1, int(needed + 0.999)))
     else:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start(cpus: int) -> None:
+    """A Ray of one's own. Ray itself gives it half a minute, which a busy machine may need more of.
+
+    Raises:
+        FellrayError: it did not start in `TRIES` tries.
+    """
+    here = psutil.Process()
+    for left in reversed(range(TRIES)):
+        before = set(here.children(recursive=True))
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            return
+        except Exception as error:  # Ray has no narrower one for this
+            if "timed out during startup" not in str(error):
+                raise
+        # nobody else ends what it had started
+        for process in set(here.children(recursive=True)) - before:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        if not left:
+            raise FellrayError(
+                f"Ray did not start in {TRIES} tries of half a minute: the machine is busy with "
+                "something else, or short of memory; run the same command when it is not"
+            )
