@@ -167,8 +167,9 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> Tokens:
     prefix, suffix = tokenizer("")["input_ids"]
     separator = tokenizer(SEPARATOR, add_special_tokens=False)["input_ids"]
     room = max_tokens - 2 - len(separator)
-    with _quiet():
-        rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    rows = []
+    if texts:  # quietly: a text that is longer than the model takes is cut below
+        rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     rows = [row[:room] + separator for row in rows]
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
     ids = np.fromiter((i for row in rows for i in row), np.int64, int(offsets[-1]))
@@ -210,7 +211,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 @contextmanager
 def _quiet(least: int = logging.ERROR) -> Iterator[None]:
-    """Load reports and length warnings are about uses of the model that are not ours.
+    """Load reports are about uses of the model that are not ours.
 
     One thread at a time: what is switched off here is the whole process's.
     """

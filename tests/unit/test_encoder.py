@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2Model
 
+from fellray.platform import encoder
 from fellray.platform.encoder import (
     MINILM,
     build,
@@ -74,6 +75,18 @@ def test_threads_load_at_once(tiny_decoder: Callable[[str], Path]) -> None:
     with ThreadPoolExecutor(4) as pool:
         assert set(pool.map(load, range(24))) == {one.sha256}
     assert load_backbone(path).sha256 == one.sha256
+
+
+def test_titles_do_not_wait_for_a_model_that_is_loaded(
+    tiny_encoder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A served catalogue loads one while requests bring texts; nor is there a word of long ones."""
+    tokenizer = load_tokenizer(str(tiny_encoder))
+    long = " ".join(["word00"] * 2000)
+    with ThreadPoolExecutor(1) as pool, encoder._alone:  # as a load holds it
+        tokens = pool.submit(tokenize, tokenizer, [long], 64).result(timeout=20)
+    assert len(tokens.ids) <= 64
+    assert caplog.text == ""
 
 
 def test_another_family_is_refused(tmp_path: Path) -> None:
