@@ -256,9 +256,8 @@ class Client:
         leave = self._span.remote.begin(self._config.name, round, learners, twin)
         slots = self._slots.hold(round - 1, learners).to(self._device)
         self._residual.bring(round - 1)
-        if self._residual.added:
-            numbers = torch.cat([added.flatten() for added in self._residual.added.values()])
-            self._ledger.enter_each(learners, "residual_down", numbers.numpy())
+        if len(self._residual.numbers):
+            self._ledger.enter_each(learners, "residual_down", self._residual.numbers)
         self._slots.train(learners, twin)
         if not isinstance(self._config.privacy, NoPrivacy):
             self._started |= dict(zip(learners, self._slots.values(learners), strict=True))

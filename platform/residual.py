@@ -8,6 +8,7 @@ calls do nothing. It must not know how a residual comes about, nor who computes 
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +41,8 @@ class Residual:
         self._round = 0
         self.added: Mapping[str, Tensor] = {}
         """Projection -> what it has more of ``B A`` [d_out, d_in] than the public model."""
+        self.numbers = np.empty(0, np.float32)
+        """All of `added`, as a client receives it."""
 
     def bring(self, round: int) -> None:
         """Make the weights those of a round's state.
@@ -52,6 +55,8 @@ class Residual:
             return
         with committed(self._rounds, round):
             self.added = load_residual(self._rounds, round, self._held)
+        flat = [residual.flatten() for residual in self.added.values()]
+        self.numbers = torch.cat(flat).numpy() if flat else np.empty(0, np.float32)
         for path, (module, frozen) in self._held.items():
             module.base.weight = frozen
             if path in self.added:
@@ -71,7 +76,9 @@ def load_residual(rounds: Rounds, round: int, paths: Mapping[str, object]) -> di
         Uncommitted: the round is not committed.
         FellrayError: a file of it is damaged.
     """
-    held = {name.removeprefix(_STEP): name for name in rounds.shared(round) if _STEP in name}
+    held = {
+        name.removeprefix(_STEP): name for name in rounds.shared(round) if name.startswith(_STEP)
+    }
     return {path: rounds.load_shared(round, held[path]) for path in paths if path in held}
 
 
