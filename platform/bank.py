@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from fellray.platform.adapters import Pair, Site, cut_, rescale, views
 from fellray.platform.gradient_sum import GradientSum
@@ -26,8 +27,7 @@ from fellray.platform.model_config import LoraSpec
 from fellray.platform.train_config import TrainConfig
 
 CACHED = 2**17
-"""Numbers of a step that are worked on at a time: AdamW passes over them often, so they are to stay
-in a core's cache."""
+"""Numbers that are copied to be worked on at a time, so that they stay in a core's cache."""
 
 
 class Bank:
@@ -83,8 +83,9 @@ class Bank:
         """What a step changes."""
         if self._moves:
             self._stepped += [self.moment1_SP, self.moment2_SP]
-        rows = len(self._stepped) + len(self._references()) + 2
-        self._scratch = torch.empty(rows if train else 0, CACHED, device=device)
+        largest = max((site.num_parameters(spec.r) for site in sites), default=0)
+        scratch = max(CACHED, largest) if train else 0
+        self._scratch = torch.empty(len(self._stepped), scratch, device=device)
         """A step's memory, made once: fresh pages cost more than the arithmetic on them."""
 
     def set_ranks(self, slots_s: Tensor, ranks: Sequence[int]) -> None:
@@ -140,24 +141,17 @@ class Bank:
     def step(self, slots_s: Tensor) -> None:
         """One step of distinct slots only; nobody else changes by a bit.
 
-        Bit-equal to `torch.optim.AdamW(foreach=False)` on each slot alone, where the rule corrects
-        nothing.
+        Bit-equal to `torch.optim.AdamW(fused=True)` on each slot alone, where the rule corrects
+        nothing. Fused, because otherwise a step of many clients costs four times as much.
         """
-        c = self._train
-        assert c is not None, "nobody trains"
+        assert self._train is not None, "nobody trains"
         if self.rule.freezes_a:
             self.gradient.drop_a(slots_s)
-        self.steps_S[slots_s] += 1
-        steps = self.steps_S[slots_s].tolist()
-        size_s = self.values_SP.new_tensor([c.learning_rate / (1 - c.beta1**t) for t in steps])
-        correction_s = self.values_SP.new_tensor([math.sqrt(1 - c.beta2**t) for t in steps])
-        clip_s = self._clip(slots_s, c.clip) if c.clip is not None and steps else None
-        for rank, places in self._by_rank(slots_s):
+        self._correct(slots_s)
+        for rank, own_s in self._by_rank(slots_s):
             for part in zip(*self._part(rank), strict=True):
-                at_once = max(1, CACHED // max(1, part[0][:1].numel()))
-                for few in places.split(at_once):
-                    clip = None if clip_s is None else clip_s[few]
-                    self._step(part, slots_s[few], size_s[few], correction_s[few], clip)
+                self._step(part, own_s)
+        self.steps_S[slots_s] += 1
 
     def _references(self) -> list[Tensor]:
         """What a step's correction is computed from."""
@@ -168,86 +162,90 @@ class Bank:
         return []
 
     def _by_rank(self, slots_s: Tensor) -> list[tuple[int, Tensor]]:
-        """Ranks, and where in `slots_s` those of it stand."""
+        """Ranks, and the slots of each."""
         if not self._mixed:
-            return [(self.spec.r, torch.arange(len(slots_s), device=slots_s.device))]
+            return [(self.spec.r, slots_s)]
         ranks_s = self.ranks_S[slots_s]
-        return [(r, (ranks_s == r).nonzero().squeeze(1)) for r in ranks_s.unique().tolist()]
+        return [(r, slots_s[ranks_s == r]) for r in ranks_s.unique().tolist()]
 
     def _part(self, rank: int) -> list[list[Tensor]]:
-        """What a step changes and looks at, of all slots, as many parts of each: what a rank has
-        of it and what trains, views of `CACHED` numbers of a slot at most."""
-        held = (*self._stepped, *self._references())
+        """What a step changes, of all slots, as many parts of each: what a rank has of it and what
+        trains."""
         if rank == self.spec.r and not self.rule.freezes_a:
-            return [list(rows_SP.split(CACHED, 1)) for rows_SP in held]
+            return [[rows_SP] for rows_SP in self._stepped]
         return [
             [
-                few
+                part
                 for a, b in views(rows_SP, self._sites, self.spec.r)
                 for part in (a[:, :rank], b[:, :, :rank])[int(self.rule.freezes_a) :]
-                for few in part.split(max(1, CACHED // part.shape[2]), 1)
             ]
-            for rows_SP in held
+            for rows_SP in self._stepped
         ]
 
-    def _clip(self, slots_s: Tensor, clip: float) -> Tensor:
-        """What each slot's gradient is multiplied by [s]."""
-        norms = torch.stack([self.gradient.total_SP[slot].norm() for slot in slots_s.tolist()])
-        return (clip / (norms + 1e-6)).clamp(max=1.0)
+    def _step(self, part: Sequence[Tensor], slots_s: Tensor) -> None:
+        """A step of one part of some slots; the gradient is zero after it."""
+        if part[0][:1].is_contiguous():
+            self._optimize([[rows[slot] for slot in slots_s.tolist()] for rows in part], slots_s)
+            part[1][_place(slots_s)] = 0.0
+            return
+        for few in slots_s.split(max(1, CACHED // part[0][0].numel())):
+            shape = (len(few), *part[0].shape[1:])
+            taken = [
+                torch.index_select(rows, 0, few, out=own[: math.prod(shape)].view(shape))
+                for rows, own in zip(part, self._scratch, strict=True)
+            ]
+            self._optimize([list(own) for own in taken], few)
+            taken[1].zero_()
+            for rows, own in zip(part, taken, strict=True):
+                rows.index_copy_(0, few, own)
 
-    def _step(
-        self,
-        part: Sequence[Tensor],
-        slots_s: Tensor,
-        size_s: Tensor,
-        correction_s: Tensor,
-        clip_s: Tensor | None,
-    ) -> None:
-        """A step of one part of a few slots."""
-        c, at = self._train, _place(slots_s)
+    def _optimize(self, own: Sequence[list[Tensor]], slots_s: Tensor) -> None:
+        """The optimizer's arithmetic on what a step changes, each slot's in one piece."""
+        c = self._train
         assert c is not None
-        in_place = isinstance(at, slice) and part[0][:1].is_contiguous()
-        shape = (len(slots_s), *part[0].shape[1:])
-        taken = [self._scratch[i, : math.prod(shape)].view(shape) for i in range(len(part) + 2)]
-        if in_place:
-            taken[: len(part)] = [rows[at] for rows in part]
-        else:
-            for rows, own in zip(part, taken, strict=False):
-                torch.index_select(rows, 0, slots_s, out=own)
-        flat = [t.flatten(1) for t in taken]
-        values, gradient, change, denominator = *flat[:2], *flat[-2:]
-        if clip_s is not None:
-            gradient.mul_(clip_s[:, None])
-        self._correct(slots_s, values, gradient, flat[len(self._stepped) : -2], change)
-        values.mul_(1 - c.learning_rate * c.weight_decay)
         if c.optimizer == "sgd":
-            values += torch.mul(gradient, -c.learning_rate, out=change)
-        else:
-            moment1, moment2 = flat[2:4]
-            moment1.lerp_(gradient, 1 - c.beta1)
-            moment2.mul_(c.beta2).addcmul_(gradient, gradient, value=1 - c.beta2)
-            torch.sqrt(moment2, out=denominator).div_(correction_s[:, None]).add_(c.eps)
-            values += torch.mul(moment1, -size_s[:, None], out=change).div_(denominator)
-        gradient.zero_()
-        if not in_place:
-            for rows, own in zip(part[: len(self._stepped)], taken, strict=False):
-                rows.index_copy_(0, slots_s, own)
+            for value, gradient in zip(*own, strict=True):
+                value.mul_(1 - c.learning_rate * c.weight_decay)
+                value.add_(gradient, alpha=-c.learning_rate)
+            return
+        values, gradients, moments1, moments2 = own
+        adamw(
+            values,
+            gradients,
+            moments1,
+            moments2,
+            max_exp_avg_sqs=[],
+            state_steps=list(self.steps_S[slots_s].float()),  # copies: each call counts on
+            fused=True,
+            amsgrad=False,
+            beta1=c.beta1,
+            beta2=c.beta2,
+            lr=c.learning_rate,
+            weight_decay=c.weight_decay,
+            eps=c.eps,
+            maximize=False,
+        )
 
-    def _correct(
-        self,
-        slots_s: Tensor,
-        values: Tensor,
-        gradient: Tensor,
-        references: Sequence[Tensor],
-        change: Tensor,
-    ) -> None:
-        """Add to the loss's gradient what the rule says; `change` is free."""
-        if self.rule.controls:
-            control, server_control = references
-            gradient.sub_(control).add_(server_control)
-        elif references:
-            torch.sub(values, references[0], out=change).mul_(self._pull_S[slots_s, None])
-            gradient.add_(change)
+    def _correct(self, slots_s: Tensor) -> None:
+        """Clip the loss's gradients, and add to them what the rule says."""
+        c = self._train
+        assert c is not None
+        references = self._references()
+        if not len(slots_s) or (c.clip is None and not references):
+            return
+        for few in slots_s.split(max(1, CACHED // max(1, self.values_SP.shape[1]))):
+            place = _place(few)
+            gradient = self.gradient.total_SP[place]
+            if c.clip is not None:
+                norms = torch.stack([row.norm() for row in gradient])
+                gradient.mul_((c.clip / (norms + 1e-6)).clamp(max=1.0)[:, None])
+            if self.rule.controls:
+                control, server_control = references
+                gradient.sub_(control[place]).add_(server_control[place])
+            elif references:
+                pull = self.values_SP[place] - references[0][place]
+                gradient.add_(pull.mul_(self._pull_S[few, None]))
+            self.gradient.total_SP[place] = gradient
 
     def state(self, slots_s: Tensor, moments: bool) -> dict[str, Tensor]:
         """Copies of the slots' rows: values, what the rule keeps, and AdamW's moments and step

@@ -21,6 +21,9 @@ from fellray.platform.train_config import TrainConfig
 SITES = [Site("encoder.layer.0.q", 3, 4), Site("encoder.layer.1.v", 5, 2)]
 SPEC = LoraSpec(r=2)
 WIDTH = 2 * (3 + 4) + 2 * (5 + 2)
+ALIGNED = [Site("encoder.layer.0.q", 16, 32), Site("encoder.layer.1.v", 48, 16)]
+"""Of widths that processors' registers divide, as models have them: what is left over of a row has
+other bits, so they depend on where it ends."""
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -214,11 +217,11 @@ def test_step_is_torchs_adamw_of_each_slot_alone(decay: float, threads: int) -> 
     ours = bank(5, **settings)
     theirs = [torch.nn.Parameter(row.clone()) for row in ours.values_SP]
     optimizers = [
-        torch.optim.AdamW(
-            [p], lr=0.03, weight_decay=decay, betas=(0.8, 0.95), foreach=False, fused=False
-        )
+        torch.optim.AdamW([p], lr=0.03, weight_decay=decay, betas=(0.8, 0.95), fused=True)
         for p in theirs
     ]
+    plain = torch.nn.Parameter(ours.values_SP[4].clone())
+    slow = torch.optim.AdamW([plain], lr=0.03, weight_decay=decay, betas=(0.8, 0.95), fused=False)
     draw = torch.Generator().manual_seed(7)
     for step in range(20):
         present = (torch.rand(5, generator=draw) < 0.6).nonzero().squeeze(1)
@@ -232,6 +235,9 @@ def test_step_is_torchs_adamw_of_each_slot_alone(decay: float, threads: int) -> 
         for slot in present.tolist():
             theirs[slot].grad = gradient[slot].clone()
             optimizers[slot].step()
+        if 4 in present:
+            plain.grad = gradient[4].clone()
+            slow.step()
         absent = [s for s in range(5) if s not in present.tolist()]
         for name, tensor in ours.state(torch.arange(5), moments=True).items():
             was = before[name][absent]
@@ -243,6 +249,7 @@ def test_step_is_torchs_adamw_of_each_slot_alone(decay: float, threads: int) -> 
                 assert torch.equal(ours.moment1_SP[slot], held["exp_avg"])
                 assert torch.equal(ours.moment2_SP[slot], held["exp_avg_sq"])
                 assert ours.steps_S[slot].item() == held["step"].item()
+        torch.testing.assert_close(ours.values_SP[4], plain.detach(), rtol=1e-5, atol=1e-6)
     assert len(set(ours.steps_S.tolist())) > 1, "everyone was always there: nothing was tested"
 
 
@@ -357,47 +364,44 @@ def test_a_row_is_cut_to_its_rank() -> None:
 def test_what_is_behind_a_rank_stays_zero_through_training() -> None:
     """As leaves of `LoraLinear`, with everything that AdamW has."""
     train = TrainConfig(learning_rate=0.1, weight_decay=0.1, clip=1.0)
-    both = [Bank(SITES[:1], LoraSpec(r=3), train, 2) for _ in range(2)]
+    both = [Bank(ALIGNED[:1], LoraSpec(r=3), train, 2) for _ in range(2)]
     for one, ranks in zip(both, ([2, 3], [3, 3]), strict=True):
         one.set_ranks(torch.arange(2), ranks)
-        one.reset(torch.arange(2), {"values": numbers(2, 21, seed=9)})
-    base = torch.nn.Linear(3, 4)
+        one.reset(torch.arange(2), {"values": numbers(2, 3 * (16 + 32), seed=9)})
+    base = torch.nn.Linear(16, 32)
     layer, slots = LoraLinear(base, both[0].spec.scaling), torch.tensor([0, 1, 1])
     for step in range(10):
         for one in both:
             pairs = one.gather(slots, train=True)
             layer.pairs = tuple(one.scale(slots, pairs))
-            layer(numbers(3, 5, 3, seed=step)).square().sum().backward()
+            layer(numbers(3, 5, 16, seed=step)).square().sum().backward()
             one.gradient.add(slots, pairs)
             one.step(torch.arange(2))
     mixed, equal = both
     assert torch.equal(mixed.values_SP[1], equal.values_SP[1])
     assert not torch.equal(mixed.values_SP[0], equal.values_SP[0])
     for tensor in (mixed.values_SP, mixed.moment1_SP, mixed.moment2_SP):
-        ((a, b),) = views(tensor, SITES[:1], 3)
+        ((a, b),) = views(tensor, ALIGNED[:1], 3)
         assert not a[0, 2].any()
         assert not b[0, :, 2].any()
         assert a[0, :2].all()
         assert b[0, :, :2].all()
 
 
-@pytest.mark.parametrize("cached", [10, 30, 2**17])
+@pytest.mark.parametrize("cached", [10, 300, 2**17])
 def test_a_step_is_of_ones_own_rank(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit torch's AdamW on the row, and what is behind the rank is not touched."""
     monkeypatch.setattr("fellray.platform.bank.CACHED", cached)
     train = TrainConfig(learning_rate=0.03, weight_decay=0.1, clip=2.0)
-    one, ranks = Bank(SITES, LoraSpec(r=4), train, 5), [4, 1, 3, 1, 2]
+    one, ranks = Bank(ALIGNED, LoraSpec(r=4), train, 5), [4, 1, 3, 1, 2]
     one.set_ranks(torch.arange(5), ranks)
-    one.reset(torch.arange(5), {"values": numbers(5, 2 * WIDTH, seed=9)})
+    one.reset(torch.arange(5), {"values": numbers(5, 4 * 112, seed=9)})
     theirs = [torch.nn.Parameter(row.clone()) for row in one.values_SP]
-    optimizers = [
-        torch.optim.AdamW([p], lr=0.03, weight_decay=0.1, foreach=False, fused=False)
-        for p in theirs
-    ]
-    mine = torch.ones(5, 2 * WIDTH)
-    cut_(views(mine, SITES, 4), torch.arange(5), torch.tensor(ranks))
+    optimizers = [torch.optim.AdamW([p], lr=0.03, weight_decay=0.1, fused=True) for p in theirs]
+    mine = torch.ones(5, 4 * 112)
+    cut_(views(mine, ALIGNED, 4), torch.arange(5), torch.tensor(ranks))
     for step, present in enumerate([[0, 1, 2, 3, 4], [3, 1, 4], [2], [4, 0, 1, 3]]):
-        gradient = numbers(5, 2 * WIDTH, seed=step) * mine
+        gradient = numbers(5, 4 * 112, seed=step) * mine
         one.gradient.total_SP[present] = gradient[present]
         one.step(torch.tensor(present))
         for slot in present:
@@ -414,7 +418,7 @@ def test_a_step_is_of_ones_own_rank(cached: int, monkeypatch: pytest.MonkeyPatch
         tensor[behind] = 7.0
     held = one.values_SP.clone()
     one.step(torch.arange(5))
-    for tensor in (one.values_SP, one.moment1_SP, one.gradient.total_SP):
+    for tensor in (one.values_SP, one.moment1_SP):
         assert (tensor[behind] == 7.0).all()
     assert (one.values_SP != held)[~behind].all()
 

@@ -238,7 +238,7 @@ def test_a_pull_is_part_of_the_gradient_that_adamw_sees(slots: list[int]) -> Non
     bank.begin(at)
     theirs = {slot: torch.nn.Parameter(start[slot].clone()) for slot in slots}
     optimizers = {
-        slot: torch.optim.AdamW([p], lr=0.03, weight_decay=0.1, foreach=False, fused=False)
+        slot: torch.optim.AdamW([p], lr=0.03, weight_decay=0.1, fused=True)
         for slot, p in theirs.items()
     }
     for step in range(3):
