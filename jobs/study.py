@@ -117,19 +117,22 @@ def _place(study: Study, name: str) -> tuple[str, ...]:
 
 
 def _orient(study: Study) -> dict[str, dict[str, Any]]:
-    """Set -> row for orientation -> what was found."""
-    found: dict[str, dict[str, Any]] = {}
+    """Set -> row for orientation -> what was found; once for sets on the same data."""
+    found: dict[Path, dict[str, Any]] = {}
     tries, seeds = count_tries(study), ",".join(map(str, study.seeds))
-    for name, config in _list_ranking(study):
+    ranking = _list_ranking(study)
+    for name, config in ranking:
+        if config.data.path in found:
+            continue
         rows = orient(config, tries, study.seeds)
         start = ("python", "-m", "fellray.jobs.orientation", str(study.sets[name].config))
         asked = ("--tries", str(tries), "--seeds", seeds)
-        found[name] = {
+        found[config.data.path] = {
             row: result
             | {"command": shlex.join([*start, *asked, "--rows", row, *_place(study, name)])}
             for row, result in rows.items()
         }
-    return found
+    return {name: found[config.data.path] for name, config in ranking}
 
 
 def _find_largest(study: Study) -> tuple[RunConfig, int]:
