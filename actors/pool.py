@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+from fellray.actors.losses import LOST, name_cause, tell, words_of
 from fellray.actors.session import ray
 from fellray.platform.errors import FellrayError
 from fellray.platform.faults import Stop, decide
-from fellray.platform.messages import StaleLease
 
 START_S = 600.0
 """How long placed actors may take to load their model."""
@@ -35,7 +35,7 @@ class Pool(Protocol):
     ) -> list[Any]:
         """Call `method` on every actor, the i-th getting item i of each column; order is kept.
 
-        A lost actor is restarted and asked again.
+        A lost actor is restarted and asked again, and so is one whose answer was lost.
 
         Args:
             among: only these actors, in this order.
@@ -233,11 +233,11 @@ class RayPool:
         while True:
             try:
                 return ray.get(call)
-            except ray.exceptions.RayActorError as error:
-                lost = error
             except ray.exceptions.RayTaskError as error:
-                raise _told(error) from None
-            reason = str(lost).strip().splitlines()[0]
+                raise tell(error) from None
+            except LOST as error:
+                lost = error
+            reason = name_cause(lost)
             decision = decide(tries, getattr(lost, "actor_init_failed", False), reason)
             if isinstance(decision, Stop):
                 raise FellrayError(f"{method}: {decision.reason}; `fellray train` resumes the run")
@@ -262,7 +262,7 @@ class RayPool:
                 return True
             except ray.exceptions.ActorUnavailableError:
                 time.sleep(0.5)
-            except ray.exceptions.RayActorError:
+            except LOST:
                 return True  # it is gone for good: the next call says why
         return False
 
@@ -282,28 +282,16 @@ class RayPool:
             try:
                 ray.get(reference)
             except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
-                reason = _words_of(error)
+                reason = words_of(error)
                 raise FellrayError(f"{demand.name} actor {index} cannot start: {reason}") from None
 
 
 def _is_there(ping: Any) -> bool:
     try:
         ray.get(ping)
-    except ray.exceptions.RayActorError:
+    except LOST:
         return False
     return True
-
-
-def _words_of(error: Exception) -> str:
-    """What a constructor said to the user; all of Ray's text where it said nothing."""
-    _, marker, words = str(error).rpartition(f"{FellrayError.__name__}: ")
-    return words.strip() if marker else str(error)
-
-
-def _told(error: ray.exceptions.RayTaskError) -> Exception:
-    """What the actor raised, without Ray's wrapping where the user is meant to read it."""
-    cause = error.cause
-    return cause if isinstance(cause, FellrayError | StaleLease) else error
 
 
 def _no_place(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fellray.actors.losses import LOST, name_cause
 from fellray.actors.session import ray
 from fellray.platform.ledger import payload_bytes
 from fellray.platform.messages import (
@@ -108,9 +109,10 @@ def _wait(asked: Any) -> Any:
     """
     try:
         return ray.get(asked)
-    except ray.exceptions.RayActorError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise StaleLease(f"a server was lost ({reason})") from None
+    except ray.exceptions.RayTaskError:
+        raise
+    except LOST as error:
+        raise StaleLease(f"a server was lost ({name_cause(error)})") from None
 
 
 def _unpack(handles: bytes) -> RayRemote:

@@ -1,0 +1,152 @@
+"""What Ray's errors come to: asked again, told, or begun again. No Ray is started."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fellray.actors.losses import name_cause, tell
+from fellray.actors.pool import Demand, RayPool
+from fellray.actors.remote import RayRemote
+from fellray.actors.session import ray
+from fellray.platform.errors import FellrayError
+from fellray.platform.faults import TRIES
+from fellray.platform.messages import StaleLease
+
+LOST = ray.exceptions.ObjectLostError("ab" * 28, None, "")
+RECONSTRUCTION = ray.exceptions.ObjectReconstructionFailedError("ab" * 28)
+OWNER = ray.exceptions.OwnerDiedError("ab" * 28, None, "")
+GONE = ray.exceptions.ActorUnavailableError("rpc failed", None)
+
+
+class Method:
+    """Answers in turn, at last always the same; an exception is raised where it is waited for."""
+
+    def __init__(self, answers: list[Any]):
+        self.answers = answers
+        self.asked: list[tuple[Any, ...]] = []
+
+    def remote(self, *row: Any) -> Callable[[], Any]:
+        self.asked.append(row)
+        answer = self.answers[min(len(self.asked), len(self.answers)) - 1]
+
+        def get() -> Any:
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        return get
+
+
+class Handle:
+    """Stands for an actor's handle."""
+
+    def __init__(self, *fit: Any, ready: tuple[Any, ...] = (True,)):
+        self.fit = self.begin = Method(list(fit))
+        self.__ray_ready__ = Method(list(ready))
+
+
+class Class:
+    """Stands for an actor's class: `make_pool` says what it makes."""
+
+    def __init__(self, handles: list[Handle]):
+        self._handles = iter(handles)
+
+    def options(self, **_: Any) -> "Class":
+        return self
+
+    def remote(self, *_: Any) -> Handle:
+        return next(self._handles)
+
+
+@pytest.fixture
+def make_pool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[RayPool, list[str]]]:
+    monkeypatch.setattr(ray, "get", lambda call: call())
+    monkeypatch.setattr(ray, "wait", lambda asked, **_: (asked, []))
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+
+    def make(*handles: Handle) -> tuple[RayPool, list[str]]:
+        monkeypatch.setattr(ray, "remote", lambda _: Class(list(handles)))
+        notes: list[str] = []
+        demand = Demand("client", len(handles), 1, 0)
+        return RayPool(object, [()] * len(handles), demand, notes.append), notes
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "loss", [LOST, RECONSTRUCTION, OWNER, GONE], ids=lambda e: type(e).__name__
+)
+def test_an_answer_that_is_lost_is_asked_for_again(make_pool: Any, loss: Exception) -> None:
+    other, handle = Handle("a"), Handle(loss, "b")
+    row, notes = make_pool(other, handle)
+    assert row.map("fit", [1, 2]) == ["a", "b"]
+    assert (other.fit.asked, handle.fit.asked) == ([(1,)], [(2,), (2,)])
+    assert [note.startswith("fit on actor 1 was lost and begun again (") for note in notes] == [
+        True
+    ]
+
+
+def test_one_that_stays_lost_ends_the_run_in_words(make_pool: Any) -> None:
+    row, notes = make_pool(Handle(LOST))
+    with pytest.raises(FellrayError, match=f"fit: lost {TRIES} times, last: its answer was lost"):
+        row.map("fit")
+    assert len(notes) == TRIES - 1
+
+
+def test_whoever_is_lost_is_not_ready(make_pool: Any) -> None:
+    row, _ = make_pool(Handle(ready=(True, LOST)), Handle(), Handle(ready=(True, GONE)))
+    assert row.ready() == [1]
+
+
+def test_a_server_whose_answer_is_lost_is_a_lost_server(make_pool: Any) -> None:
+    make_pool()
+    for loss in (LOST, GONE):
+        leave = RayRemote([Handle(loss)]).begin("run", 1, ("a",))
+        with pytest.raises(StaleLease, match="a server was lost"):
+            leave()
+
+
+def raised(cause: Exception) -> Any:
+    """As `ray.get` raises what an actor has raised."""
+    text = f"Traceback (most recent call last):\n{type(cause).__name__}: {cause}"
+    return ray.exceptions.RayTaskError("fit", text, cause, "ray::fit", 1, "1.2.3.4")
+
+
+def test_what_an_actor_says_is_told(make_pool: Any) -> None:
+    for cause in (FellrayError("a file: is not there"), StaleLease("begun again")):
+        row, notes = make_pool(Handle(raised(cause).as_instanceof_cause()))
+        with pytest.raises(type(cause), match=str(cause)) as told:
+            row.map("fit")
+        assert not isinstance(told.value, ray.exceptions.RayTaskError)
+        assert notes == []
+
+
+def test_what_is_lost_on_its_way_to_an_actor_replays_the_round(make_pool: Any) -> None:
+    """The actor itself is there and would fail with the same message again."""
+    error = raised(LOST).as_instanceof_cause()
+    assert isinstance(error, ray.exceptions.ObjectLostError)
+    handle = Handle(error)
+    row, notes = make_pool(handle)
+    with pytest.raises(StaleLease, match="lost on its way"):
+        row.map("fit")
+    assert (len(handle.fit.asked), notes) == (1, [])
+    leave = RayRemote([Handle(error)]).begin("run", 1, ("a",))
+    with pytest.raises(ray.exceptions.RayTaskError):
+        leave()  # the driver decides
+
+
+def test_mistakes_of_ours_keep_their_traceback() -> None:
+    error = raised(KeyError("x"))
+    assert tell(error) is error
+
+
+def test_a_cause_is_what_ray_says_beside_the_usual() -> None:
+    died = ray.exceptions.ActorDiedError()
+    assert name_cause(died) == "The actor died unexpectedly before finishing this task."
+    died.error_msg += "\n\tclass_name: Client\n\tpid: 7\nThe worker was killed.\nMore."
+    assert name_cause(died) == "The worker was killed."
+    assert name_cause(GONE).startswith("The actor None is unavailable: rpc failed.")
+    init = ray.exceptions.ActorDiedError(raised(FellrayError("no model there")))
+    assert name_cause(init) == "no model there"
