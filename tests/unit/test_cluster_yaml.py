@@ -104,7 +104,9 @@ def test_the_ray_job_fits_the_rest(ray_job: Any) -> None:
     asked = dict(zip(told[4::2], told[5::2], strict=True))
     assert asked["--node-cpus"] == client["rayStartParams"]["num-cpus"]
     assert int(asked["--nodes"]) <= client["maxReplicas"]
-    for group in (cluster["headGroupSpec"], client):
+    for group, kind in ((cluster["headGroupSpec"], "head"), (client, "client")):
+        assert group["labels"] == {"fellray": kind}
+        assert "labels" not in group["rayStartParams"], "KubeRay 1.5 and later refuse them there"
         for container in group["template"]["spec"]["containers"]:
             assert container["resources"]["requests"] == container["resources"]["limits"]
             assert told[3].startswith(container["volumeMounts"][0]["mountPath"] + "/")
