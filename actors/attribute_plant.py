@@ -29,7 +29,7 @@ from fellray.platform.config import RunConfig
 from fellray.platform.fedpa import GROUP
 from fellray.platform.manifest import Staged
 from fellray.platform.rounds import EVERYONE, Rounds
-from fellray.platform.seating import deal
+from fellray.platform.seating import deal, describe_seats
 
 
 class AttributePlant(Holders):
@@ -60,7 +60,8 @@ class AttributePlant(Holders):
         events: list[str] = []
         share, wait_s = config.clients.gpu_denominator, config.cluster.wait_for_nodes_s
         args = _client_args(config, world, rounds, Shared)
-        demand = Demand("client", len(args), config.clients.cpus, 1 / share if share else 0.0)
+        held = [describe_seats(few) for few in deal(world.clients, config.clients.together)]
+        demand = Demand("client", len(args), config.clients.cpus, 1 / share if share else 0.0, held)
         if not wait_s:
             check_places([demand])
         pool = RayPool(cls._client, args, demand, events.append, wait_s)

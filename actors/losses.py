@@ -3,6 +3,8 @@
 It must not know what is done about a loss (`platform/faults.py`), nor what an actor was asked for.
 """
 
+import torch
+
 from fellray.actors.session import ray
 from fellray.platform.errors import FellrayError
 from fellray.platform.messages import StaleLease
@@ -10,6 +12,16 @@ from fellray.platform.messages import StaleLease
 LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)
 """The actor is gone; or it had answered, and the answer went with the node on which it lay. What an
 actor raised itself may be one of these as well: look for `RayTaskError` first."""
+
+WAYS_OUT = {
+    "client": "let fewer clients train side by side (clients.slots) or sit in an actor "
+    "(clients.per_actor), or take smaller steps (train.batch_size)",
+    "server": "let it compute and keep less at once (server.max_tokens, server.keep_graphs_mib), "
+    "or fewer clients train side by side (clients.slots)",
+}
+"""Of an actor that runs out of memory, by the name of its row."""
+_SHORT = ("allocate memory", "not enough memory", "out of memory", "alloc_failed")
+"""What libraries say that have no exception for it; in lower case."""
 
 
 def name_cause(lost: Exception) -> str:
@@ -28,9 +40,32 @@ def words_of(error: Exception) -> str:
     return (words if marker else str(error)).strip()
 
 
-def tell(error: ray.exceptions.RayTaskError) -> Exception:
-    """What the actor raised, without Ray's wrapping where somebody is meant to read it."""
-    cause = error.cause
+def tell(error: ray.exceptions.RayTaskError, row: str, actor: str) -> Exception:
+    """What the actor raised, without Ray's wrapping where somebody is meant to read it.
+
+    Args:
+        row: what kind of actor it is, `client` or `server`.
+        actor: which one, in words.
+    """
+    cause: Exception = error.cause
+    if isinstance(cause, FellrayError | StaleLease):
+        return cause
     if isinstance(cause, LOST):
         return StaleLease(f"what an actor was sent was lost on its way ({name_cause(cause)})")
-    return cause if isinstance(cause, FellrayError | StaleLease) else error
+    if ran_out_of_memory(cause):
+        said = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        return FellrayError(
+            f"{actor} ran out of memory ({said}): {WAYS_OUT[row]}; with clients.per_actor alone "
+            "changed the run goes on, all else needs a run of another name"
+        )
+    return error
+
+
+def ran_out_of_memory(cause: Exception) -> bool:
+    """Whether an actor's error means that, whichever library raised it."""
+    if isinstance(cause, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = str(cause).lower()
+    return isinstance(cause, RuntimeError | OSError | ray.exceptions.RayError) and any(
+        short in words for short in _SHORT
+    )

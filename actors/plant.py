@@ -31,7 +31,7 @@ from fellray.platform.manifest import Staged
 from fellray.platform.messages import Damaged
 from fellray.platform.metrics import Score
 from fellray.platform.rounds import Rounds
-from fellray.platform.seating import deal
+from fellray.platform.seating import deal, describe_seats
 from fellray.platform.sent_pages import SentPages
 from fellray.platform.sent_row import SentRow
 from fellray.platform.split import plan_cut
@@ -88,9 +88,10 @@ class Plant(Holders):
         config = world.own.settle(config)
         learners = tuple(sorted(world.seats))
         share = config.clients.gpu_denominator
-        count = len(deal(learners, config.clients.together))
-        check_servers(config.server.count, count)
-        client = Demand("client", count, config.clients.cpus, 1 / share if share else 0.0)
+        held = [describe_seats(seated) for seated in deal(learners, config.clients.together)]
+        check_servers(config.server.count, len(held))
+        gpus = 1 / share if share else 0.0
+        client = Demand("client", len(held), config.clients.cpus, gpus, held)
         server = Demand("server", config.server.count, config.server.cpus, config.server.gpus)
         wait_s = config.cluster.wait_for_nodes_s
         if not wait_s:

@@ -95,6 +95,8 @@ class Demand:
     count: int
     cpus: float
     gpus: float
+    holds: Sequence[str] = ()
+    """What each of them is there for, in words."""
 
 
 def check_places(demands: Sequence[Demand]) -> None:
@@ -181,6 +183,7 @@ class RayPool:
             FellrayError: an actor finds no place, or cannot start.
         """
         self._note = note
+        self._demand = demand
         self._wait_s = wait_s
         remote = ray.remote(_fetching(cls)).options(
             num_cpus=demand.cpus, num_gpus=demand.gpus, max_restarts=-1, max_task_retries=0
@@ -234,7 +237,7 @@ class RayPool:
             try:
                 return ray.get(call)
             except ray.exceptions.RayTaskError as error:
-                raise tell(error) from None
+                raise tell(error, self._demand.name, self._name(index)) from None
             except LOST as error:
                 lost = error
             reason = name_cause(lost)
@@ -251,6 +254,11 @@ class RayPool:
                 )
             tries += 1
             call = getattr(self.handles[index], method).remote(*row)
+
+    def _name(self, index: int) -> str:
+        demand = self._demand
+        held = f" ({demand.holds[index]})" if demand.holds else ""
+        return f"{demand.name} actor {index}{held}"
 
     def _await_return(self, index: int) -> bool:
         """Whether a lost actor, whose calls fail meanwhile, is back in time. It loads its model

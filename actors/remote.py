@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fellray.actors.losses import LOST, name_cause
+from fellray.actors.losses import LOST, name_cause, tell
 from fellray.actors.session import ray
 from fellray.platform.ledger import payload_bytes
 from fellray.platform.messages import (
@@ -29,7 +29,7 @@ class RayRemote:
     def __init__(self, servers: Sequence[Any]):
         """Args: servers: the actors' handles."""
         self._servers = list(servers)
-        self._server = self._servers[0]
+        self._server, self._chosen = self._servers[0], 0
         self._packed = ray.cloudpickle.dumps(self._servers)
         self._sent: dict[int, tuple[Activation, Any]] = {}
         """By identity: what waits for its backward pass, and where it lies."""
@@ -42,7 +42,7 @@ class RayRemote:
 
     def choose(self, server: int) -> None:
         """See `Remote`."""
-        self._server = self._servers[server]
+        self._server, self._chosen = self._servers[server], server
 
     def begin(
         self, run: str, round: int, clients: tuple[str, ...], twin: bool = False
@@ -52,7 +52,7 @@ class RayRemote:
         asked = self._server.begin.remote(run, round, clients, twin)
 
         def leave() -> Lease:
-            lease: Lease = _wait(asked)
+            lease: Lease = self._wait(asked)
             return lease
 
         return leave
@@ -84,7 +84,7 @@ class RayRemote:
         asked = self._server.extend.remote(continuation)
 
         def answer() -> np.ndarray:
-            output: np.ndarray = _wait(asked)
+            output: np.ndarray = self._wait(asked)
             places = (continuation.parent_N, continuation.held_N)
             self.bytes += payload_bytes(continuation.activation, *places, output)
             return output
@@ -93,26 +93,26 @@ class RayRemote:
 
     def _await(self, asked: Any, *sent: Activation | Gradient) -> np.ndarray:
         try:
-            answer: np.ndarray = _wait(asked)
+            answer: np.ndarray = self._wait(asked)
         except Unheld:
             self.bytes += payload_bytes(*sent)
             raise
         self.bytes += payload_bytes(*sent, answer)
         return answer
 
+    def _wait(self, asked: Any) -> Any:
+        """The answer.
 
-def _wait(asked: Any) -> Any:
-    """The answer.
-
-    Raises:
-        StaleLease: the server was lost, and the round's work on it.
-    """
-    try:
-        return ray.get(asked)
-    except ray.exceptions.RayTaskError:
-        raise
-    except LOST as error:
-        raise StaleLease(f"a server was lost ({name_cause(error)})") from None
+        Raises:
+            StaleLease: the server was lost, and the round's work on it.
+            FellrayError: it ran out of memory.
+        """
+        try:
+            return ray.get(asked)
+        except ray.exceptions.RayTaskError as error:
+            raise tell(error, "server", f"server actor {self._chosen}") from None
+        except LOST as error:
+            raise StaleLease(f"a server was lost ({name_cause(error)})") from None
 
 
 def _unpack(handles: bytes) -> RayRemote:

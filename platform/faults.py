@@ -11,6 +11,13 @@ from fellray.platform.rounds import Rounds
 TRIES = 8
 """Times one piece of work is begun before the run gives up."""
 
+MAY_BE_MEMORY = (
+    "if nothing else explains it, memory may have run out: `dmesg` on its node names what the "
+    "system ended, raylet.out in Ray's logs (/tmp/ray/session_latest/logs) what Ray did; then "
+    "lower clients.slots, clients.per_actor, server.max_tokens or server.keep_graphs_mib"
+)
+"""Whoever is ended for it cannot say so itself."""
+
 
 @dataclass(frozen=True)
 class Replay:
@@ -37,7 +44,7 @@ def decide(tries: int, never_started: bool, reason: str) -> Replay | Stop:
     if never_started:
         return Stop(f"an actor cannot start: {reason}")
     if tries >= TRIES:
-        return Stop(f"lost {tries} times, last: {reason}")
+        return Stop(f"lost {tries} times, last: {reason}; {MAY_BE_MEMORY}")
     return Replay(min(0.25 * 2 ** (tries - 1), 4.0))
 
 

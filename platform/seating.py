@@ -14,6 +14,12 @@ def deal(learners: Sequence[str], size: int) -> list[tuple[str, ...]]:
     return [tuple(learners[at : at + size]) for at in range(0, len(learners), size)]
 
 
+def describe_seats(seated: Sequence[str]) -> str:
+    """Who sits in an actor, in words."""
+    first, last = seated[0], seated[-1]
+    return f"client {first}" if first == last else f"{len(seated)} clients, {first} to {last}"
+
+
 def choose(learners: tuple[str, ...], count: int | None) -> tuple[str, ...]:
     """A sample that depends on the roster alone."""
     if count is None or count >= len(learners):

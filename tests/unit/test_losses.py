@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from fellray.actors.losses import name_cause, tell
 from fellray.actors.pool import Demand, RayPool
@@ -13,6 +14,7 @@ from fellray.actors.session import ray
 from fellray.platform.errors import FellrayError
 from fellray.platform.faults import TRIES
 from fellray.platform.messages import StaleLease
+from fellray.platform.seating import deal, describe_seats
 
 LOST = ray.exceptions.ObjectLostError("ab" * 28, None, "")
 RECONSTRUCTION = ray.exceptions.ObjectReconstructionFailedError("ab" * 28)
@@ -69,7 +71,8 @@ def make_pool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[RayPool, l
     def make(*handles: Handle) -> tuple[RayPool, list[str]]:
         monkeypatch.setattr(ray, "remote", lambda _: Class(list(handles)))
         notes: list[str] = []
-        demand = Demand("client", len(handles), 1, 0)
+        held = [describe_seats(few) for few in deal("abcdefgh", 3)]
+        demand = Demand("client", len(handles), 1, 0, held)
         return RayPool(object, [()] * len(handles), demand, notes.append), notes
 
     return make
@@ -90,8 +93,10 @@ def test_an_answer_that_is_lost_is_asked_for_again(make_pool: Any, loss: Excepti
 
 def test_one_that_stays_lost_ends_the_run_in_words(make_pool: Any) -> None:
     row, notes = make_pool(Handle(LOST))
-    with pytest.raises(FellrayError, match=f"fit: lost {TRIES} times, last: its answer was lost"):
+    with pytest.raises(FellrayError, match=f"fit: lost {TRIES} times, last: its answer") as told:
         row.map("fit")
+    assert "`dmesg`" in str(told.value)
+    assert "clients.slots" in str(told.value)
     assert len(notes) == TRIES - 1
 
 
@@ -133,13 +138,43 @@ def test_what_is_lost_on_its_way_to_an_actor_replays_the_round(make_pool: Any) -
         row.map("fit")
     assert (len(handle.fit.asked), notes) == (1, [])
     leave = RayRemote([Handle(error)]).begin("run", 1, ("a",))
-    with pytest.raises(ray.exceptions.RayTaskError):
-        leave()  # the driver decides
+    with pytest.raises(StaleLease, match="lost on its way"):
+        leave()
 
 
 def test_mistakes_of_ours_keep_their_traceback() -> None:
-    error = raised(KeyError("x"))
-    assert tell(error) is error
+    for cause in (KeyError("x"), RuntimeError("shapes differ"), OSError(2, "no such file")):
+        error = raised(cause)
+        assert tell(error, "client", "client actor 0") is error
+
+
+@pytest.mark.parametrize(
+    ("cause", "said"),
+    [
+        (MemoryError(), "MemoryError"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "CUDA out of memory. Tried"),
+        (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 8 bytes"), "enforce"),
+        (OSError(12, "Cannot allocate memory"), "Cannot allocate memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "CUDA error"),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_who_runs_out_of_memory_is_named(make_pool: Any, cause: Exception, said: str) -> None:
+    error = raised(cause).as_instanceof_cause()
+    row, notes = make_pool(Handle("a"), Handle(error))
+    with pytest.raises(FellrayError) as told:
+        row.map("fit")
+    words = str(told.value)
+    assert words.startswith("client actor 1 (3 clients, d to f) ran out of memory (")
+    assert said in words
+    assert "more" not in words.partition("):")[0]
+    assert "clients.slots" in words
+    assert "clients.per_actor" in words
+    assert notes == []
+    with pytest.raises(FellrayError) as told:
+        RayRemote([Handle(error)]).begin("run", 1, ("a",))()
+    assert str(told.value).startswith("server actor 0 ran out of memory (")
+    assert "server.max_tokens" in str(told.value)
 
 
 def test_a_cause_is_what_ray_says_beside_the_usual() -> None:
