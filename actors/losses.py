@@ -47,6 +47,7 @@ def tell(error: ray.exceptions.RayTaskError, row: str, actor: str) -> Exception:
         row: what kind of actor it is, `client` or `server`.
         actor: which one, in words.
     """
+    whole: Exception = error
     cause: Exception = error.cause
     if isinstance(cause, FellrayError | StaleLease):
         return cause
@@ -58,7 +59,7 @@ def tell(error: ray.exceptions.RayTaskError, row: str, actor: str) -> Exception:
             f"{actor} ran out of memory ({said}): {WAYS_OUT[row]}; with clients.per_actor alone "
             "changed the run goes on, all else needs a run of another name"
         )
-    return error
+    return whole
 
 
 def ran_out_of_memory(cause: Exception) -> bool:
