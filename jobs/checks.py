@@ -18,13 +18,13 @@ from packaging.requirements import Requirement
 from fellray.platform.config import RunConfig
 from fellray.platform.encoder import locate
 from fellray.platform.errors import FellrayError
+from fellray.platform.pruning import SPARE
+from fellray.platform.slots import BYTES_PER_PARAMETER, KEPT
 from fellray.platform.storage import Storage
 
 MIB = 2**20
 PROCESS = 611 * MIB
 """An actor with MiniLM after its first step, as measured (one client)."""
-BYTES_PER_PARAMETER = 24
-"""fp32: adapters, AdamW's two moments, the gradient, the round's start, a copy to send."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,8 @@ def count_parameters(config: RunConfig) -> int | None:
 
 
 def check_memory(config: RunConfig, clients: int | None, available: int) -> Finding:
-    """Whether the actors fit. Args: clients: how many take part, None if not known yet."""
+    """Whether the actors fit. Who is not asked in a round has files only, but for the few whom an
+    actor keeps. Args: clients: how many are registered, None if not known yet."""
     name = "memory"
     have = f"{available / 2**30:.1f} GiB available"
     if config.cluster.address != "local":
@@ -176,10 +177,14 @@ def check_memory(config: RunConfig, clients: int | None, available: int) -> Find
         return Finding(name, "ok", f"{have}; clients.per_actor=auto is measured before the run")
     per_actor = config.clients.together
     each = BYTES_PER_PARAMETER + 4 * config.method.local().vectors
-    slots = clients * (count_parameters(config) or 0) * each
     actors = -(-clients // per_actor)
+    asked = min(clients, config.sampling.asked or clients)
+    held = min(clients, max(asked, actors * KEPT))
+    slots = held * (count_parameters(config) or 0) * each
     need = (actors + 2) * PROCESS + slots  # the server and the driver are processes too
     found = f"{have}, about {need / 2**30:.1f} GiB for {actors} client actors of {per_actor}"
+    if asked < clients:
+        found += f", {asked} of {clients} clients in a round"
     if need <= 0.8 * available:
         return Finding(name, "ok", found)
     fitting = int((0.8 * available - slots) // PROCESS) - 2
@@ -194,12 +199,22 @@ def check_memory(config: RunConfig, clients: int | None, available: int) -> Find
 def check_disk(config: RunConfig, clients: int | None, temporary: Path) -> Finding:
     """Whether the rounds that are kept fit on the storage, and Ray's own files on its disk.
 
+    A round has pages of those who were asked. Where these are not all, older rounds stay for the
+    others, and every client that ever took part has its last page somewhere.
+
     Args:
+        clients: how many are registered, None if not known yet.
         temporary: where Ray puts its sessions.
     """
     name = "disk"
-    copies = (config.keep_last + 3) * (3 if config.train.moments == "keep" else 1)
-    need = (clients or 1) * (count_parameters(config) or 0) * 4 * copies + 64 * MIB
+    registered = clients or 1
+    asked = min(registered, config.sampling.asked or registered)
+    pages = (config.keep_last + 3) * asked
+    if asked < registered:
+        rounds = config.train.rounds
+        pages = min(config.keep_last + 3 + SPARE, rounds) * asked + min(registered, rounds * asked)
+    kinds = 3 if config.train.moments == "keep" else 1
+    need = pages * kinds * 4 * (count_parameters(config) or 0) + 64 * MIB
     place = _local(config.storage)
     if place is not None:
         free = shutil.disk_usage(_existing(place)).free

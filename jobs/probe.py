@@ -27,6 +27,7 @@ from fellray.platform.messages import LedgerRow
 from fellray.platform.own import ALIKE
 from fellray.platform.reader import EVALUATION_ROWS
 from fellray.platform.rounds import Rounds
+from fellray.platform.slots import BYTES_PER_PARAMETER
 from fellray.platform.split import SIDES, plan_cut
 from fellray.platform.storage import Storage
 
@@ -36,8 +37,6 @@ STEPS = 2
 """Local steps of each."""
 UPDATES = ("adapter_up", "adapter_down", "loss")
 """Kinds of the ledger that a round has once per client."""
-BYTES_PER_PARAMETER = 24
-"""fp32: adapters, AdamW's two moments, the gradient, the round's start, a copy to send."""
 
 
 @dataclass(frozen=True)

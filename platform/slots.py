@@ -23,6 +23,10 @@ from fellray.platform.rounds import EVERYONE, Rounds
 KEPT = 256
 """Clients that stay in memory beyond those that are asked for."""
 
+BYTES_PER_PARAMETER = 24
+"""Of a client in memory, in fp32: adapters, AdamW's two moments, the gradient, the round's start, a
+copy to send."""
+
 WRITTEN = 256
 """Clients in one file: writing one takes a few copies of what it holds."""
 

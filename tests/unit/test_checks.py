@@ -224,6 +224,21 @@ def test_memory() -> None:
     expect(checks.check_memory(many, 1000, 8 * GIB), "ok", "for 1 client actors of 1000")
 
 
+def sampled(**sampling: Any) -> RunConfig:
+    return parse({"clients": {"per_actor": 25_000}, "sampling": sampling}, "test")
+
+
+def test_memory_is_that_of_those_who_are_asked() -> None:
+    """100,000 registered and 2,000 active were measured: 7.06 GiB (docs/performance.md)."""
+    words = ["about 6.9 GiB for 4 client actors", "2000 of 100000 clients"]
+    expect(checks.check_memory(sampled(per_round=2000), 100_000, 12 * GIB), "ok", *words)
+    more = sampled(per_round=2000, over_select=1.5)
+    expect(checks.check_memory(more, 100_000, 12 * GIB), "ok", "8.5 GiB", "3000 of 100000")
+    few = sampled(per_round=1)  # those whom 4 actors keep from earlier rounds
+    expect(checks.check_memory(few, 100_000, 12 * GIB), "ok", "about 5.3 GiB")
+    expect(checks.check_memory(sampled(), 100_000, 12 * GIB), "broken", "168.4 GiB")
+
+
 def test_what_memory_advises_fits() -> None:
     for clients in (7, 100, 1000):
         advice = checks.check_memory(LOCAL, clients, 6 * GIB).way_out
@@ -247,6 +262,28 @@ def test_shared_memory() -> None:
         ray_checks.check_shared_memory(64 * MIB, 8 * GIB), "warning", "0.1 GiB", "--shm-size=2.6gb"
     )
     expect(ray_checks.check_shared_memory(20 * GIB, 1000 * GIB), "ok", "takes 19.0 GiB")
+
+
+@pytest.mark.parametrize(
+    ("sampling", "rounds", "mib"),
+    [
+        ({}, 10, 7 * 10_000),  # the last four, the start, the best, the one under way
+        ({"per_round": 100}, 10, 10 * 100 + 1000),
+        ({"per_round": 100}, 1000, (4 + 3 + 64) * 100 + 10_000),
+        ({"per_round": 100, "over_select": 2}, 10, 10 * 200 + 2000),
+    ],
+)
+def test_disk_is_that_of_those_who_are_asked(
+    sampling: dict[str, Any],
+    rounds: int,
+    mib: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checks, "count_parameters", lambda _: 2**18)  # a page is a MiB
+    tree = {"sampling": sampling, "train": {"rounds": rounds}, "keep_last": 4}
+    found = checks.check_disk(parse(tree, "test"), 10_000, tmp_path).found
+    assert f"about {(mib + 64) / 2**10:.2f} GiB" in found
 
 
 def test_disk(tmp_path: Path) -> None:
