@@ -108,13 +108,14 @@ class Client:
     ) -> Update:
         """Local split training of `clients`, who have their seats here, from the committed state.
 
-        As many as `clients.slots` says train side by side; the next ones follow. Whoever is not
-        done by the deadline is left out.
+        As many as `clients.slots` says train side by side; the next ones follow. At the deadline
+        all stop; those who train side by side are left out where one of them was not done.
 
         Raises:
             StaleLease: the server was lost, or begins the round again.
         """
         began = time.monotonic()
+        until = math.inf if deadline_s is None else began + deadline_s
         self._span.choose(server)
         self._ledger.void()
         self._slots.release()
@@ -127,17 +128,19 @@ class Client:
         lives = set()
         for learners in deal(clients, self._config.clients.slots):
             if self._rule.twin:
-                lease, _, _ = self._train(round, learners, True)
+                lease, _, _ = self._train(round, learners, until, True)
                 self._slots.finish(learners)
+                if time.monotonic() > until:  # the server may have half of an anchor
+                    break
                 lives.add(lease.server)
-            lease, own, counted = self._train(round, learners)
+            lease, own, counted = self._train(round, learners, until)
             self._slots.finish(learners)
             if len(clients) > len(learners):  # else it grows from wave to wave
                 give_back_freed_memory()
-            done = time.monotonic() - began
-            if deadline_s is not None and done > deadline_s:
+            done = time.monotonic()
+            if done > until:
                 break
-            seconds += [done] * len(learners)
+            seconds += [done - began] * len(learners)
             lives.add(lease.server)
             losses += own
             samples += counted
@@ -250,7 +253,7 @@ class Client:
         return self._slots.stage_start(self._seeded)
 
     def _train(
-        self, round: int, learners: tuple[str, ...], twin: bool = False
+        self, round: int, learners: tuple[str, ...], until: float, twin: bool = False
     ) -> tuple[Lease, list[float], list[int]]:
         """One round of a few learners side by side, or of their anchors: losses and samples."""
         leave = self._span.remote.begin(self._config.name, round, learners, twin)
@@ -262,7 +265,7 @@ class Client:
         if not isinstance(self._config.privacy, NoPrivacy):
             self._started |= dict(zip(learners, self._slots.values(learners), strict=True))
         lease = leave()
-        losses, samples = self._crews.train(round, learners, slots, lease)
+        losses, samples = self._crews.train(round, learners, slots, lease, until)
         return lease, losses, samples
 
 

@@ -7,6 +7,8 @@ or what becomes of what was trained.
 Shapes: S slots, N rows of a step, I items.
 """
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -72,15 +74,22 @@ class Crews:
             self._script = (script, Grounding(titles, self._vectors))
 
     def train(
-        self, round: int, learners: tuple[str, ...], slots: Tensor, lease: Lease
+        self,
+        round: int,
+        learners: tuple[str, ...],
+        slots: Tensor,
+        lease: Lease,
+        until: float = math.inf,
     ) -> tuple[list[float], list[int]]:
         """One round of a few learners side by side: losses and samples.
 
         Args:
             slots: where each one's adapters are.
+            until: no step begins after that, by `time.monotonic`: who has not come to an end then
+                stays half trained.
         """
         crews = zip(self._sit(learners), slots.split(self._crew_size(learners)), strict=True)
-        found = take_turns(self._train_crew(desk, own, round, lease) for desk, own in crews)
+        found = take_turns(self._train_crew(desk, own, round, lease, until) for desk, own in crews)
         weighted, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
         losses: list[float] = (weighted / rows).tolist()
         return losses, [int(n) for n in rows.tolist()]
@@ -121,12 +130,14 @@ class Crews:
         return found
 
     def _train_crew(
-        self, desk: Desk, slots: Tensor, round: int, lease: Lease
+        self, desk: Desk, slots: Tensor, round: int, lease: Lease, until: float
     ) -> Trip[tuple[Tensor, Tensor]]:
         """A crew's steps: the losses of all rows of each learner, summed, and how many rows."""
         num = len(desk.reader.learners)
         weighted, rows = torch.zeros(2, num, dtype=torch.float64)
         for step, (batch, target_N) in enumerate(desk.reader.steps(round)):
+            if time.monotonic() > until:
+                break
             count_S = torch.bincount(batch.slot_N.cpu(), minlength=num)
             header = self._header(desk, batch, round, step, lease)
             # of one's own, not of the crew's: who has fewer histories is done before the others

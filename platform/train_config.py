@@ -64,9 +64,13 @@ class SamplingConfig(Section):
     uniformly among those whom a trace calls available."""
     over_select: float = Field(default=1.0, ge=1, allow_inf_nan=False)
     """More clients are asked than needed: ceil(per_round * over_select). The first per_round
-    answers within the deadline count, so above 1 a replay may count other answers."""
+    answers within the deadline count, so above 1 a replay may count other answers. It makes up for
+    those who are late; a round is the shorter for it only with a deadline, without one everybody
+    asked is waited for."""
     deadline_s: float | None = Field(default=None, gt=0)
-    """Seconds after which an answer no longer counts. None: everybody asked is waited for."""
+    """Seconds from when an actor begins, after which no further step begins in it. Its clients who
+    are not done then are late and do not count (nor do those who train side by side with them, see
+    `clients.slots`). None: everybody asked is waited for."""
     trace: Path | None = None
     """A Parquet file with the columns client (text), start, end (whole numbers): a client is
     available in the rounds start <= round < end. A client may have several rows."""

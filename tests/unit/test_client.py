@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from fellray.actors import client as actors_client
+from fellray.actors import crews
 from fellray.actors.client import Client
 from fellray.actors.plant import Plant
 from fellray.actors.world import World, survey
 from fellray.jobs.train import one_round
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
+from fellray.platform.host import TrunkHost
 from fellray.platform.messages import Installation, StaleLease, Update
 from fellray.platform.metrics import Evaluator, Score
 from fellray.platform.reader import Reader
@@ -204,6 +207,48 @@ def test_a_restarted_client_does_not_install_what_it_did_not_train(
     one.client.forget()
     with pytest.raises(StaleLease):
         one.client.install(mixture(update))
+
+
+class Clock:
+    """Goes on by one with every step that the server takes."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now = 0
+        backward = TrunkHost.backward
+
+        def step(host: TrunkHost, sent: Any) -> Any:
+            self.now += 1
+            return backward(host, sent)
+
+        patch.setattr(TrunkHost, "backward", step)
+        for module in (actors_client, crews):
+            patch.setattr(module, "time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("kind", "done", "more"), [("fedavg", 1, 2), ("fedavg", 2, 1), ("ditto", 1, 1), ("ditto", 0, 2)]
+)
+def test_at_the_deadline_all_stop(
+    kind: str, done: int, more: int, stand: Callable[..., Stand], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of the next client's training, or of its anchor's; and nothing of it stays."""
+    clock = Clock(monkeypatch)
+    one = stand(clients={"slots": 1}, method={"kind": kind})
+    client = one.client
+    whole = client.fit(1, client.learners)
+    steps, rest = divmod(clock.now, 3)
+    assert (rest, steps > more) == (0, True)
+    began = clock.now
+    update = client.fit(1, client.learners, done * steps + more - 0.5)
+    assert clock.now - began == done * steps + more
+    assert update.clients == client.learners[:done]
+    assert update.seconds == tuple(steps * (i + 1) for i in range(done))
+    assert np.array_equal(update.theta_SP, whole.theta_SP[:done])
+    one.rounds.commit(1, client.install(mixture(update)), {})
+    assert theta(client.fit(2, client.learners)) == theta(one.again().fit(2, client.learners))
 
 
 def test_a_nan_is_refused_with_the_reason(stand: Callable[..., Stand]) -> None:
