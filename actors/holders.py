@@ -44,6 +44,8 @@ class Holders:
         self._pending: tuple[int, tuple[Staged, ...]] = (-1, ())
         """A round that is staged and not committed yet, and its files."""
         self._events: list[str] = []
+        self._followed = rounds.decided
+        """Verdicts on damaged files that all who hold something have heard of."""
 
     def sample(self, round: int) -> tuple[str, ...]:
         """Who is asked in a round."""
@@ -63,11 +65,14 @@ class Holders:
     def replayed(self, work: Callable[..., Answer], *args: Any) -> Answer:
         """Run a round; if a holder was lost in it, everyone goes back to its start and again.
 
-        So it is where a page is damaged, once it is decided who goes back to an earlier one.
+        So it is where a page is damaged, once it is decided who goes back to an earlier one. Where
+        that was decided since the last round, at its commit, everyone goes back before.
 
         Raises:
             FellrayError: it was lost too often, or what is damaged cannot be replaced.
         """
+        if self._followed != self._rounds.decided:
+            self._forget()
         return replay(lambda: work(self, *args), self._mend, self._forget, self._events)
 
     def close(self) -> None:
@@ -84,6 +89,7 @@ class Holders:
         """Everyone goes back to the last committed round."""
         self._clients.map("forget")
         self._pending = (-1, ())
+        self._followed = self._rounds.decided
 
     def _mend(self, damage: Damaged) -> list[str]:
         """What was decided, in words; nothing where the file is whole by now."""

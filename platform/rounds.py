@@ -45,6 +45,8 @@ class Rounds:
         self._where = Whereabouts(storage, self._shelf, self._verdicts, self._reader)
         self._kept: list[int] = []
         """By the last `prune`, besides the last rounds."""
+        self.decided = 0
+        """Verdicts on damaged files that were given here: every other holder has to look again."""
 
     def __reduce__(self) -> tuple[type["Rounds"], tuple[Storage]]:
         return Rounds, (self._storage,)
@@ -271,6 +273,7 @@ class Rounds:
         verdicts = mending.decide(damage)
         if verdicts:
             self._verdicts.add(verdicts)
+            self.decided += len(verdicts)
         return [one.event for one in verdicts]
 
     def verdicts(self) -> list[str]:

@@ -127,6 +127,37 @@ def test_which_process_reads_first_changes_no_bit(tiny_config: Make) -> None:
     assert found[0] == found[1]
 
 
+def test_what_a_commit_finds_damaged_is_not_evaluated_from_memory(
+    tiny_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found at the last commit: the test must be that of a process that reads what is there."""
+    config = local(tiny_config, train={"rounds": 2}, sampling={"per_round": 3})
+    world = survey(config)
+    prune = Rounds.prune
+
+    def spoil(self: Rounds, *args: Any) -> None:
+        (gone, *_) = sorted({*self.clients(1)} - {*asked})
+        path = files_of(config, 1, gone, "trunk.values")
+        flip_page(path, gone)
+        monkeypatch.setattr(Rounds, "prune", prune)
+        raise Damaged("a page is damaged", 1, path.name)
+
+    with open_run(config, world.data_sha256) as run:
+        # whoever trains knows of rounds what is on storage, as in a process of its own
+        there, again = (Plant.inline(config, world, Rounds(run.storage)) for _ in "ab")
+        plant = Plant(config, world, run.rounds, there._servers.pool, there._clients)
+        asked = plant.sample(2)
+        for t in run.to_go():
+            if t == 2:
+                monkeypatch.setattr(Rounds, "prune", spoil)
+            outcome = plant.replayed(one_round, t, config)
+            run.commit(t, outcome, plant.close_ledger(), plant.take_events())
+        (event,) = run.events
+        assert event.endswith("to the start (round 0)")
+        found = [one.replayed(Plant.evaluate, 1, 2) for one in (plant, again)]
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("file", "harm"),
     [
