@@ -35,6 +35,8 @@ class Holders:
         """Args: learners: everybody, sorted. sizes_C: rows of each one's training data."""
         self._config = config
         self._learners = learners
+        self.registered = len(learners)
+        """How many clients the run has."""
         self._rounds = rounds
         self._clients = clients
         self._seating = Seating(learners, config.clients.together)

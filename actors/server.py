@@ -122,6 +122,7 @@ class Server:
         staged: tuple[Staged, ...] = await self._call(
             self._host.install, installation, shared_P, stages_shared
         )
+        self._telemetry.rest()
         return staged
 
     async def expect(self, round: int, staged: Sequence[Staged]) -> None:
@@ -136,6 +137,7 @@ class Server:
     async def forget(self) -> None:
         """See `TrunkHost.forget`."""
         await self._call(self._host.forget)
+        self._telemetry.rest()
 
     async def batch_sizes(self) -> list[int]:
         """Requests in each batch so far."""

@@ -16,6 +16,7 @@ ROUND_GAUGES = {
     "fellray_rounds": "How many rounds the run trains.",
     "fellray_round_seconds": "Seconds from the round before to this one's commit.",
     "fellray_histories_per_second": "Training histories a second, in the last round.",
+    "fellray_clients_dormant": "Registered clients that were not asked in the last round.",
     "fellray_clients_asked": "Clients that were asked to train in the last round.",
     "fellray_clients_accepted": "Clients whose update entered the last round.",
     "fellray_clients_late": "Clients asked in the last round whose answer came too late to count.",
@@ -28,7 +29,7 @@ ROUND_GAUGES = {
 BYTES = "fellray_bytes_total"
 """Counted by the driver, by kind as in the ledger."""
 ACTIVE = "fellray_clients_active"
-"""Set by the server while a round goes on."""
+"""Set by each server while a round goes on, of its own clients."""
 BATCH_COUNTERS = {
     "fellray_server_batches_total": "Merged batches that the server has run.",
     "fellray_server_requests_total": "Requests in these batches.",
@@ -44,7 +45,8 @@ NAMES = (*ROUND_GAUGES, BYTES, ACTIVE, *BATCH_COUNTERS)
 class RunTelemetry:
     """The driver's. To be made when Ray is there: what is made before is not exported."""
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, registered: int):
+        """Args: registered: how many clients the run has."""
         self._gauges = {
             name: metrics.Gauge(name, words, ("run",)).set_default_tags({"run": config.name})
             for name, words in ROUND_GAUGES.items()
@@ -52,10 +54,11 @@ class RunTelemetry:
         self._bytes = metrics.Counter(BYTES, "Bytes that crossed, by kind.", ("run", "kind"))
         self._bytes.set_default_tags({"run": config.name})
         self._rounds = config.train.rounds
+        self._registered = registered
 
     def show(self, row: Mapping[str, Any]) -> None:
         """A committed round, by its row of metrics.jsonl."""
-        for name, value in read_row(row, self._rounds).items():
+        for name, value in read_row(row, self._rounds, self._registered).items():
             self._gauges[name].set(value)
         for kind, size in row["bytes_by_kind"].items():
             if size:
@@ -70,7 +73,7 @@ class ServerTelemetry:
             metrics.Counter(name, words, ("run",)).set_default_tags({"run": run})
             for name, words in BATCH_COUNTERS.items()
         ]
-        words = "Clients that have begun to train the newest round."
+        words = "Clients of a server that have begun to train the round under way."
         self._active = metrics.Gauge(ACTIVE, words, ("run",)).set_default_tags({"run": run})
         self._begun: tuple[int, set[str]] = (-1, set())
 
@@ -79,6 +82,11 @@ class ServerTelemetry:
         newest, begun = self._begun
         self._begun = (round, set(clients) | (begun if round == newest else set()))
         self._active.set(len(self._begun[1]))
+
+    def rest(self) -> None:
+        """Nobody trains any more: the round is installed, or given up."""
+        self._begun = (-1, set())
+        self._active.set(0)
 
     def count(self, served: Served) -> None:
         """A batch was answered. One without tokens is a question about a round, no training."""
@@ -90,12 +98,13 @@ class ServerTelemetry:
                 counter.inc(value)
 
 
-def read_row(row: Mapping[str, Any], rounds: int) -> dict[str, float]:
+def read_row(row: Mapping[str, Any], rounds: int, registered: int) -> dict[str, float]:
     """A round's gauges by name; what the round does not have is left out.
 
     Args:
         row: as `Run.commit` returns it.
         rounds: how many the run trains.
+        registered: how many clients it has.
     """
     values: dict[str, Any] = {
         "fellray_round": row["round"],
@@ -109,6 +118,7 @@ def read_row(row: Mapping[str, Any], rounds: int) -> dict[str, float]:
     if "losses" in row:
         answered, refused, late = len(row["losses"]), len(row["refused"]), len(row["late"])
         values |= {
+            "fellray_clients_dormant": registered - answered - late,
             "fellray_clients_asked": answered + late,
             "fellray_clients_accepted": answered - refused,
             "fellray_clients_late": late,

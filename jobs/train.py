@@ -29,7 +29,7 @@ def one_round(plant: Plant | AttributePlant, t: int, config: RunConfig) -> Outco
 
 def play(run: Run, plant: Plant | AttributePlant, display: Display) -> None:
     """Round after round, each committed before the next begins."""
-    telemetry = RunTelemetry(run.config)
+    telemetry = RunTelemetry(run.config, plant.registered)
     for t in run.spending.affordable(run.to_go(), plant.sample):
         outcome = plant.replayed(one_round, t, run.config)
         row = run.commit(t, outcome, plant.close_ledger(), plant.take_events())
