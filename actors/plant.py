@@ -104,7 +104,7 @@ class Plant(Holders):
         try:
             remote = RayRemote(servers.handles)
             args = make_client_args(config, world, remote, rounds, Shared)
-            clients = RayPool(cls._client, args, client, events.append, wait_s)
+            clients = RayPool(cls._client, args, client, events.append, wait_s, [server])
         except BaseException:
             servers.close()
             raise

@@ -172,10 +172,12 @@ class RayPool:
         demand: Demand,
         note: Note,
         wait_s: float = 0.0,
+        beside: Sequence[Demand] = (),
     ):
         """Places the actors and waits until all have started.
 
         Args:
+            beside: rows that have their places already.
             wait_s: how long an autoscaler may take to bring nodes for actors that have no place,
                 now, and for one that was lost with its node.
 
@@ -190,7 +192,7 @@ class RayPool:
         )
         self.handles = [remote.remote(*a) for a in args]
         try:
-            self._await_start(demand)
+            self._await_start(demand, beside)
         except BaseException:
             self.close()
             raise
@@ -274,11 +276,11 @@ class RayPool:
                 return True  # it is gone for good: the next call says why
         return False
 
-    def _await_start(self, demand: Demand) -> None:
+    def _await_start(self, demand: Demand, beside: Sequence[Demand]) -> None:
         started = [handle.__ray_ready__.remote() for handle in self.handles]
         _, waiting = ray.wait(started, num_returns=len(started), timeout=self._wait_s)
         if waiting and self._wait_s:
-            check_places([demand])
+            check_places([*beside, demand])
         _, waiting = ray.wait(started, num_returns=len(started), timeout=START_S)
         if waiting:
             raise FellrayError(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from fellray.actors.session import ray
+from fellray.platform.errors import FellrayError
 
 EVERY_S = 0.25
 """Seconds between two looks."""
@@ -21,6 +22,8 @@ class NodeWatch:
         self.began = time.time()
         self.changes: list[tuple[float, Counter[str]]] = [(self.began, count_nodes())]
         """From when on there were how many nodes of each kind: `time.time()`, kind -> count."""
+        self._failed: Exception | None = None
+        """Why nobody looks any more."""
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -31,9 +34,14 @@ class NodeWatch:
         self._thread.join()
 
     def await_count(self, nodes: int, seconds: float) -> float | None:
-        """Seconds until no more than so many nodes are left; None: they did not go in time."""
+        """Seconds until no more than so many nodes are left; None: they did not go in time.
+
+        Raises:
+            FellrayError: the cluster does not say any more which nodes it has.
+        """
         began = time.monotonic()
         while (waited := time.monotonic() - began) < seconds:
+            self._check()
             if self.changes[-1][1].total() <= nodes:
                 return waited
             time.sleep(EVERY_S)
@@ -44,7 +52,12 @@ class NodeWatch:
         return next((at for at, kinds in self.changes if kinds.total() >= nodes), None)
 
     def seconds(self, start: float, end: float) -> dict[str, float]:
-        """Node-seconds of each kind between two readings of `time.time()`."""
+        """Node-seconds of each kind between two readings of `time.time()`.
+
+        Raises:
+            FellrayError: as `await_count`.
+        """
+        self._check()
         spent: dict[str, float] = {}
         ends = [at for at, _ in self.changes[1:]] + [max(end, self.changes[-1][0])]
         for (at, kinds), until in zip(self.changes, ends, strict=True):
@@ -55,9 +68,20 @@ class NodeWatch:
 
     def _watch(self) -> None:
         while not self._left.wait(EVERY_S):
-            now = count_nodes()
+            try:
+                now = count_nodes()
+            except Exception as error:  # in a thread nobody would hear of it
+                self._failed = error
+                return
             if now != self.changes[-1][1]:
                 self.changes.append((time.time(), now))
+
+    def _check(self) -> None:
+        if self._failed is not None:
+            raise FellrayError(
+                f"the cluster does not say any more which nodes it has ({self._failed}): see "
+                "whether its head is still there, and measure again"
+            )
 
 
 def count_nodes() -> Counter[str]:

@@ -105,6 +105,19 @@ def test_whoever_is_lost_is_not_ready(make_pool: Any) -> None:
     assert row.ready() == [1]
 
 
+def test_whoever_is_placed_already_is_counted(
+    make_pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The autoscaler's time is over: what the servers have is not free for clients."""
+    make_pool(Handle())
+    monkeypatch.setattr(ray, "wait", lambda asked, **_: ([], asked))
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    monkeypatch.setattr(ray, "kill", lambda *_, **__: None)
+    demands = [Demand("server", 1, 1, 0), Demand("client", 1, 2, 0)]
+    with pytest.raises(FellrayError, match="what fits: 1 of 1 server, 0 of 1 client"):
+        RayPool(object, [()], demands[1], print, 1.0, demands[:1])
+
+
 def test_a_server_whose_answer_is_lost_is_a_lost_server(make_pool: Any) -> None:
     make_pool()
     for loss in (LOST, GONE):

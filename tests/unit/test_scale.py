@@ -80,6 +80,24 @@ def test_node_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert watch.await_count(0, 0.3) is None
 
 
+def test_a_cluster_that_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([Counter(head=1), Counter(head=1, client=1)])
+
+    def count() -> Counter[str]:
+        if (answer := next(answers, None)) is None:
+            raise RuntimeError("no head")
+        return answer
+
+    monkeypatch.setattr(node_watch, "count_nodes", count)
+    monkeypatch.setattr(node_watch, "EVERY_S", 0.01)
+    with NodeWatch() as watch:
+        with pytest.raises(FellrayError, match=r"which nodes it has \(no head\)"):
+            watch.await_count(0, 5.0)
+        assert watch.reached(2) is not None
+        with pytest.raises(FellrayError, match="no head"):
+            watch.seconds(0, 1)
+
+
 def test_kinds_of_nodes() -> None:
     assert name_kind({"Resources": {"CPU": 1.0}, "Labels": {"fellray": "server"}}) == "server"
     assert name_kind({"Resources": {"CPU": 1.0}, "Labels": {}}) == "client"
