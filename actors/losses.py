@@ -9,9 +9,14 @@ from fellray.actors.session import ray
 from fellray.platform.errors import FellrayError
 from fellray.platform.messages import StaleLease
 
-LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)
-"""The actor is gone; or it had answered, and the answer went with the node on which it lay. What an
-actor raised itself may be one of these as well: look for `RayTaskError` first."""
+LOST = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.OutOfMemoryError,
+)
+"""The actor is gone; or it had answered, and the answer went with the node on which it lay; or Ray
+ended it for its node's memory. What an actor raised itself may be one of these as well: look for
+`RayTaskError` first."""
 
 WAYS_OUT = {
     "client": "let fewer clients train side by side (clients.slots) or sit in an actor "
@@ -30,6 +35,8 @@ def name_cause(lost: Exception) -> str:
         return f"its answer was lost with the node on which it lay: {type(lost).__name__}"
     if getattr(lost, "actor_init_failed", False):
         return words_of(lost).splitlines()[-1]
+    if isinstance(lost, ray.exceptions.OutOfMemoryError):
+        return f"Ray ended it, its node was short of memory: {str(lost).strip().splitlines()[0]}"
     lines = [one.strip() for one in str(lost).splitlines() if one.strip() and one[0] != "\t"]
     return lines[1 if len(lines) > 1 and isinstance(lost, ray.exceptions.ActorDiedError) else 0]
 

@@ -19,6 +19,7 @@ from fellray.platform.seating import deal, describe_seats
 LOST = ray.exceptions.ObjectLostError("ab" * 28, None, "")
 RECONSTRUCTION = ray.exceptions.ObjectReconstructionFailedError("ab" * 28)
 OWNER = ray.exceptions.OwnerDiedError("ab" * 28, None, "")
+KILLED = ray.exceptions.OutOfMemoryError("Memory on the node was 27.5GB / 28.7GB.\nMore.")
 GONE = ray.exceptions.ActorUnavailableError("rpc failed", None)
 
 
@@ -79,7 +80,7 @@ def make_pool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[RayPool, l
 
 
 @pytest.mark.parametrize(
-    "loss", [LOST, RECONSTRUCTION, OWNER, GONE], ids=lambda e: type(e).__name__
+    "loss", [LOST, RECONSTRUCTION, OWNER, KILLED, GONE], ids=lambda e: type(e).__name__
 )
 def test_an_answer_that_is_lost_is_asked_for_again(make_pool: Any, loss: Exception) -> None:
     other, handle = Handle("a"), Handle(loss, "b")
@@ -120,7 +121,7 @@ def test_whoever_is_placed_already_is_counted(
 
 def test_a_server_whose_answer_is_lost_is_a_lost_server(make_pool: Any) -> None:
     make_pool()
-    for loss in (LOST, GONE):
+    for loss in (LOST, KILLED, GONE):
         leave = RayRemote([Handle(loss)]).begin("run", 1, ("a",))
         with pytest.raises(StaleLease, match="a server was lost"):
             leave()
@@ -196,5 +197,6 @@ def test_a_cause_is_what_ray_says_beside_the_usual() -> None:
     died.error_msg += "\n\tclass_name: Client\n\tpid: 7\nThe worker was killed.\nMore."
     assert name_cause(died) == "The worker was killed."
     assert name_cause(GONE).startswith("The actor None is unavailable: rpc failed.")
+    assert name_cause(KILLED).endswith("short of memory: Memory on the node was 27.5GB / 28.7GB.")
     init = ray.exceptions.ActorDiedError(raised(FellrayError("no model there")))
     assert name_cause(init) == "no model there"
