@@ -24,7 +24,7 @@ from fellray.platform.adapters import find_columns, name_blocks, start
 from fellray.platform.allocator import give_back_freed_memory
 from fellray.platform.bank import Bank
 from fellray.platform.config import RunConfig
-from fellray.platform.device import own_device
+from fellray.platform.device import choose_device
 from fellray.platform.encoder import Backbone
 from fellray.platform.ledger import Ledger
 from fellray.platform.manifest import Staged
@@ -69,7 +69,7 @@ class Client:
         self._rounds = rounds
         self.learners = tuple(sorted(seats))
         """Who has a seat here, sorted."""
-        device = own_device()
+        device = choose_device(config.clients.gpu_denominator > 0)
         self._device = device
         parts = cut_model(backbone, config.model)
         sites = parts.cut.outer

@@ -176,6 +176,7 @@ def _vary(config: RunConfig, cut: int) -> RunConfig:
     tree["name"] = f"{config.name}-costs"
     tree["method"] = {"kind": "local"}
     tree["model"]["cut"] = cut
+    tree["clients"]["gpu_denominator"] = 0  # the whole model is on the CPU
     tree["train"]["local_samples"] = STEPS * config.train.batch_size
     tree["server"] |= {"engine": "torch", "threads": config.clients.threads, "gpus": 0}
     return configs.parse(tree, "client cost")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fellray.actors.plant import Plant
 from fellray.actors.world import survey
@@ -22,6 +23,8 @@ from fellray.platform.metrics import Score
 from fellray.platform.outcome import Outcome, pool
 from fellray.platform.run import open_run, read_run
 from fellray.platform.shards import Dataset
+from fellray.serve import recommender as near
+from fellray.serve import trunk as far
 from fellray.serve.args import Args
 from fellray.serve.recommender import Recommender
 from fellray.serve.refusal import Refusal
@@ -160,6 +163,26 @@ def check_rankings(trained: Trained, tiny_data: Path) -> None:
     expected = pool(trained.test)["ndcg@10"]
     assert sum(every) / len(every) == pytest.approx(expected, abs=1e-9)
     assert 0 < expected < 1
+
+
+@pytest.mark.parametrize("gpus", [{}, {"recommender_gpus": 0.5}, {"trunk_gpus": 1}])
+def test_each_side_asks_for_the_gpu_it_was_given(
+    gpus: dict[str, float], trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: dict[str, bool] = {}
+
+    def listen(side: str) -> Callable[[bool], torch.device]:
+        def answer(asked: bool) -> torch.device:
+            heard[side] = asked
+            return torch.device("cpu")
+
+        return answer
+
+    for side, module in (("recommender_gpus", near), ("trunk_gpus", far)):
+        monkeypatch.setattr(module, "choose_device", listen(side))
+    with opened(trained.folder, **gpus):
+        pass
+    assert heard == {side: side in gpus for side in ("recommender_gpus", "trunk_gpus")}
 
 
 def test_titles_rank_like_the_items_they_name(recommender: Recommender, tiny_data: Path) -> None:
