@@ -6,13 +6,13 @@ it is in this process, for tests and debugging.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from fellray.actors.session import ray
 from fellray.platform.errors import FellrayError
 from fellray.platform.faults import Stop, decide
 from fellray.platform.messages import StaleLease
+from fellray.platform.places import Demand, pack
 
 START_S = 600.0
 """How long placed actors may take to load their model."""
@@ -87,16 +87,6 @@ class InlinePool:
         self.members.clear()
 
 
-@dataclass(frozen=True)
-class Demand:
-    """What a row of equal actors asks for."""
-
-    name: str
-    count: int
-    cpus: float
-    gpus: float
-
-
 def check_places(demands: Sequence[Demand]) -> None:
     """See that all actors fit on the nodes that exist.
 
@@ -107,24 +97,6 @@ def check_places(demands: Sequence[Demand]) -> None:
     placed = pack(demands, nodes)
     if any(placed[d.name] < d.count for d in demands):
         raise FellrayError(_no_place(demands, placed, nodes))
-
-
-def pack(demands: Sequence[Demand], nodes: Sequence[Mapping[str, float]]) -> dict[str, int]:
-    """How many actors of each row find a place, first fit in the order given."""
-    free = [{"CPU": node.get("CPU", 0.0), "GPU": node.get("GPU", 0.0)} for node in nodes]
-    placed = dict.fromkeys((d.name for d in demands), 0)
-    for demand in demands:
-        for node in free:
-            fits = [
-                int(have / need + 1e-6)
-                for have, need in ((node["CPU"], demand.cpus), (node["GPU"], demand.gpus))
-                if need > 0
-            ]
-            here = min([demand.count - placed[demand.name], *fits])
-            placed[demand.name] += here
-            node["CPU"] -= here * demand.cpus
-            node["GPU"] -= here * demand.gpus
-    return placed
 
 
 class Shared:

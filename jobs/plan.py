@@ -101,7 +101,9 @@ def show_plan(config: RunConfig, layout: Layout, work: Workload) -> None:
     for share in layout.shares:
         words = f"up to {share.actors} client actors"
         if share.per_gpu:
-            words += f", {share.per_gpu} on a GPU, which need {share.gpu_bytes / 2**30:.1f} GiB"
+            words += f", {share.per_gpu} on a GPU"
+        if share.gpu_bytes:
+            words += f"; the fullest GPU needs about {share.gpu_bytes / 2**30:.1f} GiB"
         parts = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in share.parts.items())
         words += f"\nabout {share.bytes / 2**30:.2f} of {share.node_bytes / 2**30:.1f} GiB: {parts}"
         table.add_row(share.node, words)
@@ -136,7 +138,7 @@ def _plan(config: RunConfig, world: World) -> Layout:
         probed = run_probe(config, world)
         if not own:
             nodes = _read_cluster()
-        elif probed.gpu_bytes:
+        else:
             nodes = [replace(nodes[0], gpus=int(ray.cluster_resources().get("GPU", 0)))]
     nodes = [replace(node, gpu_bytes=probed.gpu_bytes) for node in nodes]
     return lay_out(config, probed.probe, count_work(config, world), nodes)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from fellray.actors.plant import Plant
-from fellray.actors.pool import Demand, RayPool, Shared, check_places
+from fellray.actors.pool import RayPool, Shared, check_places
 from fellray.actors.remote import RayRemote
 from fellray.actors.world import World
 from fellray.jobs.measured import STATUS
@@ -25,6 +25,7 @@ from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.messages import LedgerRow
 from fellray.platform.own import ALIKE
+from fellray.platform.places import Demand
 from fellray.platform.reader import EVALUATION_ROWS
 from fellray.platform.rounds import Rounds
 from fellray.platform.split import SIDES, plan_cut
@@ -64,7 +65,7 @@ class Probed:
 
     probe: Probe
     gpu_bytes: float
-    """Memory of the GPU it ran on; 0 without."""
+    """Memory of the GPU that either side ran on, of two unlike ones the larger; 0 without."""
 
 
 def run_probe(config: RunConfig, world: World) -> Probed:
@@ -147,7 +148,7 @@ def _measure(
     actors = {many.client.process, many.server.process}
     tree = [process for process in list_tree(os.getpid()) if process not in actors]
     probe = _conclude(config, world, one, many, sum(map(read_pss, tree)))
-    return Probed(probe, many.client.gpu_has)
+    return Probed(probe, max(many.client.gpu_has, many.server.gpu_has))
 
 
 def _take(
