@@ -87,8 +87,11 @@ class InlinePool:
         self.members.clear()
 
 
-def check_places(demands: Sequence[Demand]) -> None:
+def check_places(demands: Sequence[Demand], waited_s: float = 0.0) -> None:
     """See that all actors fit on the nodes that exist.
+
+    Args:
+        waited_s: how long an autoscaler has had to bring nodes.
 
     Raises:
         FellrayError: says what was asked, what exists and what would fit.
@@ -96,7 +99,7 @@ def check_places(demands: Sequence[Demand]) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     placed = pack(demands, nodes)
     if any(placed[d.name] < d.count for d in demands):
-        raise FellrayError(_no_place(demands, placed, nodes))
+        raise FellrayError(_no_place(demands, placed, nodes, waited_s))
 
 
 class Shared:
@@ -242,7 +245,7 @@ class RayPool:
         started = [handle.__ray_ready__.remote() for handle in self.handles]
         _, waiting = ray.wait(started, num_returns=len(started), timeout=self._wait_s)
         if waiting and self._wait_s:
-            check_places([demand])
+            check_places([demand], self._wait_s)
         _, waiting = ray.wait(started, num_returns=len(started), timeout=START_S)
         if waiting:
             raise FellrayError(
@@ -279,16 +282,24 @@ def _told(error: ray.exceptions.RayTaskError) -> Exception:
 
 
 def _no_place(
-    demands: Sequence[Demand], placed: Mapping[str, int], nodes: Sequence[Mapping[str, float]]
+    demands: Sequence[Demand],
+    placed: Mapping[str, int],
+    nodes: Sequence[Mapping[str, float]],
+    waited_s: float,
 ) -> str:
     asked = "; ".join(f"{d.count} {d.name} actors of {_needs(d)}" for d in demands)
     exists = " + ".join(_amounts(node) for node in nodes)
+    more = (
+        f"give the autoscaler longer than the {waited_s:g} s that it had, or larger node types to "
+        "bring (cluster.wait_for_nodes_s)"
+        if waited_s
+        else "let an autoscaler bring nodes (cluster.wait_for_nodes_s)"
+    )
     fits = ", ".join(f"{placed[d.name]} of {d.count} {d.name}" for d in demands)
     return (
         f"no place for all actors: asked {asked}; the cluster's nodes have {exists}; "
         f"what fits: {fits}. Put more clients into an actor (clients.per_actor), ask for less "
-        "(clients.cpus, clients.gpu_denominator, server.cpus, server.gpus), or let an autoscaler "
-        "bring nodes (cluster.wait_for_nodes_s)"
+        f"(clients.cpus, clients.gpu_denominator, server.cpus, server.gpus), or {more}"
     )
 
 

@@ -4,7 +4,10 @@ import math
 
 import pytest
 
+from fellray.actors.pool import check_places
+from fellray.actors.session import ray
 from fellray.platform import config as configs
+from fellray.platform.errors import FellrayError
 from fellray.platform.places import Demand, pack, read_demands
 
 
@@ -59,3 +62,19 @@ def test_what_a_run_asks_for() -> None:
         Demand("client", 7, 0.5, 0.25),
     )
     assert read_demands(configs.parse({}, "test"), 1)[1].gpus == 0
+
+
+@pytest.mark.parametrize(
+    ("waited_s", "way_out"),
+    [
+        (0.0, r"let an autoscaler bring nodes \(cluster.wait_for_nodes_s\)$"),
+        (90.0, "give the autoscaler longer than the 90 s that it had"),
+    ],
+)
+def test_who_has_waited_is_not_told_to_wait(
+    waited_s: float, way_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = {"Alive": True, "Resources": node(0)}
+    monkeypatch.setattr(ray, "nodes", lambda: [there, {**there, "Alive": False}])
+    with pytest.raises(FellrayError, match=way_out):
+        check_places([Demand("client", 2, 1, 0)], waited_s)
