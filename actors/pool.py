@@ -12,7 +12,7 @@ from fellray.actors.session import ray
 from fellray.platform.errors import FellrayError
 from fellray.platform.faults import Stop, decide
 from fellray.platform.messages import StaleLease
-from fellray.platform.places import Demand, pack
+from fellray.platform.places import Demand, name_amounts, pack
 
 START_S = 600.0
 """How long placed actors may take to load their model."""
@@ -250,8 +250,8 @@ class RayPool:
         if waiting:
             raise FellrayError(
                 f"{len(waiting)} of {demand.count} {demand.name} actors did not start within "
-                f"{START_S:.0f} s; each asks for {_needs(demand)}, and free now is "
-                f"{_amounts(ray.available_resources())}: end other jobs or ask for less"
+                f"{START_S:.0f} s; each asks for {demand.needs}, and free now is "
+                f"{name_amounts(ray.available_resources())}: end other jobs or ask for less"
             )
         for index, reference in enumerate(started):
             try:
@@ -287,8 +287,8 @@ def _no_place(
     nodes: Sequence[Mapping[str, float]],
     waited_s: float,
 ) -> str:
-    asked = "; ".join(f"{d.count} {d.name} actors of {_needs(d)}" for d in demands)
-    exists = " + ".join(_amounts(node) for node in nodes)
+    asked = "; ".join(f"{d.count} {d.name} actors of {d.needs}" for d in demands)
+    exists = " + ".join(name_amounts(node) for node in nodes)
     more = (
         f"give the autoscaler longer than the {waited_s:g} s that it had, or larger node types to "
         "bring (cluster.wait_for_nodes_s)"
@@ -301,11 +301,3 @@ def _no_place(
         f"what fits: {fits}. Put more clients into an actor (clients.per_actor), ask for less "
         f"(clients.cpus, clients.gpu_denominator, server.cpus, server.gpus), or {more}"
     )
-
-
-def _needs(demand: Demand) -> str:
-    return _amounts({"CPU": demand.cpus, "GPU": demand.gpus})
-
-
-def _amounts(resources: Mapping[str, float]) -> str:
-    return f"{resources.get('CPU', 0):g} CPU and {resources.get('GPU', 0):g} GPU"

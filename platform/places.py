@@ -18,6 +18,11 @@ class Demand:
     cpus: float
     gpus: float
 
+    @property
+    def needs(self) -> str:
+        """What each asks for, in words."""
+        return name_amounts({"CPU": self.cpus, "GPU": self.gpus})
+
 
 def read_demands(config: RunConfig, actors: int) -> tuple[Demand, Demand]:
     """What a run asks for: its servers, which are placed first, and so many client actors."""
@@ -49,3 +54,8 @@ def pack(demands: Sequence[Demand], nodes: Sequence[Mapping[str, float]]) -> dic
             node["CPU"] -= here * demand.cpus
             node["GPU"] -= here * demand.gpus
     return placed
+
+
+def name_amounts(resources: Mapping[str, float]) -> str:
+    """The CPUs and GPUs of some resources, in words."""
+    return f"{resources.get('CPU', 0):g} CPU and {resources.get('GPU', 0):g} GPU"
