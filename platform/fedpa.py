@@ -40,13 +40,10 @@ class Rates(Section):
     """The output layer. GLOBAL."""
 
 
-AS_PUBLISHED = {
-    "min_group_size": 1,
-    "weighting": "uniform",
-    "rates": dict.fromkeys(("embedding", "user", "group", "gate", "output"), 0.1),
-    "decay": 1.0,
-}
+AS_PUBLISHED = {"min_group_size": 1, "weighting": "uniform", "decay": 1.0}
 """What the released code does wherever `as_published` is given and nothing else is."""
+PUBLISHED_RATES = dict.fromkeys(Rates.model_fields, 0.1)
+"""Its rates, each of them likewise."""
 
 
 class Fedpa(Method):
@@ -86,9 +83,11 @@ class Fedpa(Method):
     @model_validator(mode="before")
     @classmethod
     def _published(cls, values: object) -> object:
-        if isinstance(values, dict) and values.get("as_published") is True:
-            return {**AS_PUBLISHED, **values}
-        return values
+        if not isinstance(values, dict) or values.get("as_published") is not True:
+            return values
+        given = values.get("rates", {})
+        rates = {**PUBLISHED_RATES, **given} if isinstance(given, dict) else given
+        return {**AS_PUBLISHED, **values, "rates": rates}
 
     @model_validator(mode="after")
     def _groups_once(self) -> Self:

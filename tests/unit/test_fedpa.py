@@ -37,7 +37,7 @@ from fellray.platform.clicks import TEST
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.features import learn_features
-from fellray.platform.fedpa import OTHER, Fedpa, form_groups, group_clients
+from fellray.platform.fedpa import OTHER, Fedpa, Rates, form_groups, group_clients
 from fellray.platform.ledger import total
 from fellray.platform.messages import LedgerRow
 from fellray.platform.methods import FedAvg
@@ -589,6 +589,15 @@ def test_with_embeddings_alone_nothing_is_sent(source: Path, tmp_path: Path) -> 
     assert torch.equal(start[0][:, width:], after[0][:, width:])
 
 
+def test_as_published_one_rate_that_is_given_leaves_the_others() -> None:
+    given = Fedpa.model_validate({"as_published": True, "rates": {"embedding": 0}})
+    assert given.rates == Rates(embedding=0, user=0.1, group=0.1, gate=0.1, output=0.1)
+    assert (given.decay, given.min_group_size) == (1.0, 1)
+    assert Fedpa(as_published=True, rates=Rates(gate=0.5)).rates == Rates(gate=0.5)
+    assert Fedpa(as_published=True).rates.model_dump() == dict.fromkeys(Rates.model_fields, 0.1)
+    assert Fedpa.model_validate({"rates": {"embedding": 0}}).rates == Rates(embedding=0)
+
+
 # --- the plan and its groups --------------------------------------------------------------------
 
 
@@ -696,7 +705,7 @@ def test_under_privacy_a_clipped_and_noised_update_is_all_that_leaves(
 def test_under_privacy_the_row_of_embeddings_alone_sends_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: dict[str, float]
 ) -> None:
-    """It trains on the same data, and the epsilon beside it knows of the run's own messages only."""
+    """The same data train it, and the epsilon beside it is of the run's own messages."""
 
     def turn(run: Run, plant: AttributePlant, display: object) -> None:
         for t in run.to_go():
