@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fellray.platform.aggregation import Meta, Method, Mixture, Plan, Source
+from fellray.platform.groups import find_rare
 from fellray.platform.section import Section
 
 OTHER = ":other"
@@ -134,21 +135,15 @@ def mix_groups(group_C: Tensor, weights_C: Tensor) -> Tensor:
 def form_groups(values: Sequence[str | None], least: int) -> dict[str | None, str]:
     """Which group each value of an attribute belongs to.
 
-    Values with at least `least` clients are groups of their own. All others are `OTHER`; while that
-    has too few, the smallest group joins it.
+    Rare ones (`find_rare`) are `OTHER`, all others groups of their own.
 
     Args:
         values: one per client; None is a missing one.
         least: members that a group must have.
     """
     sizes = Counter(values)
-    order = sorted(sizes, key=lambda value: (sizes[value], value is not None, value or ""))
-    rare = [value for value in order if sizes[value] < least]
-    for value in order[len(rare) :]:
-        if not rare or sum(sizes[v] for v in rare) >= least:
-            break
-        rare.append(value)
-    return {value: OTHER if value in rare else f"={value or ''}" for value in order}
+    rare = find_rare(sizes, least)
+    return {value: OTHER if value in rare else f"={value or ''}" for value in sizes}
 
 
 def group_clients(
