@@ -11,6 +11,7 @@ Shapes: S slots, P parameters of a client's side.
 import math
 import time
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Literal
 
 import numpy as np
@@ -126,7 +127,7 @@ class Client:
         seconds: list[float] = []
         lives = set()
         waves = [*deal(clients, self._config.clients.slots)]
-        for learners, following in zip(waves, [*waves[1:], ()], strict=True):
+        for learners, following in zip_longest(waves, waves[1:], fillvalue=()):
             if self._rule.twin:
                 lease, _, _ = self._train(round, learners, twin=True)
                 self._slots.finish(learners)
@@ -222,7 +223,7 @@ class Client:
         self._residual.bring(round)
         scores: dict[str, Score] = {}
         waves = [*deal(learners, self._config.clients.slots)]
-        for few, following in zip(waves, [*waves[1:], ()], strict=True):
+        for few, following in zip_longest(waves, waves[1:], fillvalue=()):
             slots = self._slots.hold(round, few).to(self._device)
             self._slots.fetch(round, following)
             scores |= self._crews.evaluate(round, few, slots, split, max_users)
