@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from fellray.actors.losses import name_cause, tell
-from fellray.actors.pool import Demand, RayPool
+from fellray.actors.pool import RayPool
 from fellray.actors.remote import RayRemote
 from fellray.actors.session import ray
 from fellray.platform.errors import FellrayError
 from fellray.platform.faults import TRIES
 from fellray.platform.messages import StaleLease
+from fellray.platform.places import Demand
 from fellray.platform.seating import deal, describe_seats
 
 LOST = ray.exceptions.ObjectLostError("ab" * 28, None, "")
@@ -73,8 +74,8 @@ def make_pool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[RayPool, l
         monkeypatch.setattr(ray, "remote", lambda _: Class(list(handles)))
         notes: list[str] = []
         held = [describe_seats(few) for few in deal("abcdefgh", 3)]
-        demand = Demand("client", len(handles), 1, 0, held)
-        return RayPool(object, [()] * len(handles), demand, notes.append), notes
+        demand = Demand("client", len(handles), 1, 0)
+        return RayPool(object, [()] * len(handles), demand, notes.append, holds=held), notes
 
     return make
 
