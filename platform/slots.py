@@ -79,9 +79,15 @@ class Slots:
             at = [self._rounds.page_rounds(round, clients, name) for name in self._names]
         wanted = dict(zip(clients, zip(*at, strict=True), strict=True))
         stale = [c for c in clients if self._state.get(c) != wanted[c]]
+        new = [c for c in clients if c not in self._slot]
         self._make_room(clients)
         if stale:
-            loaded = self._rounds.load(round, stale, self._names)
+            try:
+                loaded = self._rounds.load(round, stale, self._names)
+            except BaseException:
+                for client in new:  # without a state they would never leave
+                    del self._slot[client]
+                raise
             self.bank.reset(self.find(stale), self._plain(loaded))
             self._state |= {c: wanted[c] for c in stale}
             self.loaded += len(stale)

@@ -7,6 +7,7 @@ import torch
 
 from fellray.platform.adapters import Site
 from fellray.platform.bank import Bank
+from fellray.platform.errors import FellrayError
 from fellray.platform.local import LocalRule
 from fellray.platform.model_config import LoraSpec
 from fellray.platform.own import ALIKE, Own
@@ -114,6 +115,28 @@ def test_who_has_finished_needs_no_slot(tmp_path: Path, monkeypatch: pytest.Monk
     assert not slots.have_finished(clients[:1])
     for few in (clients[:4], clients[8:]):
         assert torch.equal(slots.bank.values_SP[slots.hold(1, few)], trained[list(map(int, few))])
+
+
+def test_who_cannot_be_read_takes_nobodys_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots, rounds = make_slots(tmp_path)
+    slots._kept = 2
+    slots.hold(0, ["a", "b"])
+
+    def fail(*_: object) -> None:
+        raise FellrayError("damaged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds, "load", fail)
+        for client in ("x", "y", "z"):
+            with pytest.raises(FellrayError, match="damaged"):
+                slots.hold(0, [client, "b"])
+    assert len(slots.bank.values_SP) == 2
+    loaded = slots.loaded
+    slots.hold(0, ["b"])
+    assert slots.loaded == loaded
+    assert slots.hold(0, ["a", "b"]).unique().tolist() == [0, 1]
 
 
 def test_who_trains_again_has_not_finished(tmp_path: Path) -> None:
