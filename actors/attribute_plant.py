@@ -19,7 +19,7 @@ from torch import Tensor
 from fellray.actors.attribute_client import COMMON, PRIVATE, AttributeClient, name_values
 from fellray.actors.attribute_world import AttributeWorld
 from fellray.actors.holders import Holders
-from fellray.actors.pool import Demand, InlinePool, Pool, RayPool, Shared, check_places
+from fellray.actors.pool import InlinePool, Pool, RayPool, Shared, check_places
 from fellray.platform.aggregation import Plan, Reports, describe
 from fellray.platform.answers import read_updates
 from fellray.platform.attribute_model import Backbone
@@ -28,6 +28,7 @@ from fellray.platform.clicks import VALID
 from fellray.platform.config import RunConfig
 from fellray.platform.fedpa import GROUP
 from fellray.platform.manifest import Staged
+from fellray.platform.places import read_demands
 from fellray.platform.rounds import EVERYONE, Rounds
 from fellray.platform.seating import deal
 
@@ -58,9 +59,9 @@ class AttributePlant(Holders):
             FellrayError: not all actors find a place.
         """
         events: list[str] = []
-        share, wait_s = config.clients.gpu_denominator, config.cluster.wait_for_nodes_s
+        wait_s = config.cluster.wait_for_nodes_s
         args = _client_args(config, world, rounds, Shared)
-        demand = Demand("client", len(args), config.clients.cpus, 1 / share if share else 0.0)
+        _, demand = read_demands(config, len(args))
         if not wait_s:
             check_places([demand])
         pool = RayPool(cls._client, args, demand, events.append, wait_s)

@@ -11,6 +11,7 @@ Shapes: S slots, P parameters of a client's side.
 import math
 import time
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ from fellray.platform.adapters import find_columns, name_blocks, start
 from fellray.platform.allocator import give_back_freed_memory
 from fellray.platform.bank import Bank
 from fellray.platform.config import RunConfig
-from fellray.platform.device import own_device
+from fellray.platform.device import choose_device
 from fellray.platform.encoder import Backbone
 from fellray.platform.ledger import Ledger
 from fellray.platform.manifest import Staged
@@ -69,7 +70,7 @@ class Client:
         self._rounds = rounds
         self.learners = tuple(sorted(seats))
         """Who has a seat here, sorted."""
-        device = own_device()
+        device = choose_device(config.clients.gpu_denominator > 0)
         self._device = device
         parts = cut_model(backbone, config.model)
         sites = parts.cut.outer
@@ -125,12 +126,13 @@ class Client:
         samples: list[int] = []
         seconds: list[float] = []
         lives = set()
-        for learners in deal(clients, self._config.clients.slots):
+        waves = [*deal(clients, self._config.clients.slots)]
+        for learners, following in zip_longest(waves, waves[1:], fillvalue=()):
             if self._rule.twin:
-                lease, _, _ = self._train(round, learners, True)
+                lease, _, _ = self._train(round, learners, twin=True)
                 self._slots.finish(learners)
                 lives.add(lease.server)
-            lease, own, counted = self._train(round, learners)
+            lease, own, counted = self._train(round, learners, following)
             self._slots.finish(learners)
             if len(clients) > len(learners):  # else it grows from wave to wave
                 give_back_freed_memory()
@@ -220,8 +222,10 @@ class Client:
             self._rounds.expect(round, staged)
         self._residual.bring(round)
         scores: dict[str, Score] = {}
-        for few in deal(learners, self._config.clients.slots):
+        waves = [*deal(learners, self._config.clients.slots)]
+        for few, following in zip_longest(waves, waves[1:], fillvalue=()):
             slots = self._slots.hold(round, few).to(self._device)
+            self._slots.fetch(round, following)
             scores |= self._crews.evaluate(round, few, slots, split, max_users)
         return scores
 
@@ -250,11 +254,20 @@ class Client:
         return self._slots.stage_start(self._seeded)
 
     def _train(
-        self, round: int, learners: tuple[str, ...], twin: bool = False
+        self,
+        round: int,
+        learners: tuple[str, ...],
+        following: Sequence[str] = (),
+        twin: bool = False,
     ) -> tuple[Lease, list[float], list[int]]:
-        """One round of a few learners side by side, or of their anchors: losses and samples."""
+        """One round of a few learners side by side, or of their anchors: losses and samples.
+
+        Args:
+            following: whose pages are read meanwhile.
+        """
         leave = self._span.remote.begin(self._config.name, round, learners, twin)
         slots = self._slots.hold(round - 1, learners).to(self._device)
+        self._slots.fetch(round - 1, following)
         self._residual.bring(round - 1)
         if len(self._residual.numbers):
             self._ledger.enter_each(learners, "residual_down", self._residual.numbers)

@@ -24,7 +24,7 @@ class DeepSpeedEngine:
 
     def __init__(self, module: Trunk, config: RunConfig):
         self.module = module
-        deepspeed = _start_deepspeed()
+        deepspeed = _start_deepspeed(module.shared_P.device)
         train, server = config.train, config.server
         self._engine, *_ = deepspeed.initialize(
             model=module,
@@ -92,11 +92,11 @@ class DeepSpeedEngine:
         load_adam_state(self._optimizer, self._master, padded)
 
 
-def _start_deepspeed() -> Any:
+def _start_deepspeed(device: torch.device) -> Any:
     """DeepSpeed in a world of one that opens no port: its store lives in this process."""
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if backend == "gloo":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # left to itself it takes a GPU where it sees one, also where the trunk is on the CPU
+    os.environ["DS_ACCELERATOR"] = device.type
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed

@@ -16,7 +16,7 @@ from torch import Tensor
 from fellray.actors.client import Client
 from fellray.actors.client_args import make_client_args, share_names, share_own
 from fellray.actors.holders import Holders
-from fellray.actors.pool import Demand, InlinePool, Pool, RayPool, Shared, check_places
+from fellray.actors.pool import InlinePool, Pool, RayPool, Shared, check_places
 from fellray.actors.remote import RayRemote
 from fellray.actors.server import Server, make_host
 from fellray.actors.servers import Servers, check_servers
@@ -30,6 +30,7 @@ from fellray.platform.in_process import InProcess
 from fellray.platform.manifest import Staged
 from fellray.platform.messages import Damaged
 from fellray.platform.metrics import Score
+from fellray.platform.places import read_demands
 from fellray.platform.rounds import Rounds
 from fellray.platform.seating import deal
 from fellray.platform.sent_pages import SentPages
@@ -87,11 +88,9 @@ class Plant(Holders):
         events: list[str] = []
         config = world.own.settle(config)
         learners = tuple(sorted(world.seats))
-        share = config.clients.gpu_denominator
         count = len(deal(learners, config.clients.together))
         check_servers(config.server.count, count)
-        client = Demand("client", count, config.clients.cpus, 1 / share if share else 0.0)
-        server = Demand("server", config.server.count, config.server.cpus, config.server.gpus)
+        server, client = read_demands(config, count)
         wait_s = config.cluster.wait_for_nodes_s
         if not wait_s:
             check_places([server, client])

@@ -6,13 +6,13 @@ it is in this process, for tests and debugging.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from fellray.actors.session import ray
 from fellray.platform.errors import FellrayError
 from fellray.platform.faults import Stop, decide
 from fellray.platform.messages import StaleLease
+from fellray.platform.places import Demand, name_amounts, pack
 
 START_S = 600.0
 """How long placed actors may take to load their model."""
@@ -87,18 +87,11 @@ class InlinePool:
         self.members.clear()
 
 
-@dataclass(frozen=True)
-class Demand:
-    """What a row of equal actors asks for."""
-
-    name: str
-    count: int
-    cpus: float
-    gpus: float
-
-
-def check_places(demands: Sequence[Demand]) -> None:
+def check_places(demands: Sequence[Demand], waited_s: float = 0.0) -> None:
     """See that all actors fit on the nodes that exist.
+
+    Args:
+        waited_s: how long an autoscaler has had to bring nodes.
 
     Raises:
         FellrayError: says what was asked, what exists and what would fit.
@@ -106,25 +99,7 @@ def check_places(demands: Sequence[Demand]) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     placed = pack(demands, nodes)
     if any(placed[d.name] < d.count for d in demands):
-        raise FellrayError(_no_place(demands, placed, nodes))
-
-
-def pack(demands: Sequence[Demand], nodes: Sequence[Mapping[str, float]]) -> dict[str, int]:
-    """How many actors of each row find a place, first fit in the order given."""
-    free = [{"CPU": node.get("CPU", 0.0), "GPU": node.get("GPU", 0.0)} for node in nodes]
-    placed = dict.fromkeys((d.name for d in demands), 0)
-    for demand in demands:
-        for node in free:
-            fits = [
-                int(have / need + 1e-6)
-                for have, need in ((node["CPU"], demand.cpus), (node["GPU"], demand.gpus))
-                if need > 0
-            ]
-            here = min([demand.count - placed[demand.name], *fits])
-            placed[demand.name] += here
-            node["CPU"] -= here * demand.cpus
-            node["GPU"] -= here * demand.gpus
-    return placed
+        raise FellrayError(_no_place(demands, placed, nodes, waited_s))
 
 
 class Shared:
@@ -270,13 +245,13 @@ class RayPool:
         started = [handle.__ray_ready__.remote() for handle in self.handles]
         _, waiting = ray.wait(started, num_returns=len(started), timeout=self._wait_s)
         if waiting and self._wait_s:
-            check_places([demand])
+            check_places([demand], self._wait_s)
         _, waiting = ray.wait(started, num_returns=len(started), timeout=START_S)
         if waiting:
             raise FellrayError(
                 f"{len(waiting)} of {demand.count} {demand.name} actors did not start within "
-                f"{START_S:.0f} s; each asks for {_needs(demand)}, and free now is "
-                f"{_amounts(ray.available_resources())}: end other jobs or ask for less"
+                f"{START_S:.0f} s; each asks for {demand.needs}, and free now is "
+                f"{name_amounts(ray.available_resources())}: end other jobs or ask for less"
             )
         for index, reference in enumerate(started):
             try:
@@ -307,22 +282,22 @@ def _told(error: ray.exceptions.RayTaskError) -> Exception:
 
 
 def _no_place(
-    demands: Sequence[Demand], placed: Mapping[str, int], nodes: Sequence[Mapping[str, float]]
+    demands: Sequence[Demand],
+    placed: Mapping[str, int],
+    nodes: Sequence[Mapping[str, float]],
+    waited_s: float,
 ) -> str:
-    asked = "; ".join(f"{d.count} {d.name} actors of {_needs(d)}" for d in demands)
-    exists = " + ".join(_amounts(node) for node in nodes)
+    asked = "; ".join(f"{d.count} {d.name} actors of {d.needs}" for d in demands)
+    exists = " + ".join(name_amounts(node) for node in nodes)
+    more = (
+        f"give the autoscaler longer than the {waited_s:g} s that it had, or larger node types to "
+        "bring (cluster.wait_for_nodes_s)"
+        if waited_s
+        else "let an autoscaler bring nodes (cluster.wait_for_nodes_s)"
+    )
     fits = ", ".join(f"{placed[d.name]} of {d.count} {d.name}" for d in demands)
     return (
         f"no place for all actors: asked {asked}; the cluster's nodes have {exists}; "
         f"what fits: {fits}. Put more clients into an actor (clients.per_actor), ask for less "
-        "(clients.cpus, clients.gpu_denominator, server.cpus, server.gpus), or let an autoscaler "
-        "bring nodes (cluster.wait_for_nodes_s)"
+        f"(clients.cpus, clients.gpu_denominator, server.cpus, server.gpus), or {more}"
     )
-
-
-def _needs(demand: Demand) -> str:
-    return _amounts({"CPU": demand.cpus, "GPU": demand.gpus})
-
-
-def _amounts(resources: Mapping[str, float]) -> str:
-    return f"{resources.get('CPU', 0):g} CPU and {resources.get('GPU', 0):g} GPU"

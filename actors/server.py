@@ -15,7 +15,7 @@ from fellray.actors.telemetry import ServerTelemetry
 from fellray.platform.allocator import give_back_freed_memory, keep_freed_memory
 from fellray.platform.batcher import Batcher
 from fellray.platform.config import RunConfig
-from fellray.platform.device import own_device
+from fellray.platform.device import choose_device
 from fellray.platform.encoder import Backbone
 from fellray.platform.host import TrunkHost
 from fellray.platform.manifest import Staged
@@ -37,7 +37,7 @@ def make_host(
     """The trunk with the engine that the config names."""
     torch.set_num_threads(config.server.threads)
     keep_freed_memory()
-    device = own_device()
+    device = choose_device(config.server.gpus > 0)
     trunk, sites = build_trunk(backbone, config, device)
     engine: Engine
     if config.server.engine == "deepspeed":

@@ -27,7 +27,7 @@ from fellray.platform.clicks import TEST, Clicks, read_clicks, split_clicks
 from fellray.platform.config import RunConfig
 from fellray.platform.fedpa import Fedpa
 from fellray.platform.pretraining import Fitted, Samples, distil, evaluate_backbone, pretrain
-from fellray.platform.privacy_config import NoPrivacy
+from fellray.platform.privacy_config import GaussianNoise
 from fellray.platform.run import Run, open_run
 from fellray.platform.seating import deal
 
@@ -147,8 +147,12 @@ def _alone(config: RunConfig) -> RunConfig | None:
     method = config.method.model_copy(update={"rates": rates, "as_published": False, "groups": ()})
     attributes = config.attributes.model_copy(update={"baseline": False})
     name = f"{config.name}-embedding-only"
-    # it sends nothing that a stage could work on
-    changed = {"name": name, "method": method, "attributes": attributes, "privacy": NoPrivacy()}
+    privacy = config.privacy
+    if isinstance(privacy, GaussianNoise):
+        # it has no update to noise; its loss, of the same data, would be in no epsilon: not sent
+        free = dict.fromkeys(("loss_clip", "loss_sigma", "epsilon"))
+        privacy = privacy.model_copy(update=free)
+    changed = {"name": name, "method": method, "attributes": attributes, "privacy": privacy}
     return config.model_copy(update=changed)
 
 

@@ -14,7 +14,7 @@ from rich import box
 from rich.progress import track
 from rich.table import Table
 
-from fellray.actors.pool import Demand, RayPool, Shared
+from fellray.actors.pool import RayPool, Shared
 from fellray.actors.remote import RayRemote
 from fellray.actors.server import Server
 from fellray.actors.session import connect
@@ -27,6 +27,7 @@ from fellray.jobs.whole import tokens_per_step
 from fellray.platform import config as configs
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
+from fellray.platform.places import Demand
 from fellray.platform.rounds import Rounds
 from fellray.platform.run import COSTS, Run
 from fellray.platform.shards import Dataset
@@ -176,6 +177,7 @@ def _vary(config: RunConfig, cut: int) -> RunConfig:
     tree["name"] = f"{config.name}-costs"
     tree["method"] = {"kind": "local"}
     tree["model"]["cut"] = cut
+    tree["clients"]["gpu_denominator"] = 0  # the whole model is on the CPU
     tree["train"]["local_samples"] = STEPS * config.train.batch_size
     tree["server"] |= {"engine": "torch", "threads": config.clients.threads, "gpus": 0}
     return configs.parse(tree, "client cost")

@@ -26,6 +26,7 @@ from fellray.jobs.front import (
     refuse_taken,
     wait_until_open,
 )
+from fellray.jobs.room import await_room
 from fellray.platform.errors import FellrayError
 from fellray.platform.run import read_run
 from fellray.platform.shards import Dataset
@@ -130,6 +131,7 @@ def serving(args: Args, door: Door) -> Iterator[None]:
             _set_front(door, opened)
         _start_ray(args, address)
         opened.callback(ray.shutdown)
+        await_room(args, nodes_may_come=address != "local")
         # Serve reads its environment when it is imported, as Ray does
         from ray import serve
 

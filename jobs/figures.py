@@ -14,7 +14,7 @@ import numpy as np
 
 from fellray.actors.client import Client
 from fellray.actors.plant import Plant
-from fellray.actors.pool import Demand, RayPool, Shared
+from fellray.actors.pool import RayPool, Shared
 from fellray.actors.remote import RayRemote
 from fellray.actors.server import Server, make_host
 from fellray.actors.world import World
@@ -30,6 +30,7 @@ from fellray.platform.host import TrunkHost
 from fellray.platform.in_process import InProcess
 from fellray.platform.ledger import total
 from fellray.platform.messages import Activation, Gradient, Lease
+from fellray.platform.places import Demand
 from fellray.platform.rounds import Rounds
 from fellray.platform.split import PARTS, plan_cut
 from fellray.platform.storage import Storage

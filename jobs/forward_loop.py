@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fellray.platform.device import choose_device
 from fellray.platform.encoder import load_backbone, load_tokenizer
 from fellray.platform.middle import Middle
 from fellray.platform.origin import event_folder, find_first
@@ -50,7 +51,8 @@ class ForwardLoop:
         own, cut = run.own(), plan_cut(backbone, config.model)
         middle, private_p = Middle(cut.outer, config.model.lora.r), find_private(config, cut.outer)
         rounds = Blends(run.storage, lookup.seats, own, middle, private_p)
-        self._ends = Ends(config, backbone, items, rounds, own, args.adapters, args.rows)
+        device = choose_device(args.recommender_gpus > 0)
+        self._ends = Ends(config, backbone, items, rounds, own, args.adapters, args.rows, device)
         self._host = make_host(run, args, Blends(run.storage, lookup.seats))
         torch.set_num_threads(args.threads)
 

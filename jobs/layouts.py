@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from fellray.actors.pool import Demand, pack
 from fellray.jobs.crowd import make_crowd, make_small_encoder
 from fellray.jobs.display import console
 from fellray.platform import config as configs
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
+from fellray.platform.places import Demand, pack
 from fellray.platform.sampling import Sampler
 from fellray.platform.seating import deal
 from fellray.platform.train_config import SamplingConfig

@@ -27,7 +27,7 @@ from rich import box
 from rich.table import Table
 
 from fellray.actors.plant import Plant
-from fellray.actors.pool import Demand, RayPool, Shared
+from fellray.actors.pool import RayPool, Shared
 from fellray.actors.session import connect, ray
 from fellray.actors.world import survey
 from fellray.jobs.crowd import make_crowd, make_small_encoder
@@ -39,6 +39,7 @@ from fellray.jobs.train import one_round
 from fellray.platform import config as configs
 from fellray.platform.config import RunConfig
 from fellray.platform.journal import Journal
+from fellray.platform.places import Demand
 from fellray.platform.run import Run, open_run
 from fellray.platform.seating import deal
 from fellray.platform.storage import Storage

@@ -58,10 +58,15 @@ class Idle(Client):
     """A client whose local training is no step at all."""
 
     def _train(
-        self, round: int, learners: tuple[str, ...], twin: bool = False
+        self,
+        round: int,
+        learners: tuple[str, ...],
+        following: Sequence[str] = (),
+        twin: bool = False,
     ) -> tuple[Lease, list[float], list[int]]:
         leave = self._span.remote.begin(self._config.name, round, learners, twin)
         slots = self._slots.hold(round - 1, learners)
+        self._slots.fetch(round - 1, following)
         self._slots.train(learners, twin)
         self._slots.bank.values_SP[slots] += 1e-3
         return leave(), [1.0] * len(learners), [1] * len(learners)

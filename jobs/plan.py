@@ -24,6 +24,7 @@ from fellray.platform import config as configs
 from fellray.platform.adapters import Site
 from fellray.platform.capacity import Layout, Node, Workload
 from fellray.platform.config import RunConfig
+from fellray.platform.errors import FellrayError
 from fellray.platform.layout import lay_out
 from fellray.platform.run import Run
 from fellray.platform.shards import Dataset
@@ -31,6 +32,7 @@ from fellray.platform.split import PARTS, plan_cut
 
 KILL_SHARE = 0.05
 """Share of a machine's memory that must stay free: at less Ray ends actors."""
+COUNTED = "counted are the nodes that are there now, none that an autoscaler may bring"
 
 
 def plan(config: RunConfig) -> tuple[Layout, Workload]:
@@ -61,6 +63,8 @@ def settle(config: RunConfig, world: World) -> RunConfig:
         layout = _plan(config, world)
         per_actor = layout.per_actor
         console.print(f"clients.per_actor=auto: {per_actor}, {layout.why}")
+        if find_address(config) != "local":
+            console.print(COUNTED)
     clients = config.clients.model_copy(update={"per_actor": per_actor})
     return config.model_copy(update={"clients": clients})
 
@@ -98,10 +102,14 @@ def show_plan(config: RunConfig, layout: Layout, work: Workload) -> None:
     each = f"{layout.per_actor} (clients.per_actor), {layout.side_by_side} train side by side"
     table.add_row("clients in an actor", f"{each}: {layout.why}")
     table.add_row("client actors", str(layout.actors))
+    if find_address(config) != "local":
+        table.add_row("nodes", COUNTED)
     for share in layout.shares:
         words = f"up to {share.actors} client actors"
         if share.per_gpu:
-            words += f", {share.per_gpu} on a GPU, which need {share.gpu_bytes / 2**30:.1f} GiB"
+            words += f", {share.per_gpu} on a GPU"
+        if share.gpu_bytes:
+            words += f"; the fullest GPU needs about {share.gpu_bytes / 2**30:.1f} GiB"
         parts = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in share.parts.items())
         words += f"\nabout {share.bytes / 2**30:.2f} of {share.node_bytes / 2**30:.1f} GiB: {parts}"
         table.add_row(share.node, words)
@@ -136,10 +144,20 @@ def _plan(config: RunConfig, world: World) -> Layout:
         probed = run_probe(config, world)
         if not own:
             nodes = _read_cluster()
-        elif probed.gpu_bytes:
+        else:
             nodes = [replace(nodes[0], gpus=int(ray.cluster_resources().get("GPU", 0)))]
     nodes = [replace(node, gpu_bytes=probed.gpu_bytes) for node in nodes]
-    return lay_out(config, probed.probe, count_work(config, world), nodes)
+    try:
+        return lay_out(config, probed.probe, count_work(config, world), nodes)
+    except FellrayError as error:
+        if own:
+            raise
+        waits = (
+            "; where clients.per_actor is a number, `fellray train` waits for the others"
+            if config.cluster.wait_for_nodes_s
+            else ""
+        )
+        raise FellrayError(f"{error}; {COUNTED}{waits}") from None
 
 
 def _read_machine() -> Node:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from fellray.actors.plant import Plant
-from fellray.actors.pool import Demand, RayPool, Shared, check_places
+from fellray.actors.pool import RayPool, Shared, check_places
 from fellray.actors.remote import RayRemote
 from fellray.actors.world import World
 from fellray.jobs.measured import STATUS
@@ -25,6 +25,7 @@ from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.messages import LedgerRow
 from fellray.platform.own import ALIKE
+from fellray.platform.places import read_demands
 from fellray.platform.reader import EVALUATION_ROWS
 from fellray.platform.rounds import Rounds
 from fellray.platform.split import SIDES, plan_cut
@@ -64,7 +65,7 @@ class Probed:
 
     probe: Probe
     gpu_bytes: float
-    """Memory of the GPU it ran on; 0 without."""
+    """Memory of the GPU that either side ran on, of two unlike ones the larger; 0 without."""
 
 
 def run_probe(config: RunConfig, world: World) -> Probed:
@@ -106,13 +107,14 @@ def _plant(
     config: RunConfig, world: World, rounds: Rounds
 ) -> Iterator[tuple[Plant, Rounds, tuple[RayPool, RayPool]]]:
     """As `Plant.on_ray`, of actors that are weighed."""
-    share = config.clients.gpu_denominator
-    near = Demand("client", 1, config.clients.cpus, 1 / share if share else 0.0)
-    far = Demand("server", 1, config.server.cpus, config.server.gpus)
-    check_places([far, near])
+    far, near = read_demands(config, 1)
+    far = replace(far, count=1)
+    wait_s = config.cluster.wait_for_nodes_s
+    if not wait_s:
+        check_places([far, near])
     learners, key = tuple(sorted(world.seats)), world.key(config)
     trunk = Shared(f"trunk {key}", world.trunk_side(config))
-    servers = RayPool(WeighedServer, [(config, learners, trunk, rounds)], far, _ignore)
+    servers = RayPool(WeighedServer, [(config, learners, trunk, rounds)], far, _ignore, wait_s)
     try:
         here = config.data.model_copy(update={"path": config.data.path.absolute()})
         row = (
@@ -124,7 +126,7 @@ def _plant(
             RayRemote(servers.handles),
             rounds,
         )
-        clients = RayPool(WeighedClient, [row], near, _ignore)
+        clients = RayPool(WeighedClient, [row], near, _ignore, wait_s)
     except BaseException:
         servers.close()
         raise
@@ -147,7 +149,7 @@ def _measure(
     actors = {many.client.process, many.server.process}
     tree = [process for process in list_tree(os.getpid()) if process not in actors]
     probe = _conclude(config, world, one, many, sum(map(read_pss, tree)))
-    return Probed(probe, many.client.gpu_has)
+    return Probed(probe, max(many.client.gpu_has, many.server.gpu_has))
 
 
 def _take(

@@ -78,8 +78,10 @@ def run_study(study: Study) -> Path:
             return summaries[trial]
 
         results = _run_arms(study, run)
+    kept = {trial for trials in results.values() for trial in trials}
+    dropped = {trial: own for trial, own in summaries.items() if trial not in kept}
     with Storage(study.storage).sub(f"{study.study}-study").lock("page"):
-        return _write(study, results, _orient(study))
+        return _write(study, results, dropped, _orient(study))
 
 
 def _run_arms(study: Study, run: Callable[[Trial], dict[str, Any]]) -> Results:
@@ -101,14 +103,16 @@ def _run_arms(study: Study, run: Callable[[Trial], dict[str, Any]]) -> Results:
     return {(name, arm): results[name, arm] for name, arm, _ in arms}
 
 
+def _configure(study: Study) -> dict[str, RunConfig]:
+    """Set -> what its arms begin with."""
+    return {name: configs.load(own.config, _place(study, name)) for name, own in study.sets.items()}
+
+
 def _list_ranking(study: Study) -> list[tuple[str, RunConfig]]:
     """Sets that get rows for orientation, and the config of theirs; none if nobody asks."""
     if not study.orientation:
         return []
-    configured = {
-        name: configs.load(own.config, _place(study, name)) for name, own in study.sets.items()
-    }
-    return [(name, config) for name, config in configured.items() if config.attributes is None]
+    return [(name, own) for name, own in _configure(study).items() if own.attributes is None]
 
 
 def _place(study: Study, name: str) -> tuple[str, ...]:
@@ -176,7 +180,12 @@ def _refuse_unprepared(study: Study, name: str, arm: str) -> None:
         AttributeWorld(config)  # refuses what does not fit the data before hours are spent
 
 
-def _write(study: Study, results: Results, central: dict[str, dict[str, Any]]) -> Path:
+def _write(
+    study: Study,
+    results: Results,
+    dropped: Mapping[Trial, dict[str, Any]],
+    central: dict[str, dict[str, Any]],
+) -> Path:
     page = study.results
     beside = Journal(Storage(page.parent))
     plots: dict[tuple[str, str], str] = {}
@@ -197,14 +206,16 @@ def _write(study: Study, results: Results, central: dict[str, dict[str, Any]]) -
             )
             beside.write_text(file, plot)
             plots[part.title, name] = file
-    beside.write_text(page.name, render_study(study, results, plots, central))
-    _write_rows(study, results, central)
+    told = render_study(study, results, plots, _configure(study), dropped, central)
+    beside.write_text(page.name, told)
+    _write_rows(study, results, dropped, central)
     return page
 
 
 def _write_rows(
     study: Study,
     results: Mapping[tuple[str, str], Mapping[Trial, Any]],
+    dropped: Mapping[Trial, dict[str, Any]],
     central: dict[str, dict[str, Any]],
 ) -> None:
     rows = [
@@ -220,8 +231,9 @@ def _write_rows(
             "validation": summary["validation"],
             "balance": summary.get("balance", {}),
             "bytes": summary["bytes"],
+            "kept": trial not in dropped,
         }
-        for trials in results.values()
+        for trials in (*results.values(), dropped)
         for trial, summary in trials.items()
     ]
     folder = Storage(study.storage).sub(f"{study.study}-study")

@@ -45,7 +45,7 @@ class Scale:
         with suppress(OSError):  # not every container lets it; then the peak is that of its life
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         peak = has = 0
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():  # seeing a GPU is not using it, and asking would begin to
             peak = torch.cuda.max_memory_reserved() + CUDA_BYTES
             has = torch.cuda.mem_get_info()[1]
             torch.cuda.reset_peak_memory_stats()

@@ -29,14 +29,10 @@ from fellray.platform.words import (
     name_metric,
 )
 
-_SENT = (
-    "Each client sends up its groups' adapters, the gate and the output layer as it trained them, "
-    "and its loss; what was averaged comes down, also for an evaluation."
-)
-_OPEN = (
-    "A user's own rows and adapters are in no message. What is sent follows from private data and "
-    "is not protected further; an evaluation tells how many clicks of an actor's clients, taken "
-    "together, fell into each bin of probability."
+_KEPT = "A user's own rows and adapters are in no message."
+_TOLD = (
+    "an evaluation tells how many clicks of an actor's clients, taken together, fell into each bin "
+    "of probability"
 )
 _MANY = 12  # groups of an attribute that are shown unfolded
 
@@ -61,7 +57,7 @@ def render_attributes(
         _calibration(summary.get("reliability") or {}),
         _adapters(summary),
         _groups(summary.get("group_sizes") or {}),
-        show_traffic(summary, rows, _SENT),
+        show_traffic(summary, rows, _tell_sent(summary)),
         _privacy(summary),
         show_events(summary, rows),
         show_provenance(summary),
@@ -217,7 +213,28 @@ def _name_group(name: str) -> str:
     return "all others" if name == OTHER else name.removeprefix("=") or "(no value)"
 
 
+def _tell_sent(summary: Mapping[str, Any]) -> str:
+    """What goes up and down, by what the run's privacy does to it."""
+    privacy = summary.get("privacy") or {}
+    noised = {
+        "gaussian": "clipped and noised, and its loss noised"
+        if privacy.get("loss_clip") is not None
+        else "clipped and noised, and no loss",
+        "paper_like": "with noise, and its loss without",
+    }
+    how = noised.get(privacy.get("mechanism", "none"), "as it trained them, and its loss")
+    return (
+        f"Each client sends up its groups' adapters, the gate and the output layer {how}; what was "
+        "averaged comes down, also for an evaluation."
+    )
+
+
 def _privacy(summary: Mapping[str, Any]) -> Html:
     if noised := show_privacy(summary):
-        return join(noised, tag("p", _OPEN))
-    return section("Privacy", tag("p", f"Nothing was noised, so there is no epsilon. {_OPEN}"))
+        bare = f"Noise is on what training sends and on nothing else: {_TOLD}, as it is."
+        return join(noised, tag("p", f"{_KEPT} {bare}"))
+    words = (
+        f"Nothing was noised, so there is no epsilon. {_KEPT} What is sent follows from private "
+        f"data and is not protected further; {_TOLD}."
+    )
+    return section("Privacy", tag("p", words))

@@ -114,7 +114,7 @@ class Share:
     parts: dict[str, float]
     """What for -> bytes of memory."""
     gpu_bytes: float
-    """On the fullest GPU."""
+    """Of a GPU's memory, on the fullest one."""
     node_bytes: float
     """What the node has."""
 

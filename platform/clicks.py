@@ -57,6 +57,7 @@ def read_clicks(config: AttributeConfig, data: DataConfig) -> Clicks:
     names = ("interactions", "users", "items")
     tables = {name: _read(folder / f"{name}.parquet") for name in names}
     where = {name: f"{folder}/{name}.parquet" for name in names}
+    # from all rows: nothing is unseen, and what open users never meet stays as its table began
     user_features = learn_features(tables["users"], config.users, config.bins, where["users"])
     item_features = learn_features(tables["items"], config.items, config.bins, where["items"])
     rows = tables["interactions"]

@@ -5,7 +5,9 @@ is raised as the OSError it is.
 """
 
 import errno
+import mmap
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 
 
@@ -26,6 +28,19 @@ def write_file(full: str, temporary: str, data: bytes) -> None:
             os.unlink(temporary)
         raise
     sync_folder(folder)
+
+
+def map_ranges(full: str, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+    """Bytes at each (offset, size) where they lie, fewer where the file ends; read when looked at.
+
+    What is written to them reaches neither the file nor anybody else. The file may be replaced or
+    deleted meanwhile, but must not be cut.
+    """
+    with open(full, "rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            return [memoryview(b"") for _ in ranges]
+        whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    return [whole[offset : offset + size] for offset, size in ranges]
 
 
 def append_to_file(full: str, data: bytes) -> None:

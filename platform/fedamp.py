@@ -54,6 +54,10 @@ class FedAmp(Method):
         """The weights themselves: clients start from weights of their own."""
         return ["raw"]
 
+    def reads_losses(self) -> bool:
+        """No."""
+        return False
+
     def local(self) -> LocalRule:
         """Pulled to the cloud model, which stays beside the client's own weights."""
         return LocalRule(pull=self.pull, anchored=True)

@@ -12,22 +12,14 @@ the product of the means, and none where the clients' products together have no 
 Shapes: C clients, P parameters of one client, r rank, K = C r.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fellray.platform.aggregation import (
-    Meta,
-    Method,
-    Plan,
-    Source,
-    Weighting,
-    mean_row,
-    name_layers,
-)
+from fellray.platform.aggregation import Meta, Plan, mean_row, name_layers
 from fellray.platform.averaging import Averaging
 from fellray.platform.server_step import RESIDUAL, Snapshot, State
 
@@ -132,17 +124,11 @@ class FedExLora(Averaging):
         return replace(super().plan(meta), step=ExactProduct(mean_row(meta, self.weighting)))
 
 
-class FedExLoraBounded(Method):
+class FedExLoraBounded(Averaging):
     """FedEx-LoRA with its residual bounded to the adapter's rank: not exact, and never further from
     the mean product than averaging A and B is. The published method is in no run of fellray."""
 
     kind: Literal["fedex_lora_bounded"] = "fedex_lora_bounded"
-    weighting: Weighting = "uniform"
-    """Every client counts the same, or by the histories it read this round."""
-
-    def compares(self) -> Collection[Source]:
-        """Nobody with anybody."""
-        return ()
 
     def mixes_products(self) -> bool:
         """Of one rank."""
@@ -150,8 +136,7 @@ class FedExLoraBounded(Method):
 
     def plan(self, meta: Meta) -> Plan:
         """One constant row, and the step from products."""
-        row_C = mean_row(meta, self.weighting)
-        return Plan(row_C.repeat(len(row_C), 1), common=True, step=NearestProduct(row_C))
+        return replace(super().plan(meta), step=NearestProduct(mean_row(meta, self.weighting)))
 
 
 def _pairs(blocks: Mapping[str, slice]) -> dict[str, tuple[slice, slice]]:

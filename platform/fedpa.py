@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fellray.platform.aggregation import Meta, Method, Mixture, Plan, Source
+from fellray.platform.groups import find_rare
 from fellray.platform.section import Section
 
 OTHER = ":other"
@@ -40,13 +41,10 @@ class Rates(Section):
     """The output layer. GLOBAL."""
 
 
-AS_PUBLISHED = {
-    "min_group_size": 1,
-    "weighting": "uniform",
-    "rates": dict.fromkeys(("embedding", "user", "group", "gate", "output"), 0.1),
-    "decay": 1.0,
-}
+AS_PUBLISHED = {"min_group_size": 1, "weighting": "uniform", "decay": 1.0}
 """What the released code does wherever `as_published` is given and nothing else is."""
+PUBLISHED_RATES = dict.fromkeys(Rates.model_fields, 0.1)
+"""Its rates, each of them likewise."""
 
 
 class Fedpa(Method):
@@ -86,9 +84,11 @@ class Fedpa(Method):
     @model_validator(mode="before")
     @classmethod
     def _published(cls, values: object) -> object:
-        if isinstance(values, dict) and values.get("as_published") is True:
-            return {**AS_PUBLISHED, **values}
-        return values
+        if not isinstance(values, dict) or values.get("as_published") is not True:
+            return values
+        given = values.get("rates", {})
+        rates = {**PUBLISHED_RATES, **given} if isinstance(given, dict) else given
+        return {**AS_PUBLISHED, **values, "rates": rates}
 
     @model_validator(mode="after")
     def _groups_once(self) -> Self:
@@ -135,21 +135,15 @@ def mix_groups(group_C: Tensor, weights_C: Tensor) -> Tensor:
 def form_groups(values: Sequence[str | None], least: int) -> dict[str | None, str]:
     """Which group each value of an attribute belongs to.
 
-    Values with at least `least` clients are groups of their own. All others are `OTHER`; while that
-    has too few, the smallest group joins it.
+    Rare ones (`find_rare`) are `OTHER`, all others groups of their own.
 
     Args:
         values: one per client; None is a missing one.
         least: members that a group must have.
     """
     sizes = Counter(values)
-    order = sorted(sizes, key=lambda value: (sizes[value], value is not None, value or ""))
-    rare = [value for value in order if sizes[value] < least]
-    for value in order[len(rare) :]:
-        if not rare or sum(sizes[v] for v in rare) >= least:
-            break
-        rare.append(value)
-    return {value: OTHER if value in rare else f"={value or ''}" for value in order}
+    rare = find_rare(sizes, least)
+    return {value: OTHER if value in rare else f"={value or ''}" for value in sizes}
 
 
 def group_clients(

@@ -30,7 +30,8 @@ PUBLISHED: frozenset[Defect] = frozenset(
     ["exponent", "unused_degree", "in_place", "raw_weights", "own_start"]
 )
 """Those of the released language model (BIGRec); `tiny_losses` is of the other, RecFormer."""
-
+AS_PUBLISHED = {"alpha": 0.7, "beta": 1.0, "temperature": 0.05}
+"""What its script sets wherever `as_published` is given and nothing else is."""
 
 PUBLISHED_SCALE = 2 / 16
 """Of the loss that RecFormer's training hands on: micro-batches of 2 in batches of 16."""
@@ -144,7 +145,15 @@ class Fellrec(Method):
     `tiny_losses`: an eighth of the loss, divided by the client's number of histories, so that all
     shares are equal (RecFormer; there of the last batch only)."""
     as_published: bool = False
-    """All defects of the released language model: the first five."""
+    """All defects of the released language model, the first five, and the settings of its script:
+    beta is 1 unless another is given, so that the learning degree is not used."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published(cls, values: object) -> object:
+        if isinstance(values, dict) and values.get("as_published") is True:
+            return {**AS_PUBLISHED, **values}
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> Self:

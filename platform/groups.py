@@ -1,9 +1,10 @@
-"""Groups: users who have the same value of an attribute, none of them small.
+"""Groups: users or clients who have the same value of an attribute, none of them small.
 
 It must not know where attributes come from, nor what a group is for. Letters: U users.
 """
 
 import re
+from collections.abc import Collection, Mapping
 from itertools import count
 
 import numpy as np
@@ -13,6 +14,30 @@ import pyarrow.compute as pc
 from fellray.platform.errors import FellrayError
 
 OTHER = "other"
+
+
+def find_rare(
+    sizes: Mapping[str | None, int], least: int, rare: Collection[str] = ()
+) -> set[str | None]:
+    """The values that are one group together, since too few have each of them.
+
+    Those that fewer than `least` have; while together they have fewer, the smallest other joins
+    them: among equals a missing one, then by name.
+
+    Args:
+        sizes: value -> how many have it; None is a missing one.
+        rare: values that belong there however many have them.
+    """
+    order = sorted(sizes, key=lambda value: (sizes[value], value is not None, value or ""))
+    found = {value for value in order if sizes[value] < least or value in rare}
+    together = sum(sizes[value] for value in found)
+    for value in order:
+        if not 0 < together < least:
+            break
+        if value not in found:
+            found.add(value)
+            together += sizes[value]
+    return found
 
 
 def group_users(users: pa.Table, attribute: str, min_users: int) -> np.ndarray:
@@ -40,11 +65,8 @@ def group_users(users: pa.Table, attribute: str, min_users: int) -> np.ndarray:
     value = pc.utf8_trim_whitespace(value.cast(pa.string()).fill_null(""))
     value_U = pc.if_else(pc.equal(value, ""), OTHER, value).to_numpy(zero_copy_only=False)
     names, group_U, sizes = np.unique(value_U, return_inverse=True, return_counts=True)
-    by_size = sorted(range(len(names)), key=lambda g: (int(sizes[g]), str(names[g])))
-    merged = {g for g in by_size if sizes[g] < min_users or names[g] == OTHER}
-    for g in by_size:
-        if 0 < sum(int(sizes[m]) for m in merged) < min_users:
-            merged.add(g)
+    size_of: dict[str | None, int] = dict(zip(names.tolist(), sizes.tolist(), strict=True))
+    merged = find_rare(size_of, min_users, rare=[OTHER])
     if len(merged) == len(names):
         raise FellrayError(
             f"data.partition.attribute={attribute}: with data.partition.min_users={min_users} all "
@@ -52,7 +74,7 @@ def group_users(users: pa.Table, attribute: str, min_users: int) -> np.ndarray:
             f"values has {sizes.max(initial=0)} users; lower min_users or choose another of "
             f"{', '.join(known)}"
         )
-    labels = np.array([OTHER if g in merged else str(names[g]) for g in range(len(names))], object)
+    labels = np.array([OTHER if name in merged else name for name in size_of], object)
     of_group: np.ndarray = labels[group_U]
     return of_group
 

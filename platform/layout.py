@@ -11,6 +11,7 @@ from dataclasses import replace
 from fellray.platform.capacity import Layout, Node, Probe, Share, Workload
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
+from fellray.platform.places import pack, read_demands
 from fellray.platform.slots import KEPT
 
 MARGIN = 1.25
@@ -104,9 +105,10 @@ def _place(
 ) -> tuple[Share, ...]:
     """The most that each node may get.
 
-    Ray knows CPUs and GPUs and not what a client weighs: a node must hold as many actors as its
-    CPUs and GPUs let Ray put there, and as many servers.
+    All must find a place together. Ray knows CPUs and GPUs and not what a client weighs, so a node
+    must also hold as many actors as its own CPUs and GPUs let Ray put there, and as many servers.
     """
+    _check_places(config, nodes, actors)
     client = _client_memory(probe, work, per_actor, side)
     servers = config.server.count
     its_asked, its_actors = -(-work.asked // servers), -(-actors // servers)
@@ -125,14 +127,10 @@ def _place(
         + DRIVER_COPIES * 4 * work.asked * work.parameters
         + DRIVER_MATRICES * 8 * work.asked**2
     )
+    client_gpu, server_gpu = probe.client_gpu_bytes.at(side), probe.server_gpu_bytes.at(batch)
     shares = []
-    placed = 0
-    places = [_server_places(config, node) for node in nodes]
-    if sum(places) < servers:
-        if servers == 1:
-            raise _Misfit("no node has a place for the server")
-        raise _Misfit(f"the nodes have places for {sum(places)} of {servers} servers")
-    for node, served in zip(nodes, places, strict=True):
+    for node in nodes:
+        served = _server_places(config, node)
         fixed = dict(once)
         if node.driver:
             fixed["driver and Ray"] = driver
@@ -141,25 +139,50 @@ def _place(
         # on the only node the servers take their part of what Ray gives out
         most = _places(config, node, actors, served if len(nodes) == 1 else 0)
         per_gpu = min(most, config.clients.gpu_denominator)
-        gpu = per_gpu * probe.client_gpu_bytes.at(side)
-        if config.server.gpus:
-            on_it = min(served, max(1, int(1 / config.server.gpus + 1e-6)))
-            gpu += on_it * probe.server_gpu_bytes.at(batch)
-        if per_gpu and node.gpu_bytes and gpu * MARGIN > node.gpu_bytes:
+        gpu, holds = _fill_gpu(config, served, most, server_gpu, client_gpu)
+        if node.gpu_bytes and gpu * MARGIN > node.gpu_bytes:
             raise _Misfit(
-                f"{node.name}: {per_gpu} client actors on a GPU need about "
-                f"{_gib(gpu * MARGIN)} with a margin of {MARGIN - 1:.0%}, a GPU has "
-                f"{_gib(node.gpu_bytes)}"
+                f"{node.name}: a GPU that holds {holds} needs about {_gib(gpu * MARGIN)} with a "
+                f"margin of {MARGIN - 1:.0%}, and has {_gib(node.gpu_bytes)}"
             )
         parts = fixed | {f"{most} client actors": most * client}
         share = Share(node.name, most, per_gpu, parts, gpu, node.memory_bytes)
         if share.bytes * MARGIN > node.memory_bytes:
             raise _Misfit(_no_memory(node, share))
         shares.append(share)
-        placed += most
-    if placed < actors:
-        raise _Misfit(f"the nodes have places for {placed} of {actors} client actors")
     return tuple(shares)
+
+
+def _check_places(config: RunConfig, nodes: Sequence[Node], actors: int) -> None:
+    """As the run itself does before it starts."""
+    resources = [{"CPU": node.cpus, "GPU": float(node.gpus)} for node in nodes]
+    placed = pack(read_demands(config, actors), resources)
+    servers = config.server.count
+    if placed["server"] < servers:
+        if servers == 1:
+            raise _Misfit("no node has a place for the server")
+        raise _Misfit(f"the nodes have places for {placed['server']} of {servers} servers")
+    if placed["client"] < actors:
+        beside = "server" if servers == 1 else f"{servers} servers"
+        raise _Misfit(
+            f"beside the {beside} the nodes have places for {placed['client']} of {actors} client "
+            "actors"
+        )
+
+
+def _fill_gpu(
+    config: RunConfig, served: int, most: int, server_bytes: float, client_bytes: float
+) -> tuple[float, str]:
+    """Of all that Ray may put onto one GPU together what needs the most memory, and its name."""
+    share, clients = config.server.gpus, config.clients.gpu_denominator
+    together = min(served, max(1, int(1 / share + 1e-6))) if share else 0
+    ways = []
+    for servers in range(together + 1):
+        beside = min(most, max(0, int((1 - servers * share) * clients + 1e-6)))
+        names = [f"{servers} server{'s' * (servers > 1)}"] * (servers > 0)
+        names += [f"{beside} client actors"] * (beside > 0)
+        ways.append((servers * server_bytes + beside * client_bytes, " and ".join(names)))
+    return max(ways)
 
 
 def _client_memory(probe: Probe, work: Workload, per_actor: int, side: int) -> float:

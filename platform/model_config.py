@@ -113,7 +113,7 @@ class ModelConfig(Section):
     shares its batch never changes its bits."""
     temperature: float = Field(default=0.5, gt=0)
     """Cosine scores are divided by this. Beside the prior 0.5 ranks better than RecFormer's 0.05
-    (docs/results.md); without it try 0.05."""
+    (docs/tables.md); without it try 0.05."""
     generation: GenerationConfig = GenerationConfig()
     """Prompt and answer of a model that writes."""
     prior: bool = True

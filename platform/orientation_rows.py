@@ -16,7 +16,7 @@ Central = Mapping[str, Mapping[str, Any]]
 EXPLAINED = (
     "For orientation, since no method may see data so: "
     + "; ".join(f"{row}: {what}" for row, what in ORIENTATION.items())
-    + ". Settings are chosen on validation, in as many tries as arms have."
+    + ". Settings are chosen on validation, in as many tries as an arm has at most."
 )
 """Words below the tables."""
 

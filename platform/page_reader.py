@@ -127,7 +127,7 @@ class PageReader:
     def _read(self, round: int, one: Staged) -> pages.ReadRanges:
         path = f"{folder(round)}/{one.file}"
 
-        def read(ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        def read(ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
             if any(offset + size > one.bytes for offset, size in ranges):
                 raise DamagedPages("is damaged: its head names bytes beyond its end")
             try:

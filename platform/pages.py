@@ -32,8 +32,8 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 
-ReadRanges = Callable[[Sequence[tuple[int, int]]], list[bytes]]
-"""Bytes at each (offset, size) of a file."""
+ReadRanges = Callable[[Sequence[tuple[int, int]]], list[memoryview]]
+"""Bytes at each (offset, size) of a file, which may be written to."""
 
 
 class DamagedPages(FellrayError):
@@ -102,9 +102,9 @@ def read_head(read: ReadRanges, identity: str | None) -> Head:
         DamagedPages: it is not the head that was written.
     """
     try:
-        (first,) = read([(0, 8)])
+        first = bytes(read([(0, 8)])[0])
         length = _length(first)
-        (text,) = read([(8, length)])
+        text = bytes(read([(8, length)])[0])
         tree = json.loads(text)
         clients = tuple(json.loads(tree.pop("__metadata__")["clients"]))
         fields = {
@@ -118,7 +118,7 @@ def read_head(read: ReadRanges, identity: str | None) -> Head:
         }
         own = fields.pop(DIGESTS)
         (raw,) = read([(own.start, own.size)])
-        digests = np.frombuffer(raw, np.uint8).reshape(own.shape)
+        digests = np.frombuffer(raw, np.uint8).reshape(own.shape).copy()  # it outlives the file
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, MemoryError) as error:
         raise DamagedPages(f"is damaged: its head cannot be read ({error})") from None
     found = _identity(first + text, digests)
@@ -136,12 +136,10 @@ def read_rows(read: ReadRanges, head: Head, rows: Sequence[int], name: str) -> t
     field = head.fields[name]
     size = field.size // len(head.digests)
     runs = _runs(rows)
-    data = bytearray().join(
-        read([(field.start + first * size, count * size) for first, count in runs])
-    )
+    parts = read([(field.start + first * size, count * size) for first, count in runs])
+    view = parts[0] if len(parts) == 1 else memoryview(bytearray().join(parts))
     place = {row: i for i, row in enumerate(sorted(set(rows)))}
     column = sorted(head.fields).index(name)
-    view = memoryview(data)
     bad = [
         row
         for row, i in place.items()
@@ -149,7 +147,7 @@ def read_rows(read: ReadRanges, head: Head, rows: Sequence[int], name: str) -> t
     ]
     if bad:
         raise DamagedPages(f"is damaged: a page of {name} is not what was written", bad)
-    tensor = _tensor(data, field.dtype, (len(place), *field.shape[1:]))
+    tensor = _tensor(view, field.dtype, (len(place), *field.shape[1:]))
     if len(place) == 1:
         return tensor.expand(len(rows), *field.shape[1:])
     return tensor if list(place) == list(rows) else tensor[torch.tensor([place[r] for r in rows])]
@@ -165,10 +163,10 @@ def read_shared(read: ReadRanges, head: Head, name: str) -> torch.Tensor:
     (data,) = read([(field.start, field.size)])
     if _digest(data) != head.digests[0, sorted(head.fields).index(name)].tobytes():
         raise DamagedPages(f"is damaged: {name} is not what was written")
-    return _tensor(bytearray(data), field.dtype, field.shape)
+    return _tensor(data, field.dtype, field.shape)
 
 
-def _tensor(data: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+def _tensor(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     if not data:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).reshape(shape)

@@ -11,25 +11,29 @@ from scipy import stats
 RESAMPLES = 9_999
 
 
-def weigh_signs(first: Sequence[float], second: Sequence[float]) -> float:
-    """Two-sided p of the mean difference under random signs of the differences.
+def weigh_signs(differences: Sequence[float]) -> float:
+    """Two-sided p of the mean difference of pairs under random signs of the differences.
 
-    Exact where there are few enough pairs, else from `RESAMPLES` seeded draws. What pairs share
-    (a seed, a client) makes them less than independent, and p then too small.
+    Exact where there are few enough pairs, else from `RESAMPLES` seeded draws. Pairs must be
+    independent: what several of them share makes p too small.
     """
-    assert len(first) == len(second)
-    differences = np.asarray(first, float) - np.asarray(second, float)
-    if len(differences) < 2 or not differences.any():
+    found = np.asarray(differences, float)
+    if len(found) < 2 or not found.any():
         return 1.0
-    found = stats.permutation_test(
-        (differences,),
+    tested = stats.permutation_test(
+        (found,),
         np.mean,
         permutation_type="samples",
         vectorized=True,
         n_resamples=RESAMPLES,
         rng=np.random.default_rng(0),
     )
-    return float(found.pvalue)
+    return float(tested.pvalue)
+
+
+def lowest_p(pairs: int) -> float:
+    """What `weigh_signs` finds at least, where all differences have one sign."""
+    return max(2.0 ** (1 - max(pairs, 1)), 1 / (RESAMPLES + 1))
 
 
 def adjust(values: Sequence[float]) -> list[float]:

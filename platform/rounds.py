@@ -11,8 +11,10 @@ Legend: S rows of a stacked tensor, one per client.
 import hashlib
 import math
 import sys
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import wraps
+from threading import RLock
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -30,6 +32,21 @@ from fellray.platform.verdicts import Verdicts
 from fellray.platform.whereabouts import Whereabouts
 
 assert sys.byteorder == "little", "hashes are taken over little-endian bytes"
+Asked = ParamSpec("Asked")
+Answer = TypeVar("Answer")
+
+
+def _in_turn(
+    method: Callable[Concatenate["Rounds", Asked], Answer],
+) -> Callable[Concatenate["Rounds", Asked], Answer]:
+    """One thread at a time: pages are read and written while something else goes on."""
+
+    @wraps(method)
+    def wait(self: "Rounds", /, *args: Asked.args, **kwargs: Asked.kwargs) -> Answer:
+        with self._turn:
+            return method(self, *args, **kwargs)
+
+    return wait
 
 
 class Rounds:
@@ -45,10 +62,12 @@ class Rounds:
         self._where = Whereabouts(storage, self._shelf, self._verdicts, self._reader)
         self._kept: list[int] = []
         """By the last `prune`, besides the last rounds."""
+        self._turn = RLock()
 
     def __reduce__(self) -> tuple[type["Rounds"], tuple[Storage]]:
         return Rounds, (self._storage,)
 
+    @_in_turn
     def stage(
         self,
         round: int,
@@ -72,6 +91,7 @@ class Rounds:
         """
         return self._staging.stage(round, holder, clients, tensors)
 
+    @_in_turn
     def commit(self, round: int, staged: Sequence[Staged], facts: Mapping[str, Any]) -> None:
         """Make the round happen. `facts` is plain JSON data kept with it.
 
@@ -102,16 +122,19 @@ class Rounds:
         """
         return self._shelf.open(round).facts
 
+    @_in_turn
     def clients(self, round: int) -> list[str]:
         """Sorted ids of all clients that have a page of their own up to a committed round."""
         self._where.learn(round)
         return sorted(self._where.index.owners(round) - {EVERYONE})
 
+    @_in_turn
     def owners(self, round: int, name: str) -> list[str]:
         """Sorted ids of all that have a page of a tensor up to a committed round; EVERYONE too."""
         self._where.learn(round)
         return sorted(self._where.index.owners(round, name))
 
+    @_in_turn
     def expect(self, round: int, staged: Sequence[Staged]) -> None:
         """Files that are staged, here or elsewhere, for a round that is not committed yet.
 
@@ -119,6 +142,7 @@ class Rounds:
         """
         self._where.expect(round, staged)
 
+    @_in_turn
     def page_rounds(self, round: int, clients: Sequence[str], name: str) -> list[int]:
         """For each client the round whose page is its state at `round`.
 
@@ -127,6 +151,7 @@ class Rounds:
         """
         return [page[0] for page in self._where.locate(round, clients, name)]
 
+    @_in_turn
     def load(
         self, round: int, clients: Sequence[str], names: Sequence[str]
     ) -> dict[str, torch.Tensor]:
@@ -150,6 +175,7 @@ class Rounds:
                 raise self._shelf.tell(error, round) from None
         return loaded
 
+    @_in_turn
     def shared(self, round: int) -> list[str]:
         """Sorted names of a round's tensors that belong to nobody.
 
@@ -158,6 +184,7 @@ class Rounds:
         """
         return sorted(name for one in self._where.shared(round) for name in one.tensors)
 
+    @_in_turn
     def load_shared(self, round: int, name: str) -> torch.Tensor:
         """A tensor that belongs to nobody.
 
@@ -200,6 +227,7 @@ class Rounds:
                 digest.update(row)
         return {c: digest.hexdigest() for c, digest in zip(clients, digests, strict=True)}
 
+    @_in_turn
     def prune(self, keep_last: int, keep: Collection[int] = ()) -> None:
         """Give up all but the last `keep_last` committed rounds and those in `keep`.
 
@@ -221,6 +249,7 @@ class Rounds:
         for gone in pruning.prune(self._storage, self._shelf, self._where.index, kept):
             self._reader.forget(gone)
 
+    @_in_turn
     def carry(self, round: int, staged: Sequence[Staged]) -> list[Staged]:
         """Stage what is left in the emptiest old rounds once more, so that they can be deleted.
 
@@ -246,6 +275,7 @@ class Rounds:
             for at, (names, clients) in enumerate(sorted(wanted.items()))
         ]
 
+    @_in_turn
     def mend(self, damage: Damaged) -> list[str]:
         """Decide what becomes of a damaged file; only who holds the run's lock may.
 
@@ -277,6 +307,7 @@ class Rounds:
         """What was decided about damaged files so far, in words."""
         return self._verdicts.events()
 
+    @_in_turn
     def look_again(self) -> None:
         """A damaged file may have been decided on: follow that from the next read on."""
         self._where.look_again()

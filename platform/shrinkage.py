@@ -47,6 +47,10 @@ class Shrinkage(Method):
         """The weights: they are what is shrunk."""
         return ["raw"]
 
+    def reads_losses(self) -> bool:
+        """No."""
+        return False
+
     def plan(self, meta: Meta) -> Plan:
         """A share of oneself, the rest the mean."""
         own_C = own_weights(meta.gram["raw"], meta.samples_C, self.noise)

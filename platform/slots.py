@@ -9,6 +9,8 @@ Shapes: S slots, s slots asked for, P parameters of one client.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from fellray.platform.faults import committed
 from fellray.platform.local import ANCHOR
 from fellray.platform.manifest import Staged
 from fellray.platform.own import ALIKE, Own
+from fellray.platform.paging import Paging, State
 from fellray.platform.rounds import EVERYONE, Rounds
 
 KEPT = 256
@@ -25,9 +28,6 @@ KEPT = 256
 
 WRITTEN = 256
 """Clients in one file: writing one takes a few copies of what it holds."""
-
-State = tuple[int, ...]
-"""The round of each of a client's pages."""
 
 
 class Slots:
@@ -54,6 +54,7 @@ class Slots:
         self._rule = self.bank.rule
         self._names = state_names(part, moments, self._rule)
         self._rounds = rounds
+        self._paging = Paging(rounds, self._names)
         self._slot: dict[str, int] = {}
         """Longest unused first."""
         self._state: dict[str, State] = {}
@@ -65,6 +66,15 @@ class Slots:
         self._twins: dict[str, Tensor | None] = {}
         """What became of their anchors; None: these are being trained."""
 
+    def fetch(self, round: int, clients: Sequence[str]) -> None:
+        """Begin to read what `hold` will want next, while others train.
+
+        Raises:
+            StaleLease: as `committed`.
+        """
+        if clients:
+            self._paging.fetch(round, self._find_stale(round, clients))
+
     def hold(self, round: int, clients: Sequence[str]) -> Tensor:
         """The slots [s] of distinct clients, each at its state of a round.
 
@@ -75,22 +85,19 @@ class Slots:
         """
         if not clients:
             return torch.empty(0, dtype=torch.int64)
-        with committed(self._rounds, round):
-            at = [self._rounds.page_rounds(round, clients, name) for name in self._names]
-        wanted = dict(zip(clients, zip(*at, strict=True), strict=True))
-        stale = [c for c in clients if self._state.get(c) != wanted[c]]
+        stale = self._find_stale(round, clients)
         new = [c for c in clients if c not in self._slot]
         self._make_room(clients)
-        if stale:
-            try:
-                loaded = self._rounds.load(round, stale, self._names)
-            except BaseException:
-                for client in new:  # without a state they would never leave
+        try:
+            for few, loaded in self._paging.read(round, stale):
+                self.bank.reset(self.find([*few]), self._plain(loaded))
+                self._state |= few
+                self.loaded += len(few)
+        except BaseException:
+            for client in new:
+                if client not in self._state:  # without one it would never leave
                     del self._slot[client]
-                raise
-            self.bank.reset(self.find(stale), self._plain(loaded))
-            self._state |= {c: wanted[c] for c in stale}
-            self.loaded += len(stale)
+            raise
         return self.find(clients)
 
     def find(self, clients: Sequence[str]) -> Tensor:
@@ -195,15 +202,21 @@ class Slots:
             return ()
         self.finish(clients)
         kept = frozenset(clients[:KEPT])
+        writing: Future[tuple[Staged, ...]] | None = None
         for name, few in _deal(holder, clients):
             rows = [self._trained.pop(c) for c in few]
             state = {kind: torch.stack([row[kind] for row in rows]) for kind in rows[0]}
             del rows  # as many bytes again
-            staged += self._write(round, name, few, state, values)
+            if writing:  # one file at a time, or as many bytes again for each
+                staged += writing.result()
+            write = partial(self._write, round, name, few, state, values)
+            writing = self._paging.write(write)
             here = [c for c in few if c in kept]
             self._make_room(here)
             self.bank.reset(self.find(here), {k: t[: len(here)] for k, t in state.items()})
             self._state |= {c: (round,) * len(self._names) for c in here}
+        if writing:
+            staged += writing.result()
         return tuple(staged)
 
     def stage_start(self, seeded_P: Tensor) -> tuple[Staged, ...]:
@@ -226,7 +239,15 @@ class Slots:
         self._state.clear()
         self._trained.clear()
         self._twins.clear()
+        self._paging.forget()
         self._rounds.look_again()
+
+    def _find_stale(self, round: int, clients: Sequence[str]) -> dict[str, State]:
+        """Whose row is not its state of a round, and which that is."""
+        with committed(self._rounds, round):
+            at = [self._rounds.page_rounds(round, clients, name) for name in self._names]
+        pairs = zip(clients, zip(*at, strict=True), strict=True)
+        return {client: state for client, state in pairs if self._state.get(client) != state}
 
     def _write(
         self,

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
-from fellray.platform.disk import append_to_file, sync_folder, write_file
+from fellray.platform.disk import append_to_file, map_ranges, sync_folder, write_file
 from fellray.platform.errors import FellrayError, HeldError
 from fellray.platform.lock import check_file, hold_object, is_file_held, is_object_held, take_file
 
@@ -102,11 +102,19 @@ class Storage:
             data: bytes = file.read()
             return data
 
-    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Bytes at each (offset, size); fewer where the file ends."""
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+        """Bytes at each (offset, size), fewer where the file ends; the caller may write to them.
+
+        On this machine they are the file's pages, mapped into memory.
+        """
         filesystem, full = self._locate(path)
-        with self._explained("read", path), filesystem.open_input_file(full) as file:
-            return [file.read_at(size, offset) for offset, size in ranges]
+        with self._explained("read", path):
+            if isinstance(filesystem, LocalFileSystem):
+                return map_ranges(full, ranges)
+            with filesystem.open_input_file(full) as file:
+                return [
+                    memoryview(bytearray(file.read_at(size, offset))) for offset, size in ranges
+                ]
 
     def write(self, path: str, data: bytes) -> None:
         """Put the whole file there, or leave everything as it was.

@@ -36,6 +36,10 @@ class DataSet(Section):
     """`key=value` changes for all arms: a smaller budget, say."""
     tune: Grid | None = None
     """What arms try on this set instead of the study's `tune`; {}: nothing."""
+    note: str = ""
+    """What it is, and how settings that are not tuned here were chosen: for the page."""
+    prepare: str = ""
+    """The command that prepares its data, for the page."""
 
 
 class Part(Section):

@@ -8,51 +8,51 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
-from typing import Any
 
+from fellray.platform.config import RunConfig
 from fellray.platform.orientation_rows import (
     EXPLAINED,
     Central,
     digest_central,
     list_values,
-    tell_central,
     tell_choice,
 )
-from fellray.platform.paired import adjust, weigh_signs
-from fellray.platform.study import Part, Study, Trial
+from fellray.platform.study import DataSet, Part, Study, Trial, list_arms
+from fellray.platform.study_findings import ROWS, Results, Summary, contrasts, find
 from fellray.platform.study_values import LOWEST, read_values
-from fellray.platform.words import BASELINES, name_metric
-
-Summary = Mapping[str, Any]
-Results = Mapping[tuple[str, str], Mapping[Trial, Summary]]
-"""(set, arm) -> its trials, one per seed in the study's order, and what became of them."""
-_ROWS = (*BASELINES, "embedding_only")
-"""Rows that arms are read beside."""
-SURE = 0.05
-"""Below it a p value, adjusted, counts as a difference."""
+from fellray.platform.words import name_metric
 
 
 def render_study(
     study: Study,
     results: Results,
     plots: Mapping[tuple[str, str], str],
+    configs: Mapping[str, RunConfig],
+    dropped: Mapping[Trial, Summary] | None = None,
     central: Mapping[str, Central] | None = None,
 ) -> str:
     """The page.
 
     Args:
         plots: (part's title, set) -> where its plot lies, as the page is to link it.
+        configs: set -> what its arms begin with.
+        dropped: tries that tuning did not keep.
         central: set -> its rows for orientation, where there are any.
     """
     central = central or {}
     parts = [
         f"# {study.study.capitalize()}",
-        _tell_origin(study, results),
         "## What was found",
-        "\n".join(f"- {line}" for part in study.parts for line in _find(part, results, central)),
+        "\n".join(f"- {line}" for line in find(study.parts, results, central)),
+        "## How to read it",
+        _tell_origin(study),
+        "\n".join(
+            _describe(name, study.sets[name], configs[name], results)
+            for name in dict.fromkeys(name for part in study.parts for name in part.sets)
+        ),
     ]
     for part in study.parts:
-        parts.append(f"## {part.title}")
+        parts += [f"## {part.title}", part.note]
         for name in part.sets:
             parts += [
                 f"### {name}",
@@ -61,14 +61,13 @@ def render_study(
                 if (part.title, name) in plots
                 else "",
             ]
-        parts.append(part.note)
     if central:
         parts.append(EXPLAINED)
-    parts += ["## Every run", _list_runs(results, central)]
+    parts += ["## Every run", _list_runs(study, results, dropped or {}, central)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _tell_origin(study: Study, results: Results) -> str:
+def _tell_origin(study: Study) -> str:
     seeds = ", ".join(map(str, study.seeds))
     tuned = "Nothing was tuned."
     if study.tune:
@@ -83,88 +82,48 @@ def _tell_origin(study: Study, results: Results) -> str:
             f"Every arm tried {_tell_grid(study.tune)} with seed {study.seeds[0]} and kept what "
             f"validated best{instead}."
         )
-    return (
-        f"Written by `fellray compare`. Seeds {seeds}: mean ± standard deviation. {tuned} "
-        "CV: standard deviation of the clients' values over their mean, 0 if all are served alike. "
-        "p: paired over clients and seeds by random signs, adjusted for the number of arms (Holm); "
-        "one client under several seeds is not several clients, so p errs on the low side. "
-        f"{_tell_pairs(study, results)}{study.budget}"
-    ).strip()
+    lines = [
+        "Written by `fellray compare`; the command of every run is at the end. "
+        + " ".join(filter(None, (tuned, study.budget))),
+        "",
+        f"- Values are of the test split: mean ± standard deviation over seeds {seeds}. In a plot "
+        "a dot is the mean, its lines go from the lowest seed to the highest.",
+        "- Lowest client: the value of the client that fares worst. CV: standard deviation of the "
+        "clients' values over their mean, 0 if all are served alike.",
+        "- Difference: an arm's mean minus the first arm's. Above it: in how many seeds, and at "
+        "how many clients in the mean over seeds, the arm is above the first.",
+        "- p: the difference under random signs of the clients' parts of it (of the seeds' where "
+        "runs tell no client's value), adjusted for the arms of a table (Holm). With n of them it "
+        "cannot be below 2^(1-n): where clients are few, read how often an arm is above.",
+    ]
+    return "\n".join(lines)
 
 
-def _tell_grid(grid: Mapping[str, Sequence[Any]]) -> str:
+def _tell_grid(grid: Mapping[str, Sequence[object]]) -> str:
     tried = (f"`{key}` of {', '.join(map(str, values))}" for key, values in grid.items())
     return " and ".join(tried) or "nothing"
 
 
-def _tell_pairs(study: Study, results: Results) -> str:
-    """What p is where runs tell no client's value."""
-    runs = (summary for trials in results.values() for summary in trials.values())
-    if all(summary.get("per_client") for summary in runs):
-        return ""
-    return (
-        "Runs on attributes tell no client's value: their p is paired over seeds alone, and with "
-        f"{len(study.seeds)} of them cannot be below {2.0 ** (1 - len(study.seeds)):.3g}. "
-    )
-
-
-def _find(part: Part, results: Results, central: Mapping[str, Central]) -> list[str]:
-    """Whether the champion leads, set by set."""
-    lines = []
-    for name in part.sets:
-        means = {arm: _mean(results[name, arm], part.metric) for arm in part.arms}
-        champion = part.first
-        others = sorted((arm for arm in means if arm != champion), key=lambda arm: -means[arm])
-        if not others:
-            lines.append(f"{name}: `{champion}` {means[champion]:.4f}, alone in its table.")
-            continue
-        best = others[0]
-        p = dict(zip(others, _test(part, name, others, results), strict=True))
-        leads = means[champion] > means[best]
-        apart = [arm for arm in others if p[arm] < SURE]
-        worse = [arm for arm in apart if means[arm] < means[champion]]
-        better = [arm for arm in apart if means[arm] > means[champion]]
-        line = (
-            f"{name}, {name_metric(part.metric)}: `{champion}` "
-            f"{'has the highest mean' if leads else 'does not win'}: {means[champion]:.4f}, "
-            f"`{best}` {means[best]:.4f} (p {p[best]:.2f})."
+def _describe(name: str, own: DataSet, config: RunConfig, results: Results) -> str:
+    """A set in a sentence or two: what it holds, how its arms train, how it is made."""
+    runs = (trials for (where, _), trials in results.items() if where == name)
+    summary = next(iter(next(runs).values()))
+    counts = summary.get("data", {}).get("counts", {})
+    held = [f"{counts[key]:,} {key}" for key in ("users", "items", "interactions") if key in counts]
+    held.append(f"{summary['clients']:,} clients")
+    train, step = config.train, config.evaluation.every
+    every = f"every {_ordinal(step)} validated" if step > 1 else "each validated"
+    told = [f"- **{name}**: {', '.join(held)}; {train.rounds} rounds, {every}, the best kept."]
+    if config.attributes is None:
+        told.append(
+            f"{train.local_samples} histories of each client a round; the test ranks all items."
         )
-        line += f" Told apart and below it: {_quote(worse)}." if worse else ""
-        line += f" Told apart and above it: {_quote(better)}." if better else ""
-        line += "" if apart else " No arm is told apart from it."
-        lines.append(
-            line
-            + _find_balance(part, name, results)
-            + _find_baseline(part, name, results)
-            + tell_central(central.get(name, {}), part.metric, list(means.values()))
-        )
-    return lines
+    told += [own.note.strip(), f"`{own.prepare}`" if own.prepare else ""]
+    return " ".join(filter(None, told))
 
 
-def _find_balance(part: Part, name: str, results: Results) -> str:
-    lowest = {arm: _mean(results[name, arm], "balance/min") for arm in part.arms}
-    if any(value != value for value in lowest.values()):
-        return ""
-    best = max(lowest, key=lambda arm: lowest[arm])
-    own = lowest[part.first]
-    if best == part.first:
-        return f" Its lowest client fares best of all, {own:.4f}."
-    return f" Its lowest client has {own:.4f}, with `{best}` {lowest[best]:.4f}."
-
-
-def _find_baseline(part: Part, name: str, results: Results) -> str:
-    summary = next(iter(results[name, part.first].values()))
-    metric = part.metric
-    rows = {row: summary[row][metric] for row in _ROWS if metric in summary.get(row, {})}
-    if not rows:
-        return ""
-    best = max(rows, key=lambda row: rows[row])
-    words = f"{best.replace('_', ' ')} ({rows[best]:.4f})"
-    below = [arm for arm in part.arms if _mean(results[name, arm], metric) <= rows[best]]
-    if not below:
-        which = "beside them" if "embedding_only" in rows else "without training"
-        return f" All are above the rows {which} ({best.replace('_', ' ')} {rows[best]:.4f})."
-    return f" Not above {words}: {_quote(below)}."
+def _ordinal(number: int) -> str:
+    return {2: "second", 3: "third", 4: "fourth"}.get(number, f"{number}th")
 
 
 def _tabulate(part: Part, name: str, results: Results, central: Central) -> str:
@@ -172,56 +131,39 @@ def _tabulate(part: Part, name: str, results: Results, central: Central) -> str:
     named |= {LOWEST: "lowest client", "balance/cv": "CV"}
     runs = [summary for arm in part.arms for summary in results[name, arm].values()]
     shown = [metric for metric in named if read_values(runs, metric)]
+    keys = {
+        change.partition("=")[0]: None
+        for arm in part.arms
+        for change in next(iter(results[name, arm])).tuned
+    }
+    tuned = ", ".join(f"`{key.rpartition('.')[2]}`" for key in keys)
     heads = [named[metric] for metric in shown]
-    heads += ["against the first", "p", "tuned", "MB a client and round"]
+    heads += ["difference", "above it", "p", *([tuned] if keys else []), "MB a client and round"]
     rows = [["", *heads], ["---", *["--:"] * len(heads)]]
+    empty = [""] * (4 + bool(keys))
     summary = next(iter(results[name, part.first].values()))
-    for row in _ROWS:
+    for row in ROWS:
         if part.metric in summary.get(row, {}):
             cells = [_number(summary[row].get(metric)) for metric in shown]
-            rows.append([row.replace("_", " "), *cells, "", "", "", ""])
+            rows.append([row.replace("_", " "), *cells, *empty])
     for row, found in central.items():
         spread = [_spread(list_values(found, metric)) for metric in shown]
-        rows.append([row, *spread, "", "", tell_choice(found), ""])
-    others = [arm for arm in part.arms if arm != part.first]
-    p = dict(zip(others, _test(part, name, others, results), strict=True))
-    base = _mean(results[name, part.first], part.metric)
+        chosen = [tell_choice(found)] if keys else []
+        rows.append([row, *spread, "", "", "", *chosen, ""])
+    others = contrasts(part, name, results)
     for arm in part.arms:
         trials = results[name, arm]
-        spread = [_spread(_values(trials, metric)) for metric in shown]
-        change = f"{_mean(trials, part.metric) - base:+.4f}" if arm in p else ""
-        tuned = ", ".join(change.rpartition("=")[2] for change in next(iter(trials)).tuned)
+        spread = [_spread(read_values(trials.values(), metric)) for metric in shown]
+        told = ["", "", ""]
+        if arm in others:
+            other = others[arm]
+            told = [f"{other.difference:+.4f}", other.told, f"{other.p:.3f}"]
+        own = [change.rpartition("=")[2] for change in next(iter(trials)).tuned]
+        chosen = [", ".join(own)] if keys else []
         sent = fmean(_sent(own) for own in trials.values()) / 1e6
-        test = f"{p[arm]:.3f}" if arm in p else ""
         megabytes = f"{sent:.1f}" if sent >= 0.1 else f"{sent:.2g}"
-        rows.append([f"`{arm}`", *spread, change, test, tuned, megabytes])
+        rows.append([f"`{arm}`", *spread, *told, *chosen, megabytes])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
-
-
-def _test(part: Part, name: str, others: Sequence[str], results: Results) -> list[float]:
-    """Adjusted p of each arm against the first."""
-    first = _pairs(results[name, part.first], part.metric)
-    return adjust([weigh_signs(_pairs(results[name, arm], part.metric), first) for arm in others])
-
-
-def _pairs(trials: Mapping[Trial, Summary], metric: str) -> list[float]:
-    """A value for every client and seed; for every seed where clients have none."""
-    values = [
-        own[metric]
-        for summary in trials.values()
-        for _, own in sorted(summary.get("per_client", {}).items())
-        if metric in own
-    ]
-    return values or _values(trials, metric)
-
-
-def _values(trials: Mapping[Trial, Summary], metric: str) -> list[float]:
-    return read_values(trials.values(), metric)
-
-
-def _mean(trials: Mapping[Trial, Summary], metric: str) -> float:
-    values = _values(trials, metric)
-    return fmean(values) if values else float("nan")
 
 
 def _sent(summary: Summary) -> float:
@@ -231,18 +173,33 @@ def _sent(summary: Summary) -> float:
     return float(count / max(1, summary["clients"]) / max(1, summary["rounds"]))
 
 
-def _list_runs(results: Results, central: Mapping[str, Central]) -> str:
-    lines = ["<details><summary>Commands, and a hash over all clients' adapters</summary>", ""]
-    lines += ["| hash | command |", "|---|---|"]
-    met: set[str] = set()
+def _list_runs(
+    study: Study,
+    results: Results,
+    dropped: Mapping[Trial, Summary],
+    central: Mapping[str, Central],
+) -> str:
+    lines = [
+        "<details><summary>Commands, a hash over all clients' adapters, and what the run came to "
+        "on validation</summary>",
+        "",
+    ]
+    lines += ["| hash | validation | command |", "|---|--:|---|"]
+    metrics = {(name, arm): part.metric for name, arm, part in list_arms(study)}
+
+    def tell(trial: Trial, summary: Summary, note: str = "") -> str:
+        value = summary["validation"].get(metrics[trial.set, trial.arm])
+        return f"| `{digest(summary)}` | {_number(value)}{note} | `{trial.command}` |"
+
     for trials in results.values():
-        for trial, summary in trials.items():
-            if trial.name not in met:
-                met.add(trial.name)
-                lines.append(f"| `{digest(summary)}` | `{trial.command}` |")
-    for rows in central.values():
-        for found in rows.values():
-            lines.append(f"| `{digest_central(found)}` | `{found['command']}` |")
+        lines += [tell(trial, summary) for trial, summary in trials.items()]
+    lines += [tell(trial, summary, ", not kept") for trial, summary in dropped.items()]
+    commands = {
+        found["command"]: digest_central(found)
+        for rows in central.values()
+        for found in rows.values()
+    }
+    lines += [f"| `{digits}` | | `{command}` |" for command, digits in commands.items()]
     return "\n".join([*lines, "", "</details>"])
 
 
@@ -262,7 +219,3 @@ def _spread(values: Sequence[float]) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def _quote(names: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)

@@ -30,6 +30,9 @@ from fellray.serve.trunk import Trunk
 TRIES = 5
 """Trunks that are asked, one after the other lost, before a request fails."""
 PAUSE_S = 0.2
+CROSSINGS = 4
+"""That a trunk may have in hand on average before another trunk comes. A crossing carries up to
+`rows` questions, and a recommender sends the next while the last is under way: of two busy ones."""
 
 
 class Behind:
@@ -102,14 +105,14 @@ def build(args: Args) -> serve.Application:
         Trunk,
         name="Trunk",
         ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.trunk_gpus},
-        **_replicas(args.trunks, args.most_trunks),
+        **_replicas(args.trunks, args.most_trunks, CROSSINGS),
         **options,
     ).bind(args, learners)
     return serve.deployment(
         serve.ingress()(_Recommender),
         name="Recommender",
         ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.recommender_gpus},
-        **_replicas(args.recommenders, args.most_recommenders),
+        **_replicas(args.recommenders, args.most_recommenders, _requests(args)),
         **options,
     ).bind(plain, trunk)
 
@@ -122,10 +125,18 @@ def _refuse_without_tokens(args: Args, run: Run) -> None:
         )
 
 
-def _replicas(least: int, most: int | None) -> dict[str, Any]:
+def _requests(args: Args) -> float:
+    """That a recommender may have in hand on average before another one comes: half a batch. Ray's
+    own two would bring all replicas for a few requests, and divide among them what is computed
+    together."""
+    return max(1, min(args.rows, args.waiting) / 2)
+
+
+def _replicas(least: int, most: int | None, in_hand: float) -> dict[str, Any]:
     if most is None or most == least:
         return {"num_replicas": least}
-    return {"autoscaling_config": {"min_replicas": least, "max_replicas": most}}
+    bounds = {"min_replicas": least, "max_replicas": most}
+    return {"autoscaling_config": bounds | {"target_ongoing_requests": in_hand}}
 
 
 def _show(log: logging.Logger) -> None:

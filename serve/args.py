@@ -26,11 +26,12 @@ class Args(BaseModel):
     recommenders: int = Field(default=1, ge=1)
     """Replicas of the private side: bottom, top, adapters, ranking."""
     most_recommenders: int | None = Field(default=None, ge=1)
-    """Under load as many replicas as this; by default no more than `recommenders`."""
+    """Under load as many replicas as this; by default no more than `recommenders`. Load is more
+    requests at once than half of `rows` for each replica, for half a minute."""
     trunks: int = Field(default=1, ge=1)
     """Replicas of the trunk."""
     most_trunks: int | None = Field(default=None, ge=1)
-    """As `most_recommenders`."""
+    """The same of trunks. Load is more than four batches at once for each."""
     threads: int = Field(default=1, ge=1)
     """Threads torch uses in each replica."""
     cpus: float = Field(default=1, ge=0)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fellray.platform.bank import Bank
 from fellray.platform.config import RunConfig
-from fellray.platform.device import own_device
 from fellray.platform.encoder import Backbone
 from fellray.platform.errors import FellrayError
 from fellray.platform.messages import Activation, StaleLease
@@ -75,10 +74,10 @@ class Ends:
         own: Own,
         kept: int,
         rows: int,
+        device: torch.device,
     ):
         """Args: own: whose adapters have a rank of their own. kept: clients whose adapters are
-        held. rows: most questions in a crossing."""
-        device = own_device()
+        held. rows: most questions in a crossing. device: where they compute."""
         cut = plan_cut(backbone, config.model)
         prefixes = [prefix for side in SIDES for prefix in cut.prefixes(side)]
         parts = cut_model(backbone.select(prefixes), config.model)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fellray.platform.allocator import keep_freed_memory
+from fellray.platform.device import choose_device
 from fellray.platform.encoder import load_backbone, load_tokenizer
 from fellray.platform.errors import FellrayError
 from fellray.platform.messages import StaleLease
@@ -99,7 +100,8 @@ class Recommender:
             middle = Middle(cut.outer, config.model.lora.r)
             private_p = find_private(config, cut.outer)
             rounds = Blends(run.storage, self._lookup.seats, own, middle, private_p)
-            return Ends(config, backbone, items, rounds, own, args.adapters, args.rows)
+            device = choose_device(args.recommender_gpus > 0)
+            return Ends(config, backbone, items, rounds, own, args.adapters, args.rows, device)
 
         self._ferry = Ferry(make, trunk, args.rows)
         self._lookup.start(self.served)

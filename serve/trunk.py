@@ -12,7 +12,7 @@ import torch
 from fellray.platform.allocator import keep_freed_memory
 from fellray.platform.batcher import Batcher
 from fellray.platform.config import RunConfig
-from fellray.platform.device import own_device
+from fellray.platform.device import choose_device
 from fellray.platform.encoder import load_backbone
 from fellray.platform.errors import FellrayError
 from fellray.platform.host import TrunkHost
@@ -103,7 +103,7 @@ def make_host(run: Run, args: Args, rounds: Blends) -> TrunkHost:
     keep_freed_memory()
     config = plain_config(run.config)
     backbone = load_backbone(config.model.name)
-    device = own_device()
+    device = choose_device(args.trunk_gpus > 0)
     part = backbone.select(plan_cut(backbone, config.model).prefixes("trunk"))
     trunk, sites = build_trunk(part, config, device)
     engine = TorchEngine(trunk, config)

@@ -50,7 +50,9 @@ def service(
     driver = Driver.python(
         *("-m", "fellray.jobs.cli", "serve", folder, f"--port={port}"),
         *(f"--tls-key={key}", f"--tls-certificate={certificate}"),
-        *("most_recommenders=2", "most_trunks=2", "cpus=0.3", "rate=100000", "burst=100000"),
+        # half a batch in hand is load: with 16 rows 24 connections are, with 128 they are not
+        *("most_recommenders=2", "most_trunks=2", "rows=16"),
+        *("cpus=0.3", "rate=100000", "burst=100000"),
         log=here / "driver",
     )
     try:

@@ -8,57 +8,17 @@ import pytest
 from driver import wait_until
 
 from fellray.actors import pool
-from fellray.actors.pool import Demand, RayPool, pack
+from fellray.actors.pool import RayPool
 from fellray.actors.session import ray
 from fellray.jobs.train import train
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
+from fellray.platform.places import Demand
 from fellray.platform.storage import Storage
 
 CLUSTER = pytest.mark.cluster
 
 Configure = Callable[..., RunConfig]
-
-
-def node(cpus: float, gpus: float = 0.0) -> dict[str, float]:
-    return {"CPU": cpus, "GPU": gpus, "memory": 1e9}
-
-
-@pytest.mark.parametrize(
-    ("demands", "nodes", "placed"),
-    [
-        pytest.param([Demand("client", 3, 1, 0)], [], [0], id="no node"),
-        pytest.param([Demand("client", 3, 1, 0)], [{"memory": 1e9}], [0], id="a node of nothing"),
-        pytest.param([Demand("client", 3, 1, 0)], [node(2)], [2], id="too few CPUs"),
-        pytest.param([Demand("client", 3, 1, 0)], [node(2), node(2)], [3], id="over two nodes"),
-        pytest.param([Demand("client", 4, 1.5, 0)], [node(2), node(2)], [2], id="no half actors"),
-        pytest.param([Demand("client", 10, 0, 0.1)], [node(1, 1)], [10], id="tenths add up to one"),
-        pytest.param([Demand("client", 11, 0, 0.1)], [node(1, 1)], [10], id="and no further"),
-        pytest.param([Demand("client", 6, 0, 1 / 3)], [node(1, 2)], [6], id="thirds of two GPUs"),
-        pytest.param([Demand("client", 4, 1, 0.25)], [node(8)], [0], id="no GPU at all"),
-        pytest.param([Demand("client", 9, 0, 0)], [node(0)], [9], id="nothing asked"),
-        pytest.param(
-            [Demand("server", 1, 1, 0.5), Demand("client", 8, 0.5, 0.1)],
-            [node(4, 1)],
-            [1, 5],
-            id="the server first",
-        ),
-        pytest.param(
-            [Demand("server", 1, 3, 0), Demand("client", 4, 1, 0)],
-            [node(2), node(4)],
-            [1, 3],
-            id="a gap is filled",
-        ),
-    ],
-)
-def test_pack(demands: list[Demand], nodes: list[dict[str, float]], placed: list[int]) -> None:
-    assert pack(demands, nodes) == dict(zip([d.name for d in demands], placed, strict=True))
-
-
-def test_pack_leaves_the_nodes_alone() -> None:
-    nodes = [node(2)]
-    pack([Demand("client", 2, 1, 0)], nodes)
-    assert nodes == [node(2)]
 
 
 @CLUSTER

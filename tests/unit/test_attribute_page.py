@@ -74,6 +74,8 @@ def test_a_run_shows_what_it_was_given() -> None:
     assert page.row("18-30") == ["5"]
     assert page.row("loss") == ["96 B", "96", "4.5%", "16 B"]
     assert "Nothing was noised" in page.text
+    assert "is not protected further" in page.text
+    assert "the output layer as it trained them, and its loss;" in page.text
     assert "trunk" not in page.text
     drawings = [own for tag, own in page.tags if tag == "svg" and own.get("role") == "img"]
     assert len(drawings) == 4
@@ -91,6 +93,24 @@ def test_what_does_not_help_is_said() -> None:
     assert "level with private user embeddings alone" in page.text
     assert "A bound." in page.text
     assert "Nothing was noised" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("privacy", "words"),
+    [
+        ({"mechanism": "gaussian", "loss_clip": None}, "clipped and noised, and no loss;"),
+        ({"mechanism": "gaussian", "loss_clip": 2.0}, "clipped and noised, and its loss noised;"),
+        ({"mechanism": "paper_like"}, "with noise, and its loss without;"),
+    ],
+)
+def test_under_privacy_the_page_says_what_is_sent_then(privacy: dict[str, Any], words: str) -> None:
+    summary, *rest = a_run()
+    summary["privacy"] = {"statement": "a bound", **privacy}
+    page = check(render_attributes(summary, *rest))
+    assert words in page.text
+    assert "is not protected further" not in page.text
+    assert "Noise is on what training sends and on nothing else" in page.text
+    assert "A user's own rows and adapters are in no message" in page.text
 
 
 @pytest.mark.parametrize("missing", ["reliability", "group_sizes", "embedding_only", "bytes"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fellray.actors.pool import Demand, pack
+from fellray.platform.places import Demand, pack
 from fellray.platform.plant_config import ClientsConfig, ServerConfig
 from fellray.serve.args import Args
 

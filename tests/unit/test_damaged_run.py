@@ -235,11 +235,11 @@ def test_a_storage_that_spoils_every_page_comes_to_an_end(
     train(config, last=2)
     read = Storage.read_ranges
 
-    def spoil(self: Storage, path: str, ranges: Any) -> list[bytes]:
+    def spoil(self: Storage, path: str, ranges: Any) -> list[memoryview]:
         found = read(self, path, ranges)
         if "rounds/000000" in path:
             return found
-        return [bytes(b ^ 1 for b in data) for data in found]
+        return [memoryview(bytearray(b ^ 1 for b in data)) for data in found]
 
     monkeypatch.setattr(Storage, "read_ranges", spoil)
     events = train(config)

@@ -4,6 +4,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,7 @@ from fellray.actors.attribute_client import COMMON, PRIVATE, AttributeClient, na
 from fellray.actors.attribute_plant import AttributePlant
 from fellray.actors.attribute_world import AttributeWorld
 from fellray.actors.pool import InlinePool
+from fellray.jobs import attributes as attributes_job
 from fellray.jobs.attributes import prepare_attributes
 from fellray.jobs.train import one_round
 from fellray.platform import config as configs
@@ -35,13 +37,13 @@ from fellray.platform.clicks import TEST
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.features import learn_features
-from fellray.platform.fedpa import OTHER, Fedpa, form_groups, group_clients
+from fellray.platform.fedpa import OTHER, Fedpa, Rates, form_groups, group_clients
 from fellray.platform.ledger import total
 from fellray.platform.messages import LedgerRow
 from fellray.platform.methods import FedAvg
 from fellray.platform.outcome import Outcome, pool
 from fellray.platform.rounds import EVERYONE, Rounds
-from fellray.platform.run import open_run
+from fellray.platform.run import Run, open_run, read_run
 from fellray.platform.storage import Storage
 
 # rows of the tables of KuaiRand-Pure's features, and those of the three binned ones
@@ -587,6 +589,15 @@ def test_with_embeddings_alone_nothing_is_sent(source: Path, tmp_path: Path) -> 
     assert torch.equal(start[0][:, width:], after[0][:, width:])
 
 
+def test_as_published_one_rate_that_is_given_leaves_the_others() -> None:
+    given = Fedpa.model_validate({"as_published": True, "rates": {"embedding": 0}})
+    assert given.rates == Rates(embedding=0, user=0.1, group=0.1, gate=0.1, output=0.1)
+    assert (given.decay, given.min_group_size) == (1.0, 1)
+    assert Fedpa(as_published=True, rates=Rates(gate=0.5)).rates == Rates(gate=0.5)
+    assert Fedpa(as_published=True).rates.model_dump() == dict.fromkeys(Rates.model_fields, 0.1)
+    assert Fedpa.model_validate({"rates": {"embedding": 0}}).rates == Rates(embedding=0)
+
+
 # --- the plan and its groups --------------------------------------------------------------------
 
 
@@ -688,6 +699,36 @@ def test_under_privacy_a_clipped_and_noised_update_is_all_that_leaves(
     assert account.refusals == ()
     assert account.epsilon == compute_epsilon(1e-4 / 2, 1e-5)
     assert "per user" in account.describe()
+
+
+@pytest.mark.parametrize("loss", [{}, {"loss_clip": 1.0, "loss_sigma": 2.0}])
+def test_under_privacy_the_row_of_embeddings_alone_sends_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: dict[str, float]
+) -> None:
+    """The same data train it, and the epsilon beside it is of the run's own messages."""
+
+    def turn(run: Run, plant: AttributePlant, display: object) -> None:
+        for t in run.to_go():
+            outcome = plant.replayed(one_round, t, run.config)
+            run.commit(t, outcome, plant.close_ledger(), plant.take_events())
+
+    monkeypatch.setattr(attributes_job, "connect", lambda *_: nullcontext())
+    monkeypatch.setattr(AttributePlant, "on_ray", AttributePlant.inline)
+    stage = {"kind": "gaussian", "clip": 0.01, "sigma": 2.0, "epsilon": 1000.0, **loss}
+    config = make_config(source, tmp_path, privacy=stage, attributes={"baseline": True})
+    summary = attributes_job.train_attributes(config, turn)
+    assert summary["embedding_only"]["auc"] > 0.4
+    own, alone = (
+        read_run(f"{tmp_path}/runs/{name}").journal for name in ("tiny", "tiny-embedding-only")
+    )
+    for journal, told in ((own, bool(loss)), (alone, False)):
+        rows = journal.rows("metrics")[1:]
+        assert [len(row["losses"]) for row in rows] == [42, 42]
+        losses = [value for row in rows for value in (row["loss"], *row["losses"].values())]
+        assert all((value is not None) == told for value in losses)
+    assert {row["kind"] for row in alone.rows("ledger")} == set()
+    stated = summary["privacy"]["epsilon"]
+    assert stated == open_account(config, own.rows("metrics")[1:]).epsilon
 
 
 @pytest.mark.parametrize(

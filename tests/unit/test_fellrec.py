@@ -87,7 +87,7 @@ def test_learning_degree_intended_and_published(
 
 @pytest.mark.parametrize(("epoch", "intended", "published"), UNIFORM_DEGREES)
 def test_learning_degree_of_equal_losses(epoch: int, intended: float, published: float) -> None:
-    ours, theirs = Fellrec(alpha=ALPHA), Fellrec(alpha=ALPHA, as_published=True)
+    ours, theirs = Fellrec(alpha=ALPHA), Fellrec(alpha=ALPHA, beta=5, as_published=True)
     assert at_three_decimals(degree(ours, UNIFORM, epoch + 1)) == [intended] * 5
     assert at_three_decimals(degree(theirs, UNIFORM, epoch + 1)) == [published] * 5
 
@@ -96,6 +96,19 @@ def test_the_defaults_are_the_papers() -> None:
     method = Fellrec()
     assert (method.alpha, method.beta, method.temperature) == (0.7, 5.0, 0.05)
     assert (method.as_published, method.attention, method.similarity) == (False, "affine", "update")
+
+
+def test_as_published_has_the_released_scripts_settings_unless_others_are_given() -> None:
+    """Methods 5: alpha 0.7, beta 1, temperature 0.05."""
+    script = Fellrec(as_published=True)
+    assert (script.alpha, script.beta, script.temperature) == (0.7, 1.0, 0.05)
+    assert script == Fellrec(as_published=True, beta=1)
+    assert Fellrec(as_published=True, beta=5).beta == 5.0
+    assert Fellrec(as_published=False).beta == 5.0
+    settled = parse({"method": {"as_published": True}}, "test")
+    assert settled.method == script
+    kept = settled.model_dump(mode="json") | {"method": {"as_published": True, "beta": 5.0}}
+    assert parse(kept, "test").method == Fellrec(as_published=True, beta=5)
 
 
 def test_clients_overwritten_in_place() -> None:
@@ -141,23 +154,24 @@ def test_in_place_equals_the_loop_over_stored_weights() -> None:
 
 
 def test_as_published_differs_from_the_default() -> None:
-    """Exponent, order of overwriting and the weights compared: each shows."""
+    """Exponent (at beta 5), order of overwriting and the weights compared: each shows."""
     seen = meta(LOSSES, t=2)
-    default, theirs = Fellrec().plan(seen), Fellrec(as_published=True).plan(seen)
+    default, theirs = Fellrec().plan(seen), Fellrec(as_published=True, beta=5).plan(seen)
     assert not torch.allclose(default.mixing_CC, theirs.mixing_CC, atol=1e-3)
     assert published_exponent(2, 5) == pytest.approx(1.2)
     assert published_exponent(1, 5) == pytest.approx(1 / 5)
     raw = seen.gram["raw"]
     assert not torch.allclose(cosine(raw), cosine(seen.gram["update"]), atol=1e-3)
     unlike = Meta(seen.round, seen.clients, seen.losses_C, seen.samples_C, {"raw": raw})
-    assert torch.equal(Fellrec(as_published=True).plan(unlike).mixing_CC, theirs.mixing_CC)
+    again = Fellrec(as_published=True, beta=5).plan(unlike)
+    assert torch.equal(again.mixing_CC, theirs.mixing_CC)
 
 
 def test_as_published_with_beta_one_computes_w_and_never_uses_it() -> None:
-    tame, wild = Fellrec(as_published=True, beta=1), Fellrec(as_published=True, beta=1, alpha=1e-6)
+    tame, wild = Fellrec(as_published=True), Fellrec(as_published=True, alpha=1e-6)
     assert degree(wild, LOSSES, 1).max() < 1e-4, "w is computed, and would tell"
     assert torch.equal(tame.plan(meta(LOSSES)).mixing_CC, wild.plan(meta(LOSSES)).mixing_CC)
-    fixed, used = Fellrec(as_published=True, beta=5), Fellrec(as_published=True, alpha=1e-6)
+    fixed, used = (Fellrec(as_published=True, beta=5, alpha=alpha) for alpha in (ALPHA, 1e-6))
     assert not torch.allclose(fixed.plan(meta(LOSSES)).mixing_CC, used.plan(meta(LOSSES)).mixing_CC)
 
 
@@ -188,7 +202,8 @@ def test_rows_sum_to_one_and_take_from_nobody_negatively(
     start = torch.zeros(4, 6)
     seen = describe(t, list("abcd"), values.tolist(), [1] * 4, torch.from_numpy(theta), start)
     for published in (False, True):
-        mixing = Fellrec(attention=attention, k=2, as_published=published).plan(seen).mixing_CC
+        method = Fellrec(attention=attention, k=2, beta=5, as_published=published)
+        mixing = method.plan(seen).mixing_CC
         torch.testing.assert_close(mixing.sum(1), torch.ones(4, dtype=torch.float64))
         assert float(mixing.min()) >= 0.0
         assert float(mixing.max()) <= 1.0 + 1e-12
@@ -200,7 +215,7 @@ def test_identical_clients_stay_what_they_are(
 ) -> None:
     theta = torch.from_numpy(one).repeat(4, 1)
     seen = describe(1, list("abcd"), values.tolist(), [1] * 4, theta, torch.zeros(4, 6))
-    mixed = reduce(Fellrec(as_published=published).plan(seen), theta)
+    mixed = reduce(Fellrec(beta=5, as_published=published).plan(seen), theta)
     torch.testing.assert_close(mixed, theta, rtol=1e-6, atol=1e-6)
 
 
@@ -302,13 +317,13 @@ def test_every_defect_alone_changes_something_and_nothing_else(defect: Defect) -
 
 
 def test_as_published_is_all_defects_of_the_language_model() -> None:
-    whole, named = Fellrec(as_published=True), Fellrec(defects=tuple(sorted(PUBLISHED)))
+    whole, named = Fellrec(as_published=True), Fellrec(beta=1, defects=tuple(sorted(PUBLISHED)))
     assert "tiny_losses" not in PUBLISHED
     assert not whole.begins_alike()
     for t in (1, 4):
         seen = meta(LOSSES, t=t)
         assert torch.equal(whole.plan(seen).mixing_CC, named.plan(seen).mixing_CC)
-        without = Fellrec(defects=tuple(PUBLISHED - {"in_place"}))
+        without = Fellrec(beta=1, defects=tuple(PUBLISHED - {"in_place"}))
         assert not torch.allclose(without.plan(seen).mixing_CC, named.plan(seen).mixing_CC)
 
 

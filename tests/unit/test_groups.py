@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fellray.platform.errors import FellrayError
-from fellray.platform.groups import group_users, name_clients
+from fellray.platform.fedpa import form_groups
+from fellray.platform.groups import find_rare, group_users, name_clients
 
 
 def group(values: list[str | None], least: int) -> list[str]:
@@ -63,6 +64,24 @@ def test_no_group_is_small(values: list[str | None], least: int) -> None:
         assert got.count(name) >= least
     for value, name in zip(values, got, strict=True):
         assert name in (value, "other")
+
+
+def test_rare_values_by_hand() -> None:
+    sizes = {"a": 1, "b": 3, None: 3, "c": 3, "d": 9}
+    assert find_rare(sizes, 1) == set()
+    assert find_rare(sizes, 2) == {"a", None}  # of three that are alike the missing one
+    assert find_rare(sizes, 5) == {"a", "b", "c", None}
+    assert find_rare(sizes, 3, rare=["d"]) == {"a", "d"}
+
+
+@given(st.lists(st.sampled_from("abcde"), min_size=1, max_size=40), st.integers(1, 8))
+def test_groups_of_users_and_of_clients_are_made_by_one_rule(values: list[str], least: int) -> None:
+    group_of = form_groups(values, least)
+    clients = [group_of[value].removeprefix("=").removeprefix(":") for value in values]
+    try:
+        assert group(values, least) == clients
+    except FellrayError:
+        assert set(clients) == {"other"}
 
 
 def test_names_of_clients_are_names_of_files() -> None:

@@ -156,9 +156,57 @@ def test_a_gpu_holds_n_actors_of_one_nth() -> None:
     with pytest.raises(FellrayError) as refusal:
         lay_out(config(per_actor=1, gpu_denominator=8), probe, WORK, [gpu_node()])
     words = str(refusal.value)
-    assert "8 client actors on a GPU need about 30.00 GiB" in words
-    assert "a GPU has 20.00 GiB" in words
+    assert "a GPU that holds 8 client actors needs about 30.00 GiB" in words
+    assert "and has 20.00 GiB" in words
     assert "clients.per_actor=2 would fit" in words
+
+
+def on_gpus(server: float, **clients: Any) -> RunConfig:
+    made = config(**clients)
+    return made.model_copy(update={"server": made.server.model_copy(update={"gpus": server})})
+
+
+def test_a_server_alone_on_its_gpu_is_weighed_too() -> None:
+    """Three clients in a batch: 1 GiB and twice 0.5."""
+    probe = replace(PROBE, server_gpu_bytes=Line(1 * GIB, 0.5 * GIB))
+    asked = on_gpus(1, per_actor=2)
+    (share,) = lay_out(asked, probe, WORK, [gpu_node(gpu_bytes=2.5 * GIB)]).shares
+    assert (share.per_gpu, share.gpu_bytes) == (0, 2 * GIB)
+    with pytest.raises(FellrayError, match=r"a GPU that holds 1 server needs about 2.50 GiB"):
+        lay_out(asked, probe, WORK, [gpu_node(gpu_bytes=2.4 * GIB)])
+
+
+@pytest.mark.parametrize(
+    ("server", "needed"),
+    [
+        pytest.param(1.0, 4 * 3, id="a server that fills its GPU has no client beside it"),
+        pytest.param(0.5, 2 + 2 * 3, id="half a GPU is left for two"),
+        pytest.param(0.25, 2 * 2 + 2 * 3, id="two servers and two clients"),
+    ],
+)
+def test_a_gpu_holds_what_ray_may_put_there_together(server: float, needed: float) -> None:
+    probe = replace(PROBE, server_gpu_bytes=Line(2 * GIB), client_gpu_bytes=Line(3 * GIB))
+    asked = on_gpus(server, per_actor=2, gpu_denominator=4)
+    if server == 0.25:
+        asked = asked.model_copy(update={"server": asked.server.model_copy(update={"count": 2})})
+    gpus = 2 if server == 1 else 1
+    work = WORK if server == 1 else replace(WORK, clients=4, asked=4)
+    (share,) = lay_out(asked, probe, work, [gpu_node(gpus=gpus)]).shares
+    assert share.gpu_bytes == needed * GIB
+
+
+def test_servers_and_clients_find_places_together() -> None:
+    """Each node alone has room for four clients; one of the eight has the server's place."""
+    nodes = [gpu_node(name, 0, cpus=4) for name in ("g0", "g1")]
+    with pytest.raises(FellrayError) as refusal:
+        lay_out(config(per_actor=1, cpus=1), PROBE, WORK, nodes)
+    words = str(refusal.value)
+    assert "beside the server the nodes have places for 7 of 8 client actors" in words
+    assert "clients.per_actor=2 would fit" in words
+    seven = replace(WORK, clients=7, asked=7)
+    shares = lay_out(config(per_actor=1, cpus=1), PROBE, seven, nodes).shares
+    # memory is counted for the worst: the server on either
+    assert [(share.actors, "server" in share.parts) for share in shares] == [(4, True)] * 2
 
 
 def test_a_third_of_a_gpu_fits_three_times() -> None:

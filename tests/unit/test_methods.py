@@ -1,5 +1,6 @@
 """The other methods, their seats, and a method in a user's own file."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,30 @@ def test_central_seats_everyone_together() -> None:
 def named(kind: str, **options: Any) -> Method:
     method: Method = parse({"method": {"kind": kind, **options}}, "test").method
     return method
+
+
+LOOKING = ("fellrec", "qffl")
+BLIND = (
+    *("fedavg", "fedprox", "ditto", "fedamp", "ffa_lora", "fedadam", "fedsa_lora", "fedex_lora"),
+    *("fedex_lora_bounded", "shrinkage", "local", "central"),
+)
+
+
+@pytest.mark.parametrize("kind", [*LOOKING, *BLIND])
+def test_who_looks_at_losses_says_so(kind: str) -> None:
+    """Losses that are not sent are NaN: they must not be found in what is mixed."""
+    method, theta = named(kind), torch.eye(3)
+    seen = describe(1, ["a", "b", "c"], [math.nan] * 3, [1, 2, 3], theta, 0.5 * theta.roll(1))
+    assert method.reads_losses() == (kind in LOOKING)
+    assert bool(method.plan(seen).mixing_CC.isfinite().all()) == (kind in BLIND)
+
+
+@pytest.mark.parametrize("kind", ["fedex_lora", "fedex_lora_bounded", "shrinkage"])
+def test_who_does_not_look_at_losses_goes_with_privacy(kind: str) -> None:
+    config = parse({"method": {"kind": kind}, "privacy": {"clip": 1.0, "sigma": 2.0}}, "test")
+    assert config.method.kind == kind
+    with pytest.raises(FellrayError, match="looks at the clients' losses"):
+        parse({"method": {"kind": "qffl"}, "privacy": {"clip": 1.0, "sigma": 2.0}}, "test")
 
 
 def test_a_config_names_a_method() -> None:

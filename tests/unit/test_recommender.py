@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fellray.actors.plant import Plant
 from fellray.actors.world import survey
@@ -23,11 +26,15 @@ from fellray.platform.outcome import Outcome, pool
 from fellray.platform.promotion import promote
 from fellray.platform.run import open_run, read_run
 from fellray.platform.shards import Dataset
+from fellray.platform.storage import Storage
+from fellray.serve import recommender as near
+from fellray.serve import trunk as far
 from fellray.serve.args import Args
 from fellray.serve.recommender import Recommender
 from fellray.serve.refusal import Refusal
 from fellray.serve.schema import Answer, ByHistory, ByUser, Filters, Place
 from fellray.serve.served import refuse_passing, verify
+from fellray.serve.tokens import new_token
 from fellray.serve.whole import open_whole
 
 K = 10
@@ -161,6 +168,63 @@ def check_rankings(trained: Trained, tiny_data: Path) -> None:
     expected = pool(trained.test)["ndcg@10"]
     assert sum(every) / len(every) == pytest.approx(expected, abs=1e-9)
     assert 0 < expected < 1
+
+
+@pytest.mark.parametrize("gpus", [{}, {"recommender_gpus": 0.5}, {"trunk_gpus": 1}])
+def test_each_side_asks_for_the_gpu_it_was_given(
+    gpus: dict[str, float], trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: dict[str, bool] = {}
+
+    def listen(side: str) -> Callable[[bool], torch.device]:
+        def answer(asked: bool) -> torch.device:
+            heard[side] = asked
+            return torch.device("cpu")
+
+        return answer
+
+    for side, module in (("recommender_gpus", near), ("trunk_gpus", far)):
+        monkeypatch.setattr(module, "choose_device", listen(side))
+    with opened(trained.folder, **gpus):
+        pass
+    assert heard == {side: side in gpus for side in ("recommender_gpus", "trunk_gpus")}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray 2.60's own use of pydantic
+def test_replicas_come_when_batches_are_half_full(
+    run_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray import serve
+
+    from fellray.serve.app import build
+
+    told: dict[str, dict[str, Any]] = {}
+
+    def deploy(cls: type, name: str, **options: Any) -> Any:
+        told[name] = options
+        return SimpleNamespace(bind=lambda *given: name)
+
+    monkeypatch.setattr(serve, "deployment", deploy)
+    monkeypatch.setattr(serve, "ingress", lambda: lambda cls: cls)
+    new_token(Storage(run_copy), None)
+
+    def scale(**settings: int) -> list[dict[str, float] | int]:
+        build(Args.model_validate({"run": str(run_copy), **settings}))
+        return [
+            told[name].get("autoscaling_config") or told[name]["num_replicas"]
+            for name in ("Recommender", "Trunk")
+        ]
+
+    assert scale(recommenders=2) == [2, 1]
+    at_most = {"min_replicas": 1, "max_replicas": 3}
+    assert scale(most_recommenders=3, most_trunks=3) == [
+        at_most | {"target_ongoing_requests": 64},
+        at_most | {"target_ongoing_requests": 4},
+    ]
+    alone, _ = scale(most_recommenders=3, rows=1)
+    assert alone == at_most | {"target_ongoing_requests": 1}
+    few, _ = scale(most_recommenders=3, waiting=10)
+    assert few == at_most | {"target_ongoing_requests": 5}
 
 
 def test_titles_rank_like_the_items_they_name(recommender: Recommender, tiny_data: Path) -> None:

@@ -1,5 +1,6 @@
 """Slots hold who takes part, and nobody else for longer than there is room."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from fellray.platform.adapters import Site
 from fellray.platform.bank import Bank
 from fellray.platform.errors import FellrayError
 from fellray.platform.local import LocalRule
+from fellray.platform.messages import Damaged
 from fellray.platform.model_config import LoraSpec
 from fellray.platform.own import ALIKE, Own
 from fellray.platform.rounds import Rounds
@@ -204,3 +206,73 @@ def test_an_anchor_trains_before_the_values(tmp_path: Path) -> None:
     assert not slots.have_twins(["a"])
     slots.release()
     assert not slots.have_twins(["a"]), "and is forgotten with the round"
+
+
+def test_what_was_fetched_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots, rounds = make_slots(tmp_path)
+    slots.hold(0, list("abc"))
+    own = torch.arange(3.0)[:, None]
+    pages = {"client.values": SEEDED + own}
+    rounds.commit(1, [rounds.stage(1, "h", list("abc"), pages)], {})
+    read: list[tuple[str, int, list[str]]] = []
+    load = Rounds.load
+
+    def count(self: Rounds, round: int, clients: list[str], names: list[str]) -> object:
+        read.append((threading.current_thread().name, round, clients))
+        return load(self, round, clients, names)
+
+    monkeypatch.setattr(Rounds, "load", count)
+    slots.fetch(1, ["a", "b"])
+    rows = slots.hold(1, ["b", "c", "a"])
+    assert torch.equal(slots.bank.values_SP[rows], SEEDED + own[[1, 2, 0]])
+    assert [one[1:] for one in read] == [(1, ["a", "b"]), (1, ["c"])]
+    assert read[0][0].startswith("pages")
+    assert read[1][0] == "MainThread"
+    # what is there already is not fetched, and a page that is no longer the state is not taken
+    slots.fetch(1, ["a"])
+    assert len(read) == 2
+    slots.fetch(0, ["a"])
+    rows = slots.hold(1, ["a"])
+    assert torch.equal(slots.bank.values_SP[rows], SEEDED[None])
+    slots.fetch(0, ["a"])
+    slots.clear()
+    assert torch.equal(slots.bank.values_SP[slots.hold(1, ["a"])], SEEDED[None])
+
+
+def test_what_cannot_be_fetched_is_said_when_it_is_asked_for(tmp_path: Path) -> None:
+    slots, rounds = make_slots(tmp_path)
+    staged = rounds.stage(1, "h", ["a"], {"client.values": SEEDED[None]})
+    rounds.commit(1, [staged], {})
+    file = tmp_path / "rounds/000001" / staged.file
+    file.write_bytes(file.read_bytes().replace(SEEDED.numpy().tobytes(), bytes(20)))
+    slots.fetch(1, ["a"])
+    with pytest.raises(Damaged, match="is not what was written"):
+        slots.hold(1, ["a"])
+
+
+def test_files_are_written_beside_other_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of their names, all of them before anybody is told; a refusal is told too."""
+    monkeypatch.setattr("fellray.platform.slots.WRITTEN", 1)
+    slots, _ = make_slots(tmp_path)
+    threads, write = [], Storage.write
+
+    def note(self: Storage, path: str, data: bytes) -> None:
+        threads.append(threading.current_thread().name)
+        if len(threads) == 3:
+            raise FellrayError("the disk is full")
+        write(self, path, data)
+
+    monkeypatch.setattr(Storage, "write", note)
+    slots.hold(0, list("abc"))
+    with pytest.raises(FellrayError, match="the disk is full"):
+        slots.stage(1, "h", list("abc"), True)
+    assert len(threads) == 3
+    assert all(name.startswith("pages") for name in threads)
+    assert sorted(file.name for file in (tmp_path / "rounds/000001").iterdir()) == [
+        "h-1.safetensors",
+        "h.safetensors",
+    ]

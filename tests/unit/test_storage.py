@@ -1,6 +1,7 @@
 """Whole or not at all, on this machine and elsewhere; one process at a time."""
 
 import errno
+import mmap
 import os
 import pickle
 import signal
@@ -323,3 +324,21 @@ def test_a_lock_can_be_looked_at(storage: Storage) -> None:
         assert storage.is_locked("run")
         assert not storage.is_locked("other")
     assert not storage.is_locked("run")
+
+
+def test_ranges_are_the_files_pages(tmp_path: Path) -> None:
+    """Copied neither when they are read, nor back into the file when they are written to."""
+    storage = Storage(tmp_path)
+    storage.write("x", bytes(range(10)))
+    first, beyond, none = storage.read_ranges("x", [(2, 3), (8, 5), (20, 1)])
+    assert isinstance(first.obj, mmap.mmap)
+    assert (bytes(first), bytes(beyond), bytes(none)) == (b"\x02\x03\x04", b"\x08\t", b"")
+    first[0] = 99
+    assert storage.read("x") == bytes(range(10))
+    storage.write("x", bytes(10))  # a new file in its place: this one stays as it was read
+    storage.delete("x")
+    assert bytes(first) == b"c\x03\x04"
+    storage.write("empty", b"")
+    assert bytes(storage.read_ranges("empty", [(0, 4)])[0]) == b""
+    with pytest.raises(FellrayError, match="nothing"):
+        storage.read_ranges("nothing", [(0, 1)])

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from fellray.platform.config import load
+from fellray.platform.contrast import contrast
 from fellray.platform.errors import FellrayError
-from fellray.platform.paired import adjust, weigh_signs
+from fellray.platform.paired import adjust, lowest_p, weigh_signs
 from fellray.platform.study import (
     Study,
     Trial,
@@ -51,7 +53,7 @@ def write(folder: Path, **changes: Any) -> Path:
 
 def summary(ndcg: list[float], loss: float = 0.0, baseline: float = 0.01) -> dict[str, Any]:
     """Of a run whose clients have these values."""
-    clients = {f"c{at}": {"ndcg@10": value} for at, value in enumerate(ndcg)}
+    clients = {f"c{at}": {"users": 10, "ndcg@10": value} for at, value in enumerate(ndcg)}
     mean = sum(ndcg) / len(ndcg)
     return {
         "test": {"ndcg@10": mean, "recall@10": 2 * mean},
@@ -105,7 +107,7 @@ def test_an_arm_or_a_set_may_try_something_else(tmp_path: Path) -> None:
     assert tuned("plain", "fellrec") == [()]
     assert tuned("plain", "other") == tuned("demo", "other")
     values = {arm: [[0.2, 0.3], [0.2, 0.3]] for arm in ("fellrec", "other")}
-    page = render_study(study, results_of(study, values), {})
+    page = render(study, results_of(study, values))
     assert "(instead: `other` `train.learning_rate` of 0.5, 2.0; on plain nothing)." in page
 
 
@@ -157,18 +159,21 @@ def test_signs_are_weighed_exactly() -> None:
     """Against all 2^n sign patterns, counted by hand."""
     first, second = [0.5, 0.4, 0.7, 0.1, 0.6], [0.3, 0.5, 0.2, 0.05, 0.1]
     d = [a - b for a, b in zip(first, second, strict=True)]
-    sums = [sum(s * x for s, x in zip(signs, d, strict=True))
-            for signs in itertools.product((1, -1), repeat=5)]  # fmt: skip
-    expected = sum(abs(total) >= abs(sum(d)) - 1e-12 for total in sums) / len(sums)
-    assert weigh_signs(first, second) == pytest.approx(expected)
-    assert weigh_signs(first, first) == 1.0
-    assert weigh_signs([1.0], [0.0]) == 1.0
+    assert weigh_signs(d) == pytest.approx(_count_signs(d))
+    assert weigh_signs([0.0] * 5) == 1.0
+    assert weigh_signs([1.0]) == 1.0
+    assert weigh_signs([0.1, 0.2, 0.3]) == lowest_p(3) == 0.25
 
 
 def test_holm_by_hand() -> None:
     assert adjust([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert adjust([0.9, 0.8]) == [1.0, 1.0]
     assert adjust([]) == []
+
+
+def render(study: Study, results: Any, *more: Any) -> str:
+    configs = {name: load(own.config, own.set) for name, own in study.sets.items()}
+    return render_study(study, results, {}, configs, *more)
 
 
 def results_of(study: Study, values: dict[str, list[list[float]]]) -> Any:
@@ -180,33 +185,82 @@ def results_of(study: Study, values: dict[str, list[list[float]]]) -> Any:
     return found
 
 
+def test_clients_are_what_a_contrast_counts() -> None:
+    """Seeds of one client are one part of the difference, and users weigh it, as in the table."""
+
+    def run(*values: float) -> dict[str, Any]:
+        users = [30, 10, 10, 10, 10]
+        own = {
+            f"c{at}": {"users": n, "ndcg@10": v}
+            for at, (n, v) in enumerate(zip(users, values, strict=True))
+        }
+        pooled = sum(n * v for n, v in zip(users, values, strict=True)) / sum(users)
+        return {"per_client": own, "test": {"ndcg@10": pooled}}
+
+    first = [run(0.5, 0.1, 0.1, 0.1, 0.1)] * 3
+    # lower where most users are, higher at all others: lower in the mean over users
+    other = [run(0.3, 0.11, 0.11, 0.11, 0.11), run(0.3, 0.12, 0.12, 0.12, 0.12), first[0]]
+    one = contrast(first, {"other": other}, "ndcg@10")["other"]
+    assert one.difference == pytest.approx(-(30 * 0.4 - 40 * 0.03) / 3 / 70)
+    assert (one.seeds, one.clients) == ((0, 3), (4, 5))
+    # 16 of 32 sign patterns: the large client's part decides
+    assert one.p == pytest.approx(_count_signs([-30 * 0.4 / 3] + [10 * 0.03 / 3] * 4))
+    both = contrast(first, {"a": other, "b": other}, "ndcg@10")
+    assert both["a"].p == pytest.approx(min(1.0, 2 * one.p))
+    # always one sign: as low as five clients allow, whatever the number of seeds
+    above = [run(0.6, 0.2, 0.2, 0.2, 0.2)] * 3
+    assert contrast(first, {"above": above}, "ndcg@10")["above"].p == pytest.approx(2 / 32)
+
+
+def _count_signs(parts: list[float]) -> float:
+    sums = [
+        abs(sum(s * x for s, x in zip(signs, parts, strict=True)))
+        for signs in itertools.product((1, -1), repeat=len(parts))
+    ]
+    return sum(one >= abs(sum(parts)) - 1e-12 for one in sums) / len(sums)
+
+
+def test_the_page_says_what_a_set_is_and_what_was_not_kept(tmp_path: Path) -> None:
+    demo = TREE["sets"]["demo"] | {"note": "Drawn users.", "prepare": "fellray prepare x"}
+    study = load_study(write(tmp_path, sets={"demo": demo}))
+    results = results_of(study, {"fellrec": [[0.2], [0.2]], "fedavg": [[0.1], [0.1]]})
+    losing = list_tries(study, "demo", "fellrec")[1]
+    page = render(study, results, {losing: summary([0.17])})
+    assert "- **demo**: 2 clients; 2 rounds, each validated, the best kept." in page
+    assert "Drawn users. `fellray prepare x`" in page
+    assert f"| 0.1700, not kept | `{losing.command}` |" in page
+    assert "In 1 of 1 tables the first arm has the highest mean, in 0 of them with p < 0.05" in page
+
+
 def test_the_page_begins_with_who_does_not_win(tmp_path: Path) -> None:
     study = load_study(write(tmp_path))
     low, high = [[0.10, 0.12], [0.11, 0.12]], [[0.20, 0.22], [0.21, 0.25]]
-    page = render_study(study, results_of(study, {"fellrec": low, "fedavg": high}), {})
+    page = render(study, results_of(study, {"fellrec": low, "fedavg": high}))
     found = page.split("## What was found")[1].split("##")[0]
     assert "`fellrec` does not win: 0.1125, `fedavg` 0.2200" in found
     assert "Its lowest client has 0.1050, with `fedavg` 0.2050" in found
     assert "alone in its table" in found
-    page = render_study(study, results_of(study, {"fellrec": high, "fedavg": low}), {})
+    page = render(study, results_of(study, {"fellrec": high, "fedavg": low}))
     assert "`fellrec` has the highest mean: 0.2200, `fedavg` 0.1125" in page
     assert "All are above the rows without training (popularity 0.0100)" in page
     row = next(line for line in page.splitlines() if line.startswith("| `fedavg`"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1] == "0.1125 ± 0.0035"
-    assert cells[5:] == ["-0.1075", "0.125", "8", "1.0"]
+    # two clients: no p is below .5, however clear the difference
+    assert cells[5:] == ["-0.1075", "0/2 seeds, 0/2 clients", "0.500", "8", "1.0"]
     # every run with its command and its hash
     for trials in results_of(study, {"fellrec": high, "fedavg": low}).values():
         for trial, own in trials.items():
-            assert f"| `{digest(own)}` | `{trial.command}` |" in page
+            value = own["validation"]["ndcg@10"]
+            assert f"| `{digest(own)}` | {value:.4f} | `{trial.command}` |" in page
 
 
 def test_arms_below_a_baseline_are_named(tmp_path: Path) -> None:
     study = load_study(write(tmp_path))
     tiny = [[0.001, 0.002], [0.001, 0.002]]
-    page = render_study(study, results_of(study, {"fellrec": tiny, "fedavg": tiny}), {})
+    page = render(study, results_of(study, {"fellrec": tiny, "fedavg": tiny}))
     assert "Not above popularity (0.0100): `fellrec`, `fedavg`" in page
-    assert "No arm is told apart" in page
+    assert "So few cannot tell arms apart: p is 0.5 at least." in page
 
 
 def click_summary(auc: float) -> dict[str, Any]:
@@ -239,16 +293,16 @@ def test_runs_on_attributes_have_a_table_of_their_own(tmp_path: Path) -> None:
         values = [0.72, 0.71] if arm == "corrected" else [0.69, 0.7]
         trials = list_seeds(study, list_tries(study, name, arm)[0])
         found[name, arm] = {t: click_summary(v) for t, v in zip(trials, values, strict=True)}
-    page = render_study(study, found, {})
-    assert "clicks, AUC: `corrected` has the highest mean: 0.7150" in page
+    page = render(study, found)
+    assert "**FedPA, clicks**, AUC: `corrected` has the highest mean: 0.7150" in page
     assert "Not above embedding only (0.7000): `published`." in page
-    assert "over seeds alone, and with 2 of them cannot be below 0.5" in page
     table = [line for line in page.splitlines() if line.startswith("| ")]
-    assert table[0] == "|  | AUC | GAUC | against the first | p | tuned | MB a client and round |"
+    assert table[0] == "|  | AUC | GAUC | difference | above it | p | MB a client and round |"
     assert "| embedding only | 0.7000 |  |  |  |  |  |" in table
     assert "| untrained | 0.6000 | 0.5500 |  |  |  |  |" in table
     (row,) = [line for line in table if line.startswith("| `published`")]
-    assert row == "| `published` | 0.6950 ± 0.0071 | 0.5950 ± 0.0071 | -0.0200 | 0.500 |  | 0.016 |"
+    told = "| -0.0200 | 0/2 seeds | 0.500 | 0.016 |"
+    assert row == f"| `published` | 0.6950 ± 0.0071 | 0.5950 ± 0.0071 {told}"
 
 
 def test_a_plot_sets_against_what_runs_tell() -> None:
@@ -300,14 +354,14 @@ def test_rows_for_orientation_stand_beside_the_arms(tmp_path: Path) -> None:
 
     results = results_of(study, {"fellrec": [[0.2], [0.2]], "fedavg": [[0.1], [0.1]]})
     rows = {"item_knn": central(0.1, 0.2), "sasrec": central(0.12, 0.14)}
-    page = render_study(study, results, {}, {"demo": rows})
+    page = render(study, results, {}, {"demo": rows})
     assert "| item_knn | 0.1500 ± 0.0707 | 0.3000 ± 0.1414 | 0.0750 ± 0.0354 | 0.2500" in page
-    assert "|  |  | k 20 |  |" in page  # the loss was the same in both tries
+    assert "|  |  |  | k 20 |  |" in page  # the loss was the same in both tries
     found = page.split("## What was found")[1].split("##")[0]
     assert "item_knn 0.1500, sasrec 0.1300; 1 of 2 arms are above item_knn." in found
-    assert page.count("`python -m somewhere --rows x` |") == 2
+    assert page.count("`python -m somewhere --rows x` |") == 1  # one command makes both
     assert "`item_knn`" not in page  # no arm
-    assert "everybody" not in render_study(study, results, {})
+    assert "everybody" not in render(study, results)
 
 
 def test_the_plot_is_a_file_of_its_own() -> None:

@@ -3,6 +3,9 @@
 import mmap
 import os
 
+import pytest
+import torch
+
 from fellray.jobs.measured import STATUS
 from fellray.jobs.weighed import Scale, read_weight
 
@@ -33,3 +36,12 @@ def test_a_scale_sees_what_came_and_went_since_it_was_last_asked() -> None:
     after = scale.weigh()
     assert 60 * 2**20 < during.own_bytes - before.own_bytes < 80 * 2**20
     assert during.own_bytes - after.own_bytes > 50 * 2**20
+
+
+def test_a_gpu_that_the_process_does_not_use_weighs_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To ask CUDA for its memory would take some of it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    weight = Scale().weigh()
+    assert (weight.gpu_bytes, weight.gpu_has) == (0, 0)
