@@ -6,11 +6,15 @@ a round of the finished one; it trains like any other.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from fellray.jobs.train import train
+from fellray.platform.additions import Batch, list_batches, read_batches
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.extension import Added, extend, taken_of
@@ -20,6 +24,7 @@ from fellray.platform.origin import (
     Continuation,
     Origin,
     event_folder,
+    find_first,
     read_continuation,
     read_origin,
     write_record,
@@ -27,6 +32,7 @@ from fellray.platform.origin import (
 from fellray.platform.promotion import read_promotion
 from fellray.platform.run import Run, open_run, read_run
 from fellray.platform.shards import Dataset
+from fellray.platform.storage import Storage
 
 ROUNDS = 1
 """Trained by default."""
@@ -44,6 +50,7 @@ def continue_run(
     The new run lies beside the old one and its data beside the old data. It has the old one's
     config and seeds; its rounds go on with the old one's numbers. An event joins the training
     interactions of its client and is counted in its prior; what is held out stays what it was.
+    Items that came after the training are among the new data's where an event names them.
 
     Args:
         path: the finished run.
@@ -123,12 +130,15 @@ def _prepare(
                 + (f" after the {before} that {old.storage} was trained on" if before else "")
                 + "; the service stores what is sent to POST /v1/events"
             )
+        later = _find_later(data, find_first(old.storage), added)
         write_record(old.storage, plan)
-        counts = extend(data, config.data, added, path)
+        counts = extend(data, config.data, added, path, later)
         tell(
             f"{counts['events']} new events of {counts['clients']} clients are training "
             f"interactions in {path}"
         )
+        if later:
+            tell(f"{len(later.ids)} of their items came after the training: they are in it now")
         if counts["repeats"]:
             tell(
                 f"{counts['repeats']} of them are what is held out of the same user: that test is "
@@ -145,6 +155,26 @@ def _take(data: Dataset, folder: Path) -> dict[str, Added]:
         if events:
             added[client] = Added(taken, events)
     return added
+
+
+def _find_later(data: Dataset, first: Storage, added: Mapping[str, Added]) -> Batch | None:
+    """Items that events name and the data do not have; None: there are none such."""
+    named = [event.item_id for one in added.values() for event in one.events]
+    strange = np.setdiff1d(np.array(named, np.int64), data.item_ids)
+    names = list_batches(first) if len(strange) else []
+    if not names:
+        return None
+    found = read_batches(first, names, data.manifest["encoder"]["sha256"], data.vectors.shape[1])
+    ids, at = np.unique(found.ids, return_index=True)
+    at = at[np.isin(ids, strange)]
+    if not len(at):
+        return None
+    return Batch(
+        found.ids[at],
+        [found.titles[one] for one in at],
+        [found.categories[one] for one in at],
+        found.vectors[torch.from_numpy(at)],
+    )
 
 
 def _config(old: Run, plan: Continuation) -> RunConfig:

@@ -1,8 +1,10 @@
 """Deploy: a trained run behind Ray Serve, on a Ray of its own or as a job on a cluster."""
 
+import json
 import os
-import re
+import shlex
 import signal
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +28,11 @@ from fellray.jobs.front import (
 )
 from fellray.jobs.room import await_room
 from fellray.platform.errors import FellrayError
+from fellray.platform.run import read_run
+from fellray.platform.shards import Dataset
 from fellray.serve import porter
 from fellray.serve.args import Args
+from fellray.serve.served import Watch, refuse_passing
 from fellray.serve.tokens import new_token, read_tokens, token_storage
 
 NAME = "fellray"
@@ -47,12 +52,19 @@ class Door:
         """As Serve's `http_options`.
 
         Raises:
-            FellrayError: one half of TLS is missing.
+            FellrayError: one half of TLS is missing, they are no pair or cannot be read, or the
+                environment asks for a front that speaks no TLS.
         """
         if (self.tls_key is None) != (self.tls_certificate is None):
             raise FellrayError("--tls-key and --tls-certificate: HTTPS needs both")
         options: dict[str, Any] = {"host": self.host, "port": self.port}
         if self.tls_key and self.tls_certificate:
+            _check_pair(self.tls_key, self.tls_certificate)
+            if os.environ.get(SWITCH) == "1" and OURS not in os.environ:
+                raise FellrayError(
+                    f"{SWITCH}=1: Ray's HAProxy speaks no TLS; unset it, or leave out --tls-key "
+                    "and --tls-certificate and put a proxy of your own in front"
+                )
             options["ssl_keyfile"] = str(self.tls_key.absolute())
             options["ssl_certfile"] = str(self.tls_certificate.absolute())
         return options
@@ -61,6 +73,20 @@ class Door:
     def address(self) -> str:
         """Its URL."""
         return f"{'https' if self.tls_key else 'http'}://{self.host}:{self.port}"
+
+
+def _check_pair(key: Path, certificate: Path) -> None:
+    for file in (key, certificate):
+        if not os.access(file, os.R_OK) or file.is_dir():
+            raise FellrayError(f"{file}: cannot be read; --tls-key and --tls-certificate are files")
+    try:
+        # nobody is there to type a password where it is served
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, lambda: "")
+    except (OSError, ValueError) as error:
+        raise FellrayError(
+            f"{certificate}, {key}: are no certificate and its key ({error}); both are PEM, the "
+            "key without a password"
+        ) from None
 
 
 def read_args(run: str, overrides: Sequence[str] = ()) -> Args:
@@ -100,10 +126,9 @@ def serving(args: Args, door: Door) -> Iterator[None]:
     options = door.options()
     address = os.environ.get("RAY_ADDRESS", "local")
     with ExitStack() as opened:
-        fronted = False
         if address == "local":
             refuse_taken(door.host, door.port)
-            fronted = _set_front(door, opened)
+            _set_front(door, opened)
         _start_ray(args, address)
         opened.callback(ray.shutdown)
         await_room(args, nodes_may_come=address != "local")
@@ -118,8 +143,8 @@ def serving(args: Args, door: Door) -> Iterator[None]:
                 serve.run(build(args), name=NAME, route_prefix="/")
             except RuntimeError as error:
                 raise FellrayError(f"the application did not start: {error}") from None
-            if fronted:
-                wait_until_open(door.host, door.port)
+            if address == "local" or _is_head(ray):
+                wait_until_open(door.host, door.port, tls=door.tls_key is not None)
             yield
         finally:
             serve.delete(NAME)
@@ -127,18 +152,23 @@ def serving(args: Args, door: Door) -> Iterator[None]:
                 serve.shutdown()
 
 
-def _set_front(door: Door, opened: ExitStack) -> bool:
+def _set_front(door: Door, opened: ExitStack) -> None:
     """HAProxy before a Ray of our own, where there is one and nobody said otherwise.
 
     It speaks no TLS to anybody, so HTTPS stays with Serve's own proxy.
     """
     said = SWITCH in os.environ and OURS not in os.environ
     binary = None if said or door.tls_key else find_haproxy()
-    if binary is None:
-        return False
-    folder = opened.enter_context(TemporaryDirectory(prefix="fellray-"))
-    os.environ |= describe_front(Path(folder), binary)
-    return True
+    if binary is not None:
+        folder = opened.enter_context(TemporaryDirectory(prefix="fellray-"))
+        os.environ |= describe_front(Path(folder), binary)
+
+
+def _is_head(ray: Any) -> bool:
+    """Whether the port would be this machine's: Serve listens on the head node."""
+    own = ray.get_runtime_context().get_node_id()
+    heads = (node for node in ray.nodes() if "node:__internal_head__" in node["Resources"])
+    return any(node["NodeID"] == own for node in heads)
 
 
 def _start_ray(args: Args, address: str) -> None:
@@ -162,8 +192,10 @@ def deploy(args: Args, door: Door, tell: Callable[[str], None]) -> None:
     """Serve until Ctrl-C. Where nobody has a token yet, the operator's is made and told.
 
     Raises:
-        FellrayError: as `serving`.
+        FellrayError: as `serving`; or there is nothing to be served, and then no token is made.
     """
+    door.options()
+    example = _make_example(args)
     storage = token_storage(args)
     shown = "$TOKEN"
     if not len(read_tokens(storage)):
@@ -174,22 +206,35 @@ def deploy(args: Args, door: Door, tell: Callable[[str], None]) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         tell(f"{args.run} is served at {door.address}, a page too; Ctrl-C ends it. For example:")
         tell(
-            f"  curl {door.address}/v1/recommend -H 'Authorization: Bearer {shown}' "
-            "-H 'Content-Type: application/json' "
-            """-d '{"client": "c0", "history": ["Alien (1979)"]}'"""
+            f'  curl {door.address}/v1/recommend -H "Authorization: Bearer {shown}" '
+            f"-H 'Content-Type: application/json' -d {shlex.quote(example)}"
         )
         threading.Event().wait()
 
 
+def _make_example(args: Args) -> str:
+    """A body that this run answers.
+
+    Raises:
+        FellrayError: there is no such run, its data are not there, or no round of it can be served.
+    """
+    run = read_run(args.run)
+    refuse_passing(args, run)
+    data = Dataset(run.config.data.path)
+    Watch(args, run.config.method.seat(data.clients), data.sha256)
+    body = {"client": data.clients[0], "history": data.titles[:1]}
+    return json.dumps(body, ensure_ascii=False)
+
+
 def main() -> None:
-    """`python jobs/deploy.py RUN [port=8000] [key=value ...]`, also under `ray job submit`.
+    """`python jobs/deploy.py RUN ...`: as `fellray serve`, also under `ray job submit`.
 
     It ends with the job: `ray job stop` takes the application down.
     """
-    run, *overrides = sys.argv[1:]
-    ports = [int(word[5:]) for word in overrides if re.fullmatch(r"port=\d+", word)]
-    others = [word for word in overrides if not re.fullmatch(r"port=\d+", word)]
-    deploy(read_args(run, others), Door(port=(*ports, 8000)[0]), print)
+    from fellray.jobs.cli import main as run_command
+
+    sys.argv.insert(1, "serve")
+    run_command()
 
 
 if __name__ == "__main__":

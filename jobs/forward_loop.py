@@ -12,7 +12,7 @@ import torch
 from fellray.platform.device import choose_device
 from fellray.platform.encoder import load_backbone, load_tokenizer
 from fellray.platform.middle import Middle
-from fellray.platform.origin import event_folder
+from fellray.platform.origin import event_folder, find_first
 from fellray.platform.run import read_run
 from fellray.platform.shards import Dataset
 from fellray.platform.split import plan_cut
@@ -42,11 +42,10 @@ class ForwardLoop:
         items = Items(data, load_tokenizer(config.model.name), config.model)
         made_with = data.manifest["encoder"]["sha256"]
         catalogue = Catalogue(
-            run.storage, items, config.model, made_with, args.threads, args.poll_s
+            find_first(run.storage), items, config.model, made_with, args.threads, args.poll_s
         )
-        lookup = Lookup(
-            config, data, catalogue, event_folder(run.storage, args.events), args.shards
-        )
+        folder = event_folder(run.storage, args.events)
+        lookup = Lookup(config, data, catalogue, folder, args.shards, args.timeout_s)
         served = Watch(args, lookup.seats, data.sha256).served
         backbone = load_backbone(config.model.name)
         own, cut = run.own(), plan_cut(backbone, config.model)

@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import socket
+import ssl
 import time
 from pathlib import Path
 
@@ -115,21 +116,30 @@ def refuse_taken(host: str, port: int) -> None:
             ) from None
 
 
-def wait_until_open(host: str, port: int) -> None:
+def wait_until_open(host: str, port: int, tls: bool = False) -> None:
     """Until `/healthz` is answered: HAProxy hears of replicas a little after Serve.
+
+    Args:
+        tls: whoever's certificate it shows, nothing secret is asked.
 
     Raises:
         FellrayError: not within `OPEN_S`.
     """
-    asked = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    asked = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    trusting = ssl.create_default_context()
+    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
     deadline = time.monotonic() + OPEN_S
     while time.monotonic() < deadline:
-        connection = http.client.HTTPConnection(asked, port, timeout=5)
+        connection = (
+            http.client.HTTPSConnection(asked, port, timeout=5, context=trusting)
+            if tls
+            else http.client.HTTPConnection(asked, port, timeout=5)
+        )
         try:
             connection.request("GET", "/healthz")
             if connection.getresponse().status == 200:
                 return
-        except OSError:
+        except (OSError, http.client.HTTPException):
             pass
         finally:
             connection.close()

@@ -3,6 +3,8 @@
 Heavy imports wait until a command runs, so `--help` is quick.
 """
 
+import difflib
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -130,7 +132,27 @@ def token(
     if operator == (client is not None):
         raise FellrayError("name one client, or give --operator for a token that opens all")
     place = Storage(tokens) if tokens else read_run(run).storage
+    if client is not None:
+        _check_client(run, client)
     print(new_token(place, client))
+
+
+def _check_client(run: str, client: str) -> None:
+    """Raises:
+    FellrayError: it is none of the run's. Where the data are out of reach it is said only.
+    """
+    from fellray.platform.run import read_run
+    from fellray.platform.shards import Dataset
+
+    try:
+        clients = Dataset(read_run(run).config.data.path).clients
+    except FellrayError as error:
+        print(f"fellray: not checked that there is a client {client!r}: {error}", file=sys.stderr)
+        return
+    if client not in clients:
+        near = difflib.get_close_matches(client, clients, cutoff=0.0)
+        named = ", ".join(map(repr, near))
+        raise FellrayError(f"{run}: has no client {client!r}; the nearest names are {named}")
 
 
 def promote(
@@ -142,7 +164,7 @@ def promote(
     from fellray.platform.run import read_run
 
     opened = read_run(run)
-    name_round(opened.storage, round, opened.rounds.committed())
+    name_round(opened.storage, round, opened.rounds.committed)
     tell(f"{run}: round {round} is to be served")
 
 

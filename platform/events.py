@@ -71,6 +71,15 @@ class EventLog:
         met = sorted(self._later.get(user_id, ()), key=lambda event: event[0])
         return [item for _, item in met]
 
+    def count_later(self, user_ids: Sequence[int]) -> list[int]:
+        """How many events of each user `later` has.
+
+        Raises:
+            FellrayError: as `later`.
+        """
+        self.catch_up()
+        return [len(self._later.get(user_id, ())) for user_id in user_ids]
+
     def behind(self) -> int:
         """Bytes that were added since somebody looked."""
         with self._opened(os.O_RDONLY) as file:

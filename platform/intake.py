@@ -5,6 +5,7 @@ It must not know what a file looks like, nor who sends or trains.
 
 import hashlib
 import os
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ def add_events(
     Args:
         requests: clients and events.
         logs: the client's own.
+        wait_s: how long other writers are waited for, of all files together.
 
     Returns:
         An answer for each request.
@@ -65,9 +67,13 @@ def add_events(
     clients = sorted({client for request in requests for client, _ in request})
     fresh: dict[str, dict[str, Event]] = {client: {} for client in clients}
     answers: list[Stored | Conflict] = []
+    deadline = time.monotonic() + wait_s
     with ExitStack() as held:
         # all in one order: writers never wait for each other in a circle
-        files = {client: held.enter_context(logs[client].writing(wait_s)) for client in clients}
+        files = {
+            client: held.enter_context(logs[client].writing(max(0.0, deadline - time.monotonic())))
+            for client in clients
+        }
         for request in requests:
             answer = _judge(request, logs, fresh)
             answers.append(answer)

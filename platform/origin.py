@@ -26,7 +26,7 @@ class Origin:
     round: int
     """Whose state of that run it began with."""
     first: str
-    """The run that began the line: its folder holds the events of all of them."""
+    """The run that began the line: its folder holds the events and later items of all of them."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,16 @@ def write_record(storage: Storage, record: Origin | Continuation) -> None:
     storage.write(name, f"{text}\n".encode())
 
 
+def find_first(storage: Storage) -> Storage:
+    """The folder of the run that began the line of the run in a folder: that run's own, perhaps.
+
+    Raises:
+        FellrayError: `origin.json` is damaged.
+    """
+    origin = read_origin(storage)
+    return storage.beside(origin.first) if origin else storage
+
+
 def event_folder(storage: Storage, given: str | None = None) -> str | None:
     """Where the events of the run in a folder lie; None: on no disk, so that none can be stored.
 
@@ -79,8 +89,7 @@ def event_folder(storage: Storage, given: str | None = None) -> str | None:
     """
     if given is not None:
         return Storage(given).local()
-    origin = read_origin(storage)
-    return (storage.beside(origin.first) if origin else storage).local("events")
+    return find_first(storage).local("events")
 
 
 def _read(storage: Storage, name: str, fields: dict[str, type]) -> dict[str, Any] | None:

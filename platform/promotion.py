@@ -4,7 +4,7 @@ Without it, whoever serves decides. It must not know who serves, nor what a roun
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from fellray.platform.errors import FellrayError
@@ -12,6 +12,9 @@ from fellray.platform.storage import Storage
 from fellray.platform.strict_json import to_json
 
 FILE = "serving.json"
+LOCK = "serving"
+LOCK_S = 10.0
+"""How long one who changes the file waits for another."""
 MOST = 16
 """Promotions that can be taken back; older ones are forgotten, and their rounds may go."""
 
@@ -48,19 +51,30 @@ def read_promotion(storage: Storage) -> Promotion:
     return Promotion(tuple(rounds))
 
 
-def promote(storage: Storage, round: int, committed: Collection[int]) -> Promotion:
+def promote(storage: Storage, round: int, committed: Callable[[], Collection[int]]) -> Promotion:
     """Serve this round from now on, and keep it on storage.
 
+    Args:
+        committed: the rounds that are there now.
+
     Raises:
-        FellrayError: it is not committed.
+        FellrayError: it is not committed, or a training gave it up meanwhile; or somebody else
+            changes the file for too long.
     """
-    if round not in committed:
-        kept = ", ".join(map(str, sorted(committed))) or "none"
-        raise FellrayError(f"{storage}: holds no round {round}; committed rounds: {kept}")
-    held = read_promotion(storage).rounds
-    if held[-1:] != (round,):
-        held = (*held, round)[-MOST:]
-    return _write(storage, held)
+    _refuse_missing(storage, round, committed())
+    with storage.lock(LOCK, LOCK_S) as still_held:
+        before = held = read_promotion(storage).rounds
+        if held[-1:] != (round,):
+            held = (*held, round)[-MOST:]
+        still_held()
+        promotion = _write(storage, held)
+        try:
+            # whoever trains may have looked at the file before this one stood in it
+            _refuse_missing(storage, round, committed())
+        except FellrayError:
+            _write(storage, before)
+            raise
+    return promotion
 
 
 def roll_back(storage: Storage) -> Promotion:
@@ -69,13 +83,21 @@ def roll_back(storage: Storage) -> Promotion:
     Raises:
         FellrayError: nothing is promoted.
     """
-    held = read_promotion(storage).rounds
-    if not held:
-        raise FellrayError(
-            f"{storage}: no round is promoted, so there is nothing to take back; "
-            "`fellray promote` names one"
-        )
-    return _write(storage, held[:-1])
+    with storage.lock(LOCK, LOCK_S) as still_held:
+        held = read_promotion(storage).rounds
+        if not held:
+            raise FellrayError(
+                f"{storage}: no round is promoted, so there is nothing to take back; "
+                "`fellray promote` names one"
+            )
+        still_held()
+        return _write(storage, held[:-1])
+
+
+def _refuse_missing(storage: Storage, round: int, committed: Collection[int]) -> None:
+    if round not in committed:
+        kept = ", ".join(map(str, sorted(committed))) or "none"
+        raise FellrayError(f"{storage}: holds no round {round}; committed rounds: {kept}")
 
 
 def _write(storage: Storage, rounds: tuple[int, ...]) -> Promotion:

@@ -66,8 +66,9 @@ class Dataset:
         self.popularity: np.ndarray = table["popularity"].to_numpy()
         """int64 [I], how often each item occurs in all clients' training splits"""
         named = "source_id" in table.column_names
-        self.source_ids: list[str] | None = table["source_id"].to_pylist() if named else None
-        """What the source calls each item, where it uses text; None where it uses `item_ids`."""
+        self.source_ids: list[str | None] | None = table["source_id"].to_pylist() if named else None
+        """What the source calls each item, where it uses text; None where it uses `item_ids`. The
+        source does not know items that came later: None."""
 
     @cached_property
     def vectors(self) -> torch.Tensor:

@@ -90,11 +90,18 @@ class Slots:
         if not clients:
             return torch.empty(0, dtype=torch.int64)
         stale = self._find_stale(round, clients)
+        new = [c for c in clients if c not in self._slot]
         self._make_room(clients)
-        for few, loaded in self._paging.read(round, stale):
-            self.bank.reset(self.find([*few]), self._plain(loaded))
-            self._state |= few
-            self.loaded += len(few)
+        try:
+            for few, loaded in self._paging.read(round, stale):
+                self.bank.reset(self.find([*few]), self._plain(loaded))
+                self._state |= few
+                self.loaded += len(few)
+        except BaseException:
+            for client in new:
+                if client not in self._state:  # without one it would never leave
+                    del self._slot[client]
+            raise
         return self.find(clients)
 
     def find(self, clients: Sequence[str]) -> Tensor:

@@ -8,9 +8,10 @@ import errno
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from fellray.platform.disk import append_to_file, map_ranges, sync_folder, write_file
-from fellray.platform.errors import FellrayError
+from fellray.platform.errors import FellrayError, HeldError
 from fellray.platform.lock import check_file, hold_object, is_file_held, is_object_held, take_file
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+_PAUSE_S = 0.02
+"""Between two tries for a lock."""
 
 _WRONG_KIND = "a file stands where a folder is needed; move it away or choose another `storage`"
 _FULL = "no space is left; free some or choose another `storage`; what was there before is intact"
@@ -184,8 +187,11 @@ class Storage:
                 self.delete(f"{folder}/{info.base_name}" if folder else info.base_name)
 
     @contextmanager
-    def lock(self, name: str) -> Iterator[Callable[[], None]]:
+    def lock(self, name: str, wait_s: float = 0.0) -> Iterator[Callable[[], None]]:
         """Hold the folder for one process at a time; yields a check that it is still held.
+
+        Args:
+            wait_s: how long others are waited for.
 
         On this machine the lock is the operating system's and ends with the process, however that
         ends. Elsewhere it is an object (`locks/<name>`) renewed every `lock.BEAT` seconds and dead
@@ -196,7 +202,20 @@ class Storage:
             FellrayError: somebody else holds it (who, since when, and what to do); from the check:
                 it was lost.
         """
-        path = f"locks/{name}"
+        deadline = time.monotonic() + wait_s
+        with ExitStack() as held:
+            while True:
+                try:
+                    check = held.enter_context(self._hold(f"locks/{name}"))
+                    break
+                except HeldError:
+                    if time.monotonic() >= deadline:
+                        raise
+                time.sleep(_PAUSE_S)
+            yield check
+
+    @contextmanager
+    def _hold(self, path: str) -> Iterator[Callable[[], None]]:
         filesystem, full = self._locate(path)
         if not isinstance(filesystem, LocalFileSystem):
             with hold_object(self, path) as check:

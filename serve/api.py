@@ -4,13 +4,15 @@ Every answer that is none has one shape, `{"error": {code, message, field}}`. It
 ranking comes about, nor Ray.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Coroutine
 from functools import cache
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Path, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
@@ -20,9 +22,9 @@ from fellray.platform.run import read_run
 from fellray.serve.args import Args
 from fellray.serve.browse import add_browsing
 from fellray.serve.counters import Counters
-from fellray.serve.gate import Gate, headers_of
+from fellray.serve.gate import Gate, charge, headers_of
 from fellray.serve.page import add_page
-from fellray.serve.permission import check, refuse_clients
+from fellray.serve.permission import caller_of, check, refuse_clients
 from fellray.serve.recommender import Recommender
 from fellray.serve.refusal import Refusal, refusals, refusals_of_text
 from fellray.serve.schema import (
@@ -59,7 +61,8 @@ def make_api(
         redirect_slashes=False,
         separate_input_output_schemas=False,
     )
-    counters = Counters()
+    api.router.route_class = _Route
+    counters, bucket = Counters(), Bucket(args.rate, args.burst)
     asked = [Depends(HTTPBearer(auto_error=False, description="A token of one client, or all."))]
     guarded = refusals(401, 403, 404, 413, 415, 422, 429, 503)
 
@@ -75,6 +78,7 @@ def make_api(
         """The same for many users, all from one round; one that cannot be answered refuses all."""
         clients = [query.client for query in queries.queries]
         check(request, recommender.has_client, clients, "queries.{}.client")
+        charge(bucket, caller_of(request), len(clients), counted=1)
         return Answers(answers=await recommender.recommend(queries.queries))
 
     @api.post("/v1/events", dependencies=asked, responses=guarded | refusals(409))
@@ -89,7 +93,9 @@ def make_api(
         """An item of the catalogue."""
         return recommender.find_item(id)
 
-    @api.get("/v1/clients/{id}", dependencies=asked, responses=refusals(401, 403, 404, 413, 429))
+    @api.get(
+        "/v1/clients/{id}", dependencies=asked, responses=refusals(401, 403, 404, 413, 429, 503)
+    )
     async def find_client(id: str, request: Request) -> ClientState:
         """A client of the run."""
         check(request, recommender.has_client, [id], "id")
@@ -130,7 +136,7 @@ def make_api(
     api.add_middleware(
         Gate,
         tokens=tokens,
-        bucket=Bucket(args.rate, args.burst),
+        bucket=bucket,
         counters=counters,
         body_bytes=args.body_kib * 1024,
     )
@@ -159,6 +165,35 @@ def _describe(make: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]
     return describe
 
 
+class _Strict(Request):
+    """A request whose JSON says nothing twice: of two values of one key the first would be lost."""
+
+    async def json(self) -> Any:
+        """The body."""
+        return json.loads(await self.body(), object_pairs_hook=_make_object)
+
+
+class _Route(APIRoute):
+    """A route that reads JSON strictly."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """As FastAPI asks for it."""
+        answer = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            return await answer(_Strict(request.scope, request.receive))
+
+        return handle
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise json.JSONDecodeError(_TWICE, "", 0)  # what FastAPI takes for a body that is wrong
+    return made
+
+
+_TWICE = "an object of the body has a key twice"
 _BRANCHES = ("ByUser", "ByHistory", "int", "str", "constrained-int", "constrained-str")
 _PROMETHEUS = "text/plain; version=0.0.4"
 
@@ -179,6 +214,8 @@ def _explain(api: FastAPI) -> None:
             return respond(refusal)
         first = error.errors()[0]
         if first["type"] == "json_invalid":
+            if first["ctx"]["error"] == _TWICE:
+                return respond(Refusal(422, "invalid", _TWICE))
             return respond(Refusal(422, "no_json", "the body is not JSON"))
         # pydantic names the branches of a union as well
         parts = map(str, first["loc"][1:])

@@ -23,7 +23,7 @@ from fellray.serve.api import make_api
 from fellray.serve.args import Args
 from fellray.serve.recommender import Recommender
 from fellray.serve.schema import Answer, Queries
-from fellray.serve.served import Watch, verify
+from fellray.serve.served import Watch, refuse_passing, verify
 from fellray.serve.tokens import TokenFile, read_tokens, token_storage
 from fellray.serve.trunk import Trunk
 
@@ -90,6 +90,7 @@ def build(args: Args) -> serve.Application:
             there, or nobody has a token.
     """
     run = read_run(args.run)
+    refuse_passing(args, run)
     data = Dataset(run.config.data.path)
     learners = tuple(sorted(run.config.method.seat(data.clients)))
     verify(run, Watch(args, learners, data.sha256).served.round, learners)

@@ -51,9 +51,11 @@ class Args(BaseModel):
     body_kib: int = Field(default=256, ge=1)
     """Largest request body."""
     rate: float = Field(default=200, gt=0)
-    """Requests a second that one token may make of a replica."""
+    """Queries a second that one client, or one operator's token, may ask of a replica; those of a
+    batch count each, and so does any other request."""
     burst: int = Field(default=400, ge=1)
-    """Requests that a token may make at once before `rate` counts."""
+    """Queries that may be asked at once before `rate` counts; a larger batch waits for a full
+    bucket."""
     timeout_s: float = Field(default=30, gt=0)
     """After so long a request is given up."""
     poll_s: float = Field(default=0.5, gt=0)

@@ -25,7 +25,7 @@ _MARK = "+"
 EVERYBODY = _MARK
 """The blend of all who trained up to a round, or the start where nobody did."""
 CLIENT, TRUNK = "client.values", "trunk.values"
-_AT_ONCE = 64
+AT_ONCE = 64
 """Learners whose pages are read together."""
 
 
@@ -94,8 +94,8 @@ class Blends(Rounds):
         if any(member not in self._learners for member in members):
             raise FellrayError(f"{name!r}: is no mean of clients of this run")
         sums: dict[str, torch.Tensor] = {}
-        for at in range(0, len(members), _AT_ONCE):
-            few = members[at : at + _AT_ONCE]
+        for at in range(0, len(members), AT_ONCE):
+            few = members[at : at + AT_ONCE]
             loaded = super().load(round, few, names)
             if self._middle and self._own.cuts and CLIENT in names:
                 held_SP = super().load(round, few, [TRUNK])[TRUNK]

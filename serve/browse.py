@@ -38,7 +38,7 @@ from fellray.serve.listings import (
 from fellray.serve.permission import caller_of, check, refuse_clients
 from fellray.serve.quality import read_quality
 from fellray.serve.recommender import Recommender
-from fellray.serve.refusal import Refusal, refusals
+from fellray.serve.refusal import Refusal, refusals, refuse_client
 from fellray.serve.schema import Whole, Written
 
 RANKING = "/v1/recommend"
@@ -59,7 +59,7 @@ def add_browsing(
     """Add the routes. Args: asked: what the document says of tokens."""
     listed: dict[str, Any] = {
         "dependencies": asked,
-        "responses": refusals(401, 403, 404, 413, 422, 429),
+        "responses": refusals(401, 403, 404, 413, 422, 429, 503),
     }
 
     @api.get("/v1/clients", **listed)
@@ -90,11 +90,15 @@ def add_browsing(
         if wanted.after is not None:
             kept = kept[own.users[kept] > wanted.after]
         few = kept[: wanted.limit]
-        pairs = zip(own.users[few].tolist(), own.sizes[few].tolist(), strict=True)
+        ids, sizes = own.users[few].tolist(), own.sizes[few].tolist()
+        later = await recommender.events.count_later(id, ids)
         return Users(
             client=id,
             total=total,
-            users=[ListedUser(user_id=user, interactions=size) for user, size in pairs],
+            users=[
+                ListedUser(user_id=user, interactions=size + more)
+                for user, size, more in zip(ids, sizes, later, strict=True)
+            ],
         )
 
     @api.get("/v1/clients/{id}/users/{user_id}", **listed)
@@ -174,5 +178,5 @@ def add_browsing(
 async def _read(recommender: Recommender, client: str, request: Request) -> Histories:
     check(request, recommender.has_client, [client], "id")
     if not recommender.has_client(client):
-        raise Refusal(404, "unknown_client", "the run has no such client", "id")
+        raise refuse_client("id")
     return await recommender.read_client(client)

@@ -1,35 +1,33 @@
 """The catalogue that grows: a run's items, and those that came after its training.
 
 An operator adds items; each is embedded from its title once, by the encoder that made the others'
-vectors, and written to the run's folder. Every replica reads what is new there, so it is
+vectors, and written to the folder of the run that began the line, so that they stay when a run is
+continued. Every replica reads what is new there, so it is
 recommendable everywhere `poll_s` later. Indices are never given anew and nothing is taken back.
 It must not know HTTP, clients or rounds.
 """
 
 import logging
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 
 import numpy as np
 import torch
 
+from fellray.platform.additions import (
+    LOCK,
+    Batch,
+    list_batches,
+    read_batches,
+    write_batch,
+)
 from fellray.platform.encoder import load_backbone
 from fellray.platform.errors import FellrayError
 from fellray.platform.item_vectors import embed
 from fellray.platform.model_config import ModelConfig
 from fellray.platform.split import Parts, cut_model
 from fellray.platform.storage import Storage
-from fellray.serve.additions import (
-    LOCK,
-    Batch,
-    join_batches,
-    list_batches,
-    read_batch,
-    write_batch,
-)
 from fellray.serve.items import Items
 from fellray.serve.listings import NewItem
 from fellray.serve.refusal import Refusal
@@ -38,7 +36,6 @@ MOST_LATER = 10_000
 """Items that may come after the training."""
 LOCK_S = 5.0
 """Seconds that one replica waits for another that is adding."""
-_PAUSE_S = 0.02
 _log = logging.getLogger("fellray.serve")
 
 
@@ -54,7 +51,7 @@ class Catalogue:
         threads: int,
         poll_s: float,
     ):
-        """Args: storage: the run's folder. encoder: sha256 of what made the items' vectors.
+        """Args: storage: its `items/` has them. encoder: sha256 of what made the items' vectors.
 
         Raises:
             FellrayError: what was added before cannot be read.
@@ -114,16 +111,15 @@ class Catalogue:
             dim = self.items.vectors_Td.shape[1]
             names = [name for name in list_batches(self._storage) if name not in self._read]
             if names:
-                found = [read_batch(self._storage, name, self._encoder, dim) for name in names]
-                self.items = self.items.extend(join_batches(found))
+                found = read_batches(self._storage, names, self._encoder, dim)
+                self.items = self.items.extend(found)
                 self._read.update(names)
 
     def _add(self, new: Sequence[NewItem]) -> int:
         self._take()
         self._sift(new)  # refuse before the encoder is asked
         vectors = self._embed([one.title for one in new])
-        with ExitStack() as held:
-            still_held = self._wait_for_lock(held)
+        with self._storage.lock(LOCK, LOCK_S) as still_held:
             self._take()
             fresh = self._sift(new)
             if fresh:
@@ -135,16 +131,6 @@ class Catalogue:
                 write_batch(self._storage, batch, self._encoder)
         self._take()
         return len(fresh)
-
-    def _wait_for_lock(self, held: ExitStack) -> Callable[[], None]:
-        deadline = time.monotonic() + LOCK_S
-        while True:
-            try:
-                return held.enter_context(self._storage.lock(LOCK))
-            except FellrayError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(_PAUSE_S)
 
     def _sift(self, new: Sequence[NewItem]) -> list[int]:
         """Places of those that are not there yet."""

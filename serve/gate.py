@@ -6,6 +6,7 @@ status and time, never a body, a token or a query. It must not know what is reco
 
 import json
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
@@ -104,8 +105,7 @@ class Gate:
         caller = self._tokens().find(token.strip()) if kind.lower() == "bearer" else None
         if caller is None or len(given) > 1:
             raise Refusal(401, "wrong_token", "this token does not open anything")
-        if (wait_s := self._bucket.take(caller)) > 0:
-            raise Refusal(429, "too_many_requests", f"ask again in {wait_s:.2f} s")
+        charge(self._bucket, caller)
         return caller
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
@@ -131,6 +131,17 @@ class Gate:
         return Refusal(413, "body_too_large", f"a body has at most {self._body_bytes} bytes")
 
 
+def charge(bucket: Bucket, caller: Caller, queries: int = 1, counted: int = 0) -> None:
+    """Count a request's queries. Args: counted: as in `Bucket.take`.
+
+    Raises:
+        Refusal: they are more than the caller may ask now.
+    """
+    if (wait_s := bucket.take(caller, queries, counted)) > 0:
+        why = f"ask again in {wait_s:.2f} s"
+        raise Refusal(429, "too_many_requests", why, wait_s=wait_s)
+
+
 async def answer(refusal: Refusal, send: Send) -> None:
     """Send a refusal as the whole response."""
     body = json.dumps(refusal.body()).encode()
@@ -142,13 +153,14 @@ async def answer(refusal: Refusal, send: Send) -> None:
 
 def headers_of(refusal: Refusal) -> Mapping[str, str]:
     """What a status asks for beside the body."""
+    later = {"Retry-After": str(max(1, math.ceil(refusal.wait_s)))}
     own = {
         401: {"WWW-Authenticate": "Bearer"},
         408: {"Connection": "close"},  # the rest of a body would be read as another request
         413: {"Connection": "close"},
         415: {"Accept": "application/json"},
-        429: {"Retry-After": "1"},
-        503: {"Retry-After": "1"},
+        429: later,
+        503: later,
     }
     return own.get(refusal.status, {})
 

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fellray.platform.additions import Batch
 from fellray.platform.encoder import Tokens, tokenize
 from fellray.platform.model_config import ModelConfig
 from fellray.platform.reader import assemble
 from fellray.platform.shards import Dataset
-from fellray.serve.additions import Batch
 from fellray.serve.refusal import Refusal
 from fellray.serve.schema import Item
 
@@ -109,20 +109,24 @@ class Items:
         Raises:
             Refusal: one is not there.
         """
-        wanted = np.asarray(item_ids, np.int64)
-        place_of = np.searchsorted(self.ids, wanted, sorter=self._order)
-        at: np.ndarray = self._order[place_of.clip(max=len(self.ids) - 1)]
-        if (unknown := np.flatnonzero(self.ids[at] != wanted)).size:
+        at = self.locate(item_ids)
+        if (unknown := np.flatnonzero(at < 0)).size:
             first = int(unknown[0])
             place = f"{field}.{places[first] if places else first}"
-            raise Refusal(404, "unknown_item", f"no item has the id {wanted[first]}", place)
+            raise Refusal(404, "unknown_item", f"no item has the id {item_ids[first]}", place)
         return at
+
+    def locate(self, item_ids: Sequence[int]) -> np.ndarray:
+        """Indices of items by their ids, int64; -1: there is none with this id."""
+        wanted = np.asarray(item_ids, np.int64)
+        place = np.searchsorted(self.ids, wanted, sorter=self._order).clip(max=len(self.ids) - 1)
+        at = self._order[place]
+        return np.where(self.ids[at] == wanted, at, -1)
 
     def index(self, item_id: int) -> int | None:
         """The index of an item; None: there is none with this id."""
-        place = np.searchsorted(self.ids, item_id, sorter=self._order).clip(max=len(self.ids) - 1)
-        at = int(self._order[place])
-        return at if self.ids[at] == item_id else None
+        at = int(self.locate([item_id])[0])
+        return at if at >= 0 else None
 
     def describe(self, at: int) -> Item:
         """What is known of the item at this index."""

@@ -6,7 +6,6 @@ run was trained with.
 """
 
 import asyncio
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +21,7 @@ from fellray.serve.items import Items, Reading
 from fellray.serve.ladder import Known, Layer, choose_layer
 from fellray.serve.neighbours import Neighbours
 from fellray.serve.ranking import Choice
+from fellray.serve.recent import Recent
 from fellray.serve.refusal import Refusal
 from fellray.serve.schema import ByHistory, ByUser
 from fellray.serve.selection import choose
@@ -53,21 +53,21 @@ class Lookup:
         catalogue: Catalogue,
         folder: str | None,
         kept: int,
+        timeout_s: float,
     ):
-        """Args: folder: of events, see `Events`. kept: clients whose histories are held."""
+        """Args: folder: of events, as `timeout_s` see `Events`. kept: clients whose histories are
+        held."""
         self.seats = config.method.seat(data.clients)
         """Learner -> the clients whose shards it reads."""
         self.learner = {c: learner for learner, own in self.seats.items() for c in own}
         """Client -> its learner."""
         self._data = data
         self._catalogue = catalogue
-        self._kept = kept
         anybodys = data.popularity / len(data.clients)
         self._anybodys_T = torch.from_numpy(anybodys).float().log1p()
-        self._histories: OrderedDict[str, Histories] = OrderedDict()
-        """Longest unused first."""
+        self._histories: Recent[Histories] = Recent(kept)
         self._neighbours = Neighbours(data, self.seats)
-        self.events = Events(folder, data, self.read, kept)
+        self.events = Events(folder, data, catalogue, self.read, kept, timeout_s)
         """What users met since the data were prepared."""
 
     def num_users(self, client: str) -> int:
@@ -91,11 +91,12 @@ class Lookup:
         """
         learner = self.learner.get(query.client)
         own = await self.read(query.client) if learner else None
-        items = self._catalogue.items
+        later = NOTHING
+        if own and isinstance(query, ByUser) and query.as_of == "now":
+            later = await self.events.later(query.client, query.user_id)
+        items = self._catalogue.items  # not before: what was met may have come meanwhile
         width = len(items)
         if isinstance(query, ByUser):
-            now = own is not None and query.as_of == "now"
-            later = await self.events.later(query.client, query.user_id) if now else NOTHING
             found = own.find(query.user_id, query.as_of, later) if own else None
             if found is None:
                 raise Refusal(404, "unknown_user", "the client has no such user", "user_id")
@@ -127,10 +128,7 @@ class Lookup:
         Raises:
             FellrayError: the shard is missing or damaged.
         """
-        if client not in self._histories:
-            shard = await asyncio.to_thread(self._data.shard, client)
-            self._histories[client] = Histories(shard, self._catalogue.items.trained)
-            if len(self._histories) > self._kept:
-                self._histories.popitem(last=False)
-        self._histories.move_to_end(client)
-        return self._histories[client]
+        if held := self._histories.find(client):
+            return held
+        shard = await asyncio.to_thread(self._data.shard, client)
+        return self._histories.keep(client, Histories(shard, self._catalogue.items.trained))

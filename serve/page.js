@@ -245,7 +245,7 @@ function leave(why = "") {
   rates.length = 0;
   replicas.clear();
   for (const id of ["ranking", "ladder", "past-items", "quality-chart", "live-chart", "run",
-    "live-figures", "history"]) find(id).replaceChildren();
+    "live-figures", "live-problem", "history"]) find(id).replaceChildren();
   for (const id of ["client", "user", "title"]) find(id).value = "";
   for (const id of ["inside", "leave", "run", "past", "ladder", "quality-table"]) {
     find(id).hidden = true;
@@ -427,9 +427,10 @@ async function lookAgain() {
   if (token === null || document.hidden) return;
   try {
     await look();
+    find("live-problem").textContent = "";
   } catch (error) {
     if (error.status === 401) leave(explain(error));
-    else tell(explain(error)); // the next look may succeed
+    else find("live-problem").textContent = explain(error); // the next look may succeed
   }
 }
 

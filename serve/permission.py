@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from fastapi import Request
 
 from fellray.serve.gate import CALLER
-from fellray.serve.refusal import Refusal
+from fellray.serve.refusal import Refusal, refuse_client
 from fellray.serve.tokens import Caller
 
 
@@ -33,7 +33,7 @@ def check(
         if not caller.may_ask_for(client):
             raise Refusal(403, "not_allowed", "the token is another client's", field.format(place))
         if caller.client is not None and not is_client(client):
-            raise Refusal(404, "unknown_client", "the run has no such client", field.format(place))
+            raise refuse_client(field.format(place))
 
 
 def refuse_clients(request: Request, why: str) -> None:

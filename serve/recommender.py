@@ -18,7 +18,7 @@ from fellray.platform.encoder import load_backbone, load_tokenizer
 from fellray.platform.errors import FellrayError
 from fellray.platform.messages import StaleLease
 from fellray.platform.middle import Middle
-from fellray.platform.origin import event_folder
+from fellray.platform.origin import event_folder, find_first
 from fellray.platform.run import read_run
 from fellray.platform.shards import Dataset
 from fellray.platform.split import plan_cut
@@ -33,7 +33,7 @@ from fellray.serve.items import Items
 from fellray.serve.ladder import Known, Layer, choose_layer
 from fellray.serve.lookup import Asked, Lookup
 from fellray.serve.ranking import Ranking, rank
-from fellray.serve.refusal import Refusal
+from fellray.serve.refusal import Refusal, refuse_client
 from fellray.serve.schema import (
     Answer,
     ByHistory,
@@ -87,10 +87,10 @@ class Recommender:
             )
         items = Items(data, load_tokenizer(config.model.name), config.model)
         self.catalogue = Catalogue(
-            run.storage, items, config.model, made_with, args.threads, args.poll_s
+            find_first(run.storage), items, config.model, made_with, args.threads, args.poll_s
         )
         folder = event_folder(run.storage, args.events)
-        self._lookup = Lookup(config, data, self.catalogue, folder, args.shards)
+        self._lookup = Lookup(config, data, self.catalogue, folder, args.shards, args.timeout_s)
         self._watch = Watch(args, self._lookup.seats, data.sha256)
 
         def make() -> Ends:
@@ -163,7 +163,8 @@ class Recommender:
                 _log.warning("round %d: %s", served.round, error)
                 if tries < TRIES:
                     await asyncio.to_thread(self._watch.look)
-        raise Refusal(503, "unavailable", f"round {served.round} cannot be read")
+        why = f"no answer from round {served.round}: the log has why"
+        raise Refusal(503, "unavailable", why)
 
     def find_item(self, item_id: int) -> Item:
         """Raises:
@@ -181,7 +182,7 @@ class Recommender:
         """
         served, learner = self.served, self._lookup.learner.get(client)
         if learner is None:
-            raise Refusal(404, "unknown_client", "the run has no such client", "id")
+            raise refuse_client("id")
         own = await self.read_client(client)
         known = Known(learner, served.trained, True)
         layer = choose_layer(known, ())
@@ -247,8 +248,14 @@ class Recommender:
         for place, query in enumerate(queries):
             try:
                 asked.append(await self._lookup.look_up(query, served))
-            except Refusal as refusal:
-                raise refusal if len(queries) == 1 else refusal.below(f"queries.{place}") from None
+            except FellrayError as error:
+                _log.error("client %s: %s", query.client, error)
+                refusal = Refusal(503, "unavailable", "data cannot be read: the log has why")
+            except Refusal as one:
+                refusal = one
+            else:
+                continue
+            raise refusal if len(queries) == 1 else refusal.below(f"queries.{place}") from None
         rankings = await asyncio.gather(*(self._rank(one, served.round) for one in asked))
         return [
             self._tell(query, one.layer, served.round, ranking)

@@ -32,10 +32,22 @@ def refusals_of_text(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": _WORDS[status], "content": kind} for status in statuses}
 
 
+def refuse_client(field: str) -> "Refusal":
+    """That the client which is named in this place is none of the run's."""
+    return Refusal(404, "unknown_client", "the run has no such client", field)
+
+
 class Refusal(Exception):
     """An answer of status 4xx, or 503 where the fault is ours and passes."""
 
-    def __init__(self, status: int, code: str, message: str, field: str | None = None):
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        field: str | None = None,
+        wait_s: float = 1.0,
+    ):
         super().__init__(message)
         self.status = status
         self.code = code
@@ -44,14 +56,16 @@ class Refusal(Exception):
         """For people. It repeats nothing of a request's body."""
         self.field = field
         """Where in the request, dotted."""
+        self.wait_s = wait_s
+        """After so long it may be asked again, where that may help."""
 
     def __reduce__(self) -> tuple[type["Refusal"], tuple[Any, ...]]:
-        return Refusal, (self.status, self.code, self.message, self.field)
+        return Refusal, (self.status, self.code, self.message, self.field, self.wait_s)
 
     def below(self, place: str) -> "Refusal":
         """The same, of one request among several."""
         field = f"{place}.{self.field}" if self.field else place
-        return Refusal(self.status, self.code, self.message, field)
+        return Refusal(self.status, self.code, self.message, field, self.wait_s)
 
     def body(self) -> dict[str, Any]:
         """What goes out."""

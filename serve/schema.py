@@ -1,7 +1,8 @@
 """What is asked over HTTP or through a handle, and what is answered: closed types.
 
 Ids are whole numbers (in JSON, 3.0 is 3) and texts are texts: nothing else is converted, no key is
-ignored. It must not know how an answer comes about.
+ignored; one that stands twice is refused before it gets here. It must not know how an answer comes
+about.
 """
 
 import re

@@ -13,10 +13,8 @@ from fellray.platform import promotion
 from fellray.platform.errors import FellrayError
 from fellray.platform.run import Run, read_run
 from fellray.serve.args import Args
-from fellray.serve.blends import Blends
+from fellray.serve.blends import AT_ONCE, Blends
 
-_AT_ONCE = 64
-"""Learners whose pages are read together."""
 _log = logging.getLogger("fellray.serve")
 
 
@@ -127,14 +125,28 @@ def _validation(run: Run, round: int) -> Mapping[str, float]:
     return dict(rows[-1].get("validation_per_client") or {}) if rows else {}
 
 
+def refuse_passing(args: Args, run: Run) -> None:
+    """Raises:
+    FellrayError: `round` names a round that a training under way may give up.
+    """
+    round, storage = args.round, run.storage
+    if not isinstance(round, int) or round in (0, *promotion.read_promotion(storage).rounds):
+        return
+    if storage.is_locked("train"):
+        raise FellrayError(
+            f"round={round}: {storage} is being trained, which may delete that round while it is "
+            f"served; `fellray promote {args.run} {round}` keeps and serves it, without round="
+        )
+
+
 def verify(run: Run, round: int, learners: Sequence[str]) -> None:
     """Read what every learner needs of a round, once.
 
     Raises:
         FellrayError: a page is missing or damaged.
     """
-    for at in range(0, len(learners), _AT_ONCE):
-        few = learners[at : at + _AT_ONCE]
+    for at in range(0, len(learners), AT_ONCE):
+        few = learners[at : at + AT_ONCE]
         run.rounds.load(round, few, ["client.values", "trunk.values"])
     if run.config.server.shared_adapter:
         run.rounds.load_shared(round, "shared.values")

@@ -20,6 +20,9 @@ from fellray.platform.strict_json import to_json
 from fellray.serve.args import Args
 
 FILE = "tokens.json"
+LOCK = "tokens"
+LOCK_S = 10.0
+"""How long one who adds a token waits for another."""
 _PREFIX = "fellray_"
 _VERSION = 1
 _log = logging.getLogger("fellray.serve")
@@ -75,19 +78,22 @@ def new_token(storage: Storage, client: str | None) -> str:
         The token itself, which is kept nowhere.
 
     Raises:
-        FellrayError: the file is damaged or cannot be written.
+        FellrayError: the file is damaged or cannot be written, or somebody else adds to it for too
+            long.
     """
     token = _PREFIX + secrets.token_urlsafe(32)
     since = datetime.now(UTC).isoformat(timespec="seconds")
-    entries = [*_read(storage), (Caller(client, _digest(token)), since)]
-    tree = {
-        "version": _VERSION,
-        "tokens": [
-            {"sha256": caller.digest, "client": caller.client, "since": since}
-            for caller, since in entries
-        ],
-    }
-    storage.write(FILE, f"{to_json(tree, f'{storage}/{FILE}', indent=2)}\n".encode())
+    with storage.lock(LOCK, LOCK_S) as still_held:
+        entries = [*_read(storage), (Caller(client, _digest(token)), since)]
+        tree = {
+            "version": _VERSION,
+            "tokens": [
+                {"sha256": caller.digest, "client": caller.client, "since": since}
+                for caller, since in entries
+            ],
+        }
+        still_held()
+        storage.write(FILE, f"{to_json(tree, f'{storage}/{FILE}', indent=2)}\n".encode())
     return token
 
 
@@ -124,22 +130,33 @@ class TokenFile:
 
 
 class Bucket:
-    """A token bucket for each caller: so many requests at once, then so many a second."""
+    """A token bucket for each client, and for each token of an operator: so many queries at once,
+    then so many a second."""
 
     def __init__(self, rate: float, burst: int):
         self._rate = rate
         self._burst = float(burst)
         self._held: dict[str, tuple[float, float]] = {}
-        """Caller -> what was left, and when."""
+        """Whose -> what was left, and when."""
 
-    def take(self, caller: Caller, now: float | None = None) -> float:
-        """Seconds until the next request would pass; 0: this one does, and is counted."""
+    def take(
+        self, caller: Caller, queries: int = 1, counted: int = 0, now: float | None = None
+    ) -> float:
+        """Seconds until such a request would pass; 0: this one does, and its queries are counted.
+
+        What is more than fits into the bucket passes when it is full, and is paid for later.
+
+        Args:
+            counted: those of the request that were counted before; given back if it does not pass.
+        """
         now = time.monotonic() if now is None else now
-        left, at = self._held.get(caller.digest, (self._burst, now))
-        left = min(self._burst, left + (now - at) * self._rate)
-        passes = left >= 1
-        self._held[caller.digest] = (left - passes, now)
-        return 0.0 if passes else (1 - left) / self._rate
+        whose = caller.digest if caller.client is None else f"client {caller.client}"
+        left, at = self._held.get(whose, (self._burst, now))
+        left = min(self._burst, left + (now - at) * self._rate + counted)
+        needed = min(queries, self._burst)
+        passes = left >= needed
+        self._held[whose] = (left - queries if passes else left, now)
+        return 0.0 if passes else (needed - left) / self._rate
 
 
 def _read(storage: Storage) -> list[tuple[Caller, str]]:

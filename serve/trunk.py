@@ -54,10 +54,6 @@ class Trunk:
         """True: whoever hears it has found a trunk that is made."""
         return True
 
-    async def batch_sizes(self) -> list[int]:
-        """Messages in each batch so far."""
-        return list(self._batcher.sizes)
-
     def close(self) -> None:
         """Finish what is queued and end the thread."""
         self._batcher.close()

@@ -116,7 +116,7 @@ def test_rounds_change_and_no_request_fails(service: Service, tiny_data: Path) -
 
     of_round = {}
     for round in (0, LAST):
-        promote(storage, round, [0, 1, 2])
+        promote(storage, round, lambda: [0, 1, 2])
         wait_until(
             lambda: [served() for _ in range(8)] == [round] * 8,  # noqa: B023
             10,
@@ -130,7 +130,7 @@ def test_rounds_change_and_no_request_fails(service: Service, tiny_data: Path) -
     with Loop(service.port, service.operator, queries).running() as loop:
         for _ in range(4):
             for round, change in (
-                (0, lambda: promote(storage, 0, [0, 1, 2])),
+                (0, lambda: promote(storage, 0, lambda: [0, 1, 2])),
                 (LAST, lambda: roll_back(storage)),
             ):
                 time.sleep(2.5)

@@ -233,7 +233,7 @@ def test_a_round_is_taken_over_while_it_answers(service: Service) -> None:
         return found["round"], found["items"]
 
     assert answer()[0] == LAST
-    promote(storage, 0, [0, 1, 2])
+    promote(storage, 0, lambda: [0, 1, 2])
     wait_until(lambda: answer()[0] == 0, 5, "round 0 is served")
     start = answer()
     roll_back(storage)
@@ -553,6 +553,20 @@ def test_what_the_service_says_is_told(shown: Shown, status: int, words: str) ->
     page.run("document.getElementById('ask-form').requestSubmit()")
     page.wait(f"{text('problem')} !== ''")
     assert words in shown.read("problem")
+
+
+def test_a_service_that_is_back_is_not_said_to_be_lost(shown: Shown) -> None:
+    """What the page asks by itself has a line of its own, and leaves the form's alone."""
+    page = shown.page
+    shown.enter("c0")
+    page.run("user.value = 'x'")
+    page.run("document.getElementById('ask-form').requestSubmit()")
+    page.wait(f"{text('problem')}.includes('whole numbers')")
+    page.run("window.whole = window.fetch; window.fetch = async () => { throw TypeError() }")
+    page.wait(f"{text('live-problem')}.includes('reach')")
+    page.run("window.fetch = window.whole")
+    page.wait(f"{text('live-problem')} === ''")
+    assert "whole numbers" in shown.read("problem")
 
 
 @pytest.mark.parametrize(("width", "dark"), [(320, False), (700, True), (1400, True)])

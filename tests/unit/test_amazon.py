@@ -10,12 +10,12 @@ import pytest
 
 from fellray.jobs.prepare import prepare
 from fellray.platform import interactions as data
+from fellray.platform.additions import Batch
 from fellray.platform.config import parse
 from fellray.platform.data_config import DataConfig
 from fellray.platform.encoder import load_tokenizer
 from fellray.platform.errors import FellrayError
 from fellray.platform.shards import Dataset
-from fellray.serve.additions import Batch
 from fellray.serve.items import Items
 
 HALO, PAD, LOST, BARE, SCRIPT = ("B00005NZ1G", "0700026657", "B000000001", "B000000002", "B3")

@@ -15,6 +15,7 @@ from fellray.actors.plant import Plant
 from fellray.jobs import opening
 from fellray.jobs import train as training
 from fellray.jobs.continuation import continue_run
+from fellray.platform.additions import Batch, list_batches, write_batch
 from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.events import Event, EventLog
@@ -29,6 +30,7 @@ from fellray.platform.storage import Storage
 from fellray.platform.summary import HASHED
 from fellray.serve.args import Args
 from fellray.serve.blends import Blends
+from fellray.serve.listings import NewItem
 from fellray.serve.schema import ByUser, NewEvent, Receipt
 from fellray.serve.whole import open_whole
 
@@ -270,7 +272,7 @@ def test_it_begins_with_the_round_that_is_promoted(place: Path) -> None:
     send(place, "c1", 3)
     old = read_run(str(place / "runs" / "tiny"))
     assert old.best_round() > 0
-    promote(old.storage, 0, old.rounds.committed())
+    promote(old.storage, 0, old.rounds.committed)
     continue_run(str(place / "runs" / "tiny"))
     new = read_run(str(place / "runs" / "tiny-1"))
     rows = new.journal.rows("metrics")
@@ -300,7 +302,7 @@ def test_the_state_is_handed_over_bit_for_bit(
     send(place, "c0", 3)
     old = read_run(str(place / "runs" / "tiny"))
     last = config.train.rounds
-    promote(old.storage, last, [last])
+    promote(old.storage, last, lambda: [last])
     continue_run(str(place / "runs" / "tiny"))
     new = read_run(str(place / "runs" / "tiny-1"))
     names = list(HASHED)
@@ -341,3 +343,39 @@ def test_the_new_run_serves_what_came_before_and_after(place: Path) -> None:
         assert asyncio.run(whole.events.add([again])) == Receipt(stored=0, known=1)
         whole.close()
     assert histories[0] == histories[1]
+
+
+def test_an_item_that_came_later_is_trained_on_once_somebody_met_it(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the one that nobody met stays where it was: the line's service knows both."""
+    first = Storage(place / "runs" / "tiny")
+    data = Dataset(place / "data" / "prepared")
+    encoder = data.manifest["encoder"]["sha256"]
+    batch = Batch(np.array([9001, -7]), ["word01", "word02"], [("late",), ()], data.vectors[:2])
+    write_batch(first, batch, encoder)
+    sent = send(place, "c0", 3)
+    user = sent[0].user_id
+    log = EventLog(str(place / "runs" / "tiny" / "events" / "c0.jsonl"))
+    add_events([[("c0", Event("new", user, -7, 10**9))]], {"c0": log})
+    continue_run(str(place / "runs" / "tiny"))
+    told = capsys.readouterr().out
+    assert "4 new events of 1 clients" in told
+    assert "1 of their items came after the training" in told
+    new = Dataset(place / "data" / "tiny-1")
+    assert new.item_ids.tolist() == [-7, *data.item_ids.tolist()]
+    assert new.vectors[0].equal(data.vectors[1])
+    assert added(new, "c0") == sorted([*pairs(sent), (user, -7)])
+    whole = open_whole(Args(run=str(place / "runs" / "tiny-1"), round="latest"))
+    assert [whole.items.index(item) for item in (-7, 9001)] == [0, len(new.item_ids)]
+    late = NewEvent(client="c0", event_id="late", user_id=user, item_id=9001, timestamp=1)
+    assert asyncio.run(whole.events.add([late])) == Receipt(stored=1, known=0)
+    assert asyncio.run(whole.events.later("c0", user)).tolist() == [len(new.item_ids)]
+    more = [NewItem(item_id=9002, title="word03"), NewItem(item_id=-7, title="word02")]
+    assert whole.catalogue.add(more).result() == 1
+    whole.close()
+    assert list_batches(first) == ["000001.safetensors", "000002.safetensors"]
+    continue_run(str(place / "runs" / "tiny-1"))
+    third = Dataset(place / "data" / "tiny-2")
+    assert third.item_ids.tolist() == [-7, *data.item_ids.tolist(), 9001]
+    assert taken_of(third)["c0"].count == 5

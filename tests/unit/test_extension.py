@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_reader import TOKENS, config, read
 from test_shards import contents, write, write_described
 
+from fellray.platform.additions import Batch
 from fellray.platform.data_config import DataConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.events import Event
@@ -82,6 +84,33 @@ def test_again_and_again(data: Dataset, tmp_path: Path) -> None:
     shard = second.shard("c0")
     assert data.item_ids[shard.items[:6]].tolist() == [30, 10, 20, 10, 20, 10]
     assert taken_of(second) == {"c0": more}
+
+
+def test_an_item_that_came_later_stands_among_the_others(tmp_path: Path) -> None:
+    """Ids 15 and -4 between 10 20 30: every index moves, and no history."""
+    write_described(tmp_path / "data")
+    data = Dataset(tmp_path / "data")
+    vectors = torch.arange(10.0).reshape(2, 5)
+    later = Batch(np.array([15, -4]), ["Nine", "Ten"], [("B", "C"), ()], vectors)
+    added = {"c0": Added(TAKEN, [*EVENTS, Event("d", 9, 15, 600)])}
+    counts = extend(data, DataConfig(path=data._path), added, tmp_path / "new", later)
+    assert counts == {"events": 4, "clients": 1, "repeats": 1}
+    new = Dataset(tmp_path / "new")
+    assert new.item_ids.tolist() == [-4, 10, 15, 20, 30]
+    assert new.titles == ["Ten", data.titles[0], "Nine", *data.titles[1:]]
+    assert new.categories == ["", data.categories[0], "B|C", *data.categories[1:]]
+    assert new.source_ids == [None, "x", None, "y", "z"]
+    assert new.vectors[[2, 0]].equal(vectors)
+    assert new.vectors[[1, 3, 4]].equal(data.vectors)
+    shard = new.shard("c0")
+    assert new.item_ids[shard.items].tolist() == [30, 10, 20, 10, 30, 20, 10, 20, 30, 15]
+    theirs = data.shard("c1")
+    assert new.item_ids[new.shard("c1").items].tolist() == data.item_ids[theirs.items].tolist()
+    assert new.popularity[[0, 2]].tolist() == [0, 1]
+    for split in (1, 2):
+        old, now = data.shard("c0").held_out(split), shard.held_out(split)
+        for a, b in zip(old.truth, now.truth, strict=True):
+            assert data.item_ids[a].tolist() == new.item_ids[b].tolist()
 
 
 def test_an_event_of_other_data_is_named(data: Dataset, tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 import http.server
 import socket
+import ssl
 import subprocess
 import threading
 from pathlib import Path
 
 import pytest
+from certificate import write_certificate
 
 from fellray.jobs.front import (
     OURS,
@@ -72,7 +74,8 @@ def test_a_port_that_is_taken_is_refused() -> None:
     assert len(set(find_ports(3))) == 3
 
 
-def test_it_waits_until_somebody_answers() -> None:
+@pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
+def test_it_waits_until_somebody_answers(tls: bool, tmp_path: Path) -> None:
     class Late(http.server.BaseHTTPRequestHandler):
         asked = 0
 
@@ -85,7 +88,12 @@ def test_it_waits_until_somebody_answers() -> None:
             pass
 
     with http.server.HTTPServer(("127.0.0.1", 0), Late) as server:
+        if tls:
+            key, certificate = write_certificate(tmp_path)
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate, key)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        wait_until_open("127.0.0.1", server.server_port)
+        wait_until_open("127.0.0.1", server.server_port, tls)
         server.shutdown()
     assert Late.asked == 3

@@ -23,6 +23,7 @@ from fellray.platform.config import RunConfig
 from fellray.platform.errors import FellrayError
 from fellray.platform.metrics import Score
 from fellray.platform.outcome import Outcome, pool
+from fellray.platform.promotion import promote
 from fellray.platform.run import open_run, read_run
 from fellray.platform.shards import Dataset
 from fellray.platform.storage import Storage
@@ -32,7 +33,7 @@ from fellray.serve.args import Args
 from fellray.serve.recommender import Recommender
 from fellray.serve.refusal import Refusal
 from fellray.serve.schema import Answer, ByHistory, ByUser, Filters, Place
-from fellray.serve.served import verify
+from fellray.serve.served import refuse_passing, verify
 from fellray.serve.tokens import new_token
 from fellray.serve.whole import open_whole
 
@@ -375,6 +376,18 @@ def test_only_committed_rounds_are_opened(run_copy: Path, tiny_data: Path) -> No
     shutil.rmtree(run_copy / "rounds")
     with pytest.raises(FellrayError, match="no round is committed yet"):
         open_whole(Args(run=str(run_copy)))
+
+
+def test_a_round_that_may_go_is_not_pinned(run_copy: Path) -> None:
+    run = read_run(str(run_copy))
+    refuse_passing(Args(run=str(run_copy), round=1), run)
+    with run.storage.lock("train"):
+        for safe in ("best", "latest", 0):
+            refuse_passing(Args.model_validate({"run": str(run_copy), "round": safe}), run)
+        with pytest.raises(FellrayError, match=r"round=1: .* is being trained, .*promote .* 1` k"):
+            refuse_passing(Args(run=str(run_copy), round=1), run)
+        promote(run.storage, 1, run.rounds.committed)
+        refuse_passing(Args(run=str(run_copy), round=1), run)
 
 
 def test_only_the_runs_own_data_and_encoder_are_used(

@@ -19,6 +19,7 @@ from test_recommender import train
 from fellray.actors.plant import Plant
 from fellray.actors.world import survey
 from fellray.platform.config import RunConfig
+from fellray.platform.errors import FellrayError
 from fellray.platform.messages import Activation
 from fellray.platform.metrics import Evaluator
 from fellray.platform.promotion import promote, roll_back
@@ -307,7 +308,7 @@ def test_no_answer_mixes_rounds(asked: Asked) -> None:
         api = open_api(asked.folder, recommender, args)
         first = asyncio.create_task(api.send("POST", "/v1/recommend", query))
         await slow.arrived.wait()
-        promote(storage, 0, [0, 1, 2])
+        promote(storage, 0, lambda: [0, 1, 2])
         recommender._watch.look()
         assert recommender.served.round == 0
         second = asyncio.create_task(api.send("POST", "/v1/recommend", query))
@@ -424,8 +425,30 @@ def test_so_many_requests_a_second(asked: Asked) -> None:
     args = Args(run=asked.folder, round="latest", rate=0.01, burst=2)
     few = open_api(asked.folder, asked.recommender, args)
     assert [few("GET", "/v1/runs", token="c0")[0] for _ in range(3)] == [200, 200, 429]
-    assert few.heads[-1]["retry-after"] == "1"
+    assert few.heads[-1]["retry-after"] == "100"
     assert few("GET", "/v1/runs", token="c1")[0] == 200
+
+
+def test_so_many_queries_a_second(asked: Asked) -> None:
+    args = Args(run=asked.folder, round="latest", rate=0.5, burst=5)
+    few = open_api(asked.folder, asked.recommender, args)
+    batch = {"queries": [{"client": "c0", "history": ["word01"]}] * 3}
+    path = "/v1/recommend/batch"
+    assert few("POST", path, batch, token="c0")[0] == 200
+    assert refusal(few("POST", path, batch, token="c0")) == (429, "too_many_requests", None)
+    assert few.heads[-1]["retry-after"] == "2"
+    assert [few("GET", "/v1/runs", token="c0")[0] for _ in range(3)] == [200, 200, 429]
+
+
+def test_nothing_is_said_twice(asked: Asked) -> None:
+    for body in (
+        b'{"client": "c0", "history": [], "client": "c1"}',
+        b'{"client": "c0", "history": [], "filters": {"seen": true, "seen": false}}',
+    ):
+        answer = asked("POST", "/v1/recommend", body)
+        assert refusal(answer) == (422, "invalid", None)
+        assert answer[1]["error"]["message"] == "an object of the body has a key twice"
+    assert refusal(asked("POST", "/v1/recommend", b"{")) == (422, "no_json", None)
 
 
 def test_what_is_counted_and_logged(asked: Asked, caplog: pytest.LogCaptureFixture) -> None:
@@ -452,8 +475,6 @@ def test_what_is_gone_is_answered_from_what_is_there(
     asked: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A round that its run deletes while it is served: the query begins again with the next."""
-    from fellray.platform.errors import FellrayError
-
     ends = asked.recommender._ferry._ends
     rise = ends.rise
     failed = []
@@ -467,7 +488,27 @@ def test_what_is_gone_is_answered_from_what_is_there(
     monkeypatch.setattr(ends, "rise", fail_once)
     assert asked.recommend(client="c0", history=["word01"])["round"] == LAST
     monkeypatch.setattr(ends, "rise", lambda q: [FellrayError("gone")] * len(q))
-    assert asked.refused(client="c0", history=["word01"]) == (503, "unavailable", None)
+    status, answer = asked("POST", "/v1/recommend", {"client": "c0", "history": ["word01"]})
+    assert (status, answer["error"]["code"]) == (503, "unavailable")
+    assert answer["error"]["message"] == f"no answer from round {LAST}: the log has why"
+
+
+def test_a_damaged_shard_is_its_own_clients_trouble(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = asked.recommender._lookup.read
+
+    async def fail(client: str) -> Any:
+        if client == "c3":
+            raise FellrayError("clients/c3.parquet: is missing")
+        return await read(client)
+
+    monkeypatch.setattr(asked.recommender._lookup, "read", fail)
+    good, bad = ({"client": client, "history": ["word01"]} for client in ("c0", "c3"))
+    assert asked.recommend(**good)["items"]
+    status, answer = asked("POST", "/v1/recommend/batch", {"queries": [good, bad]})
+    assert refusal((status, answer)) == (503, "unavailable", "queries.1")
+    assert answer["error"]["message"] == "data cannot be read: the log has why"
 
 
 ANYTHING = st.recursive(
@@ -561,6 +602,8 @@ def test_the_document_says_what_is_served(asked: Asked) -> None:
     assert asked.heads[-1]["allow"] == "POST"
     assert refusal(asked("DELETE", "/v1/items")) == (405, "wrong_method", None)
     assert asked.heads[-1]["allow"] == "GET, POST"
+    for path in ("/v1/clients", "/v1/clients/{id}/users", "/v1/clients/{id}", "/v1/quality"):
+        assert "503" in document["paths"][path]["get"]["responses"], path
     metrics = document["paths"]["/metrics"]["get"]["responses"]
     assert {status: list(one["content"]) for status, one in metrics.items()} == {
         "200": ["text/plain"],

@@ -11,6 +11,7 @@ import torch
 from test_recommender import train
 from test_serve_api import Asked, open_api, refusal
 
+from fellray.platform.additions import Batch, list_batches, read_batch, write_batch
 from fellray.platform.config import RunConfig
 from fellray.platform.encoder import load_tokenizer
 from fellray.platform.errors import FellrayError
@@ -18,7 +19,6 @@ from fellray.platform.run import read_run
 from fellray.platform.shards import Dataset
 from fellray.platform.storage import Storage
 from fellray.serve import catalogue
-from fellray.serve.additions import Batch, list_batches, read_batch, write_batch
 from fellray.serve.args import Args
 from fellray.serve.catalogue import Catalogue
 from fellray.serve.items import Items

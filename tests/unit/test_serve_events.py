@@ -1,7 +1,9 @@
 """`POST /v1/events` over ASGI: what is refused, what is stored, the next request on any replica."""
 
+import asyncio
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,8 +17,10 @@ from test_recommender import train
 from test_serve_api import ANYTHING, Asked, open_api, refusal
 
 from fellray.platform.config import RunConfig
+from fellray.platform.events import Event, EventLog
 from fellray.serve.args import Args
 from fellray.serve.events import AHEAD_S
+from fellray.serve.refusal import Refusal
 from fellray.serve.whole import open_whole
 
 PATH = "/v1/events"
@@ -215,3 +219,66 @@ def test_the_document_has_it(asked: Asked) -> None:
     assert new["additionalProperties"] is False
     assert set(new["required"]) == {"event_id", "client", "user_id", "item_id", "timestamp"}
     assert np.all([new["properties"][name] for name in new["required"]])
+
+
+def test_an_item_that_came_later_can_be_met(folder: str, tmp_path: Path) -> None:
+    """At once, on a replica that has not yet heard of the item; and it counts for the next one."""
+    run = shutil.copytree(folder, tmp_path / "tiny")
+    args = Args(run=str(run), round="latest", poll_s=1000, shards=1)
+    recommenders = [open_whole(args) for _ in range(3)]
+    first, second, third = (open_api(str(run), one, args) for one in recommenders)
+    item = {"item_id": -7, "title": "word01 word02"}
+    strange = {"events": [event(first, 0, item_id=-7)]}
+    expected = (404, "unknown_item", "events.0.item_id")
+    assert refusal(first("POST", PATH, strange)) == expected
+    assert first("POST", "/v1/items", {"items": [item]})[0] == 200
+    shard = first.data.shard("c0")
+    user, rows = int(shard.users[0]), slice(*shard.offsets[:2].tolist())
+    met = first.data.item_ids[shard.items[rows]].tolist()
+    before = first.recommend(client="c0", user_id=user, k=60)["items"]
+    assert second("POST", PATH, strange, token="c0") == (200, {"stored": 1, "known": 0})
+    by_hand = first.recommend(client="c0", history=[*met, -7], k=60)["items"]
+    for one in (first, second, third):
+        now = one.recommend(client="c0", user_id=user, k=60)["items"]
+        assert now == by_hand
+        assert -7 in {place["item_id"] for place in before} - {place["item_id"] for place in now}
+        past = one("GET", f"/v1/clients/c0/users/{user}?limit=1")[1]
+        assert past["items"] == [item]
+        users = one("GET", "/v1/clients/c0/users", token="c0")[1]["users"]
+        counted = {row["user_id"]: row["interactions"] for row in users}
+        assert counted[user] == past["interactions"] == len(met) + 1
+    for one in recommenders:
+        one.close()
+
+
+def test_nobody_waits_longer_than_once(folder: str, tmp_path: Path) -> None:
+    """Of two requests that wait together for another writer, and of one that was given up."""
+    args = Args(run=folder, round="latest", events=str(tmp_path), timeout_s=0.6)
+    recommender = open_whole(args)
+    asked = open_api(folder, recommender, args)
+
+    async def send(*events: dict[str, Any]) -> list[tuple[int, Any]]:
+        sent = (asked.send("POST", PATH, {"events": [one]}) for one in events)
+        return await asyncio.gather(*sent)
+
+    c0 = [event(asked, n) for n in range(3)]
+    with EventLog(str(tmp_path / "c0.jsonl")).writing(1):
+        began = time.monotonic()
+        answers = asyncio.run(send(*c0, event(asked, 0, "c1")))
+        took = time.monotonic() - began
+        waiting = [[("c0", Event(f"e{n}", 1, 1, 1))] for n in range(3)]
+        began = time.monotonic()
+        left = recommender.events._store(waiting)
+        took_together = time.monotonic() - began
+    assert [type(one) for one in left] == [Refusal] * 3
+    assert took_together < 1.2
+    told = {refusal(answer)[:2] for answer in answers if answer[0] != 200}
+    assert told <= {(503, "overloaded"), (503, "events_unavailable")}
+    assert took < 5
+    assert len([answer for answer in answers if answer[0] != 200]) >= 3
+    # whatever became of them: each is there once in the end
+    status, receipt = asked("POST", PATH, {"events": [*c0, event(asked, 0, "c1")]})
+    assert (status, receipt["stored"] + receipt["known"]) == (200, 4)
+    recommender.close()
+    lines = (tmp_path / "c0.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["event_id"] for line in lines) == ["e0", "e1", "e2"]

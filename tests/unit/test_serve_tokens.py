@@ -1,6 +1,7 @@
 """Tokens: hashed at rest, each for one client or for the operator; so many requests a second."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -92,8 +93,52 @@ def test_the_command_makes_tokens_of_a_run(
 
 def test_a_bucket_fills_again() -> None:
     bucket, one, other = Bucket(rate=2, burst=3), Caller("a", "1"), Caller("b", "2")
-    assert [bucket.take(one, 0.0) for _ in range(4)] == [0, 0, 0, 0.5]
-    assert bucket.take(other, 0.0) == 0
-    assert bucket.take(one, 0.25) == 0.25
-    assert bucket.take(one, 0.5) == 0
-    assert [bucket.take(one, 100.0) for _ in range(4)] == [0, 0, 0, 0.5]
+    assert [bucket.take(one, now=0.0) for _ in range(4)] == [0, 0, 0, 0.5]
+    assert bucket.take(other, now=0.0) == 0
+    assert bucket.take(one, now=0.25) == 0.25
+    assert bucket.take(one, now=0.5) == 0
+    assert [bucket.take(one, now=100.0) for _ in range(4)] == [0, 0, 0, 0.5]
+
+
+def test_a_bucket_is_a_clients_however_many_tokens_it_has() -> None:
+    bucket = Bucket(rate=1, burst=2)
+    assert [bucket.take(Caller("a", digest), now=0.0) for digest in "123"] == [0, 0, 1]
+    assert [bucket.take(Caller(None, digest), now=0.0) for digest in "1122"] == [0, 0, 0, 0]
+
+
+def test_a_batch_is_as_many_as_it_asks() -> None:
+    """Bucket of 10: 1 and then 5 more; the next one waits, and passes after what it was told."""
+    bucket, one = Bucket(rate=2, burst=10), Caller("a", "1")
+    for now, expected in ((0.0, 0), (0.0, 1), (0.5, 0.5), (1.0, 0)):
+        assert bucket.take(one, now=now) == 0
+        assert bucket.take(one, 6, counted=1, now=now) == expected
+    assert bucket.take(one, now=1.0) == 0.5
+    # more than there is ever room for: from a full bucket, and paid for
+    assert bucket.take(one, now=100.0) == 0
+    assert bucket.take(one, 30, counted=1, now=100.0) == 0
+    assert bucket.take(one, now=100.0) == 10.5
+
+
+def test_who_makes_tokens_at_the_same_time_loses_none(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda n: new_token(Storage(tmp_path), f"c{n}"), range(24)))
+    tokens = read_tokens(Storage(tmp_path))
+    found = [tokens.find(token) for token in made]
+    assert [caller and caller.client for caller in found] == [f"c{n}" for n in range(24)]
+
+
+def test_a_token_of_nobody_is_refused(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fellray.jobs.serve_commands import token
+
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"path": str(tiny_data)}}))
+    with pytest.raises(FellrayError, match="has no client 'c44'; the nearest names are 'c4', "):
+        token(str(tmp_path), "c44")
+    assert not (tmp_path / FILE).exists()
+    token(str(tmp_path), "c4")
+    assert capsys.readouterr().err == ""
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"path": str(tmp_path / "gone")}}))
+    token(str(tmp_path), "c44")
+    assert "not checked that there is a client 'c44'" in capsys.readouterr().err
+    assert len(read_tokens(Storage(tmp_path))) == 2

@@ -119,6 +119,28 @@ def test_who_has_finished_needs_no_slot(tmp_path: Path, monkeypatch: pytest.Monk
         assert torch.equal(slots.bank.values_SP[slots.hold(1, few)], trained[list(map(int, few))])
 
 
+def test_who_cannot_be_read_takes_nobodys_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots, rounds = make_slots(tmp_path)
+    slots._kept = 2
+    slots.hold(0, ["a", "b"])
+
+    def fail(*_: object) -> None:
+        raise FellrayError("damaged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds, "load", fail)
+        for client in ("x", "y", "z"):
+            with pytest.raises(FellrayError, match="damaged"):
+                slots.hold(0, [client, "b"])
+    assert len(slots.bank.values_SP) == 2
+    loaded = slots.loaded
+    slots.hold(0, ["b"])
+    assert slots.loaded == loaded
+    assert slots.hold(0, ["a", "b"]).unique().tolist() == [0, 1]
+
+
 def test_who_trains_again_has_not_finished(tmp_path: Path) -> None:
     slots, _ = make_slots(tmp_path)
     rows = slots.hold(0, ["a"])

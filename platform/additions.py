@@ -3,7 +3,7 @@
     items/000001.safetensors      vectors float32 [J, d], and a header with the rest
 
 The vectors are stored, not made again, so that all replicas have the same bits. It must not
-know who adds items, nor who recommends them.
+know who adds items, nor who recommends or trains on them.
 """
 
 import json
@@ -37,19 +37,24 @@ class Batch:
     """float32 [J, d], unit rows: what the frozen encoder makes of the titles."""
 
 
-def join_batches(batches: Sequence[Batch]) -> Batch:
-    """At least one, one behind the other."""
+def list_batches(storage: Storage) -> list[str]:
+    """Names of what a run's folder holds, oldest first."""
+    return [name for name in storage.list(FOLDER) if name.endswith(_SUFFIX)]
+
+
+def read_batches(storage: Storage, names: Sequence[str], encoder: str, dim: int) -> Batch:
+    """At least one, joined in the order of their names.
+
+    Raises:
+        FellrayError: as `read_batch`.
+    """
+    batches = [read_batch(storage, name, encoder, dim) for name in names]
     return Batch(
         np.concatenate([batch.ids for batch in batches]),
         [title for batch in batches for title in batch.titles],
         [own for batch in batches for own in batch.categories],
         torch.cat([batch.vectors for batch in batches]),
     )
-
-
-def list_batches(storage: Storage) -> list[str]:
-    """Names of what a run's folder holds, oldest first."""
-    return [name for name in storage.list(FOLDER) if name.endswith(_SUFFIX)]
 
 
 def read_batch(storage: Storage, name: str, encoder: str, dim: int) -> Batch:
