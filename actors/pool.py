@@ -1,5 +1,5 @@
-"""Rows of actors, one call. The only file that knows how Ray places, loses and restarts actors; what
-its errors say is in `losses`.
+"""Rows of actors, one call. The only file that knows how Ray places, loses and restarts actors, but
+for what its errors say (`losses`).
 
 `RayPool` and `InlinePool` are equals: the first makes a plain class an actor, the second uses it as
 it is in this process, for tests and debugging.
