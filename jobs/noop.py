@@ -61,6 +61,7 @@ class Idle(Client):
         self,
         round: int,
         learners: tuple[str, ...],
+        until: float,
         following: Sequence[str] = (),
         twin: bool = False,
     ) -> tuple[Lease, list[float], list[int]]:
