@@ -215,7 +215,7 @@ def check_trained(data: Dataset, events: list[dict[str, Any]]) -> None:
 class Quiet:
     """`RunTelemetry` without Ray."""
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, registered: int):
         pass
 
     def show(self, row: Any) -> None:

@@ -38,7 +38,7 @@ from fellray.serve.whole import open_whole
 class Quiet:
     """`RunTelemetry` without Ray."""
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, registered: int):
         pass
 
     def show(self, row: Any) -> None:
