@@ -36,16 +36,17 @@ def replay(
     tries = 1
     while True:
         mended: list[str] = []
+        damaged = False
         try:
             return work()
         except StaleLease as lost:
             reason = str(lost)
         except Damaged as damage:
-            reason = str(damage)
+            damaged, reason = True, str(damage)
             mended = mend(damage)
         events += mended
         if not mended:  # whoever decides finds new damage each time, so that it has an end
-            decision = decide(tries, False, reason)
+            decision = decide(tries, False, reason, damaged)
             if isinstance(decision, Stop):
                 raise FellrayError(f"{decision.reason}; `fellray train` resumes the run")
             events.append(f"the round was begun again: {reason}")

@@ -33,18 +33,20 @@ class Stop:
     reason: str
 
 
-def decide(tries: int, never_started: bool, reason: str) -> Replay | Stop:
+def decide(tries: int, never_started: bool, reason: str, damaged: bool = False) -> Replay | Stop:
     """A lost actor is replayed, ever more patiently; one that cannot even start is not.
 
     Args:
         tries: how often this work was begun so far.
         never_started: the actor's constructor failed: beginning again would fail again.
         reason: what was seen.
+        damaged: nobody was lost: a file is not what was written.
     """
     if never_started:
         return Stop(f"an actor cannot start: {reason}")
     if tries >= TRIES:
-        return Stop(f"lost {tries} times, last: {reason}; {MAY_BE_MEMORY}")
+        told = f"lost {tries} times, last: {reason}"
+        return Stop(told if damaged else f"{told}; {MAY_BE_MEMORY}")
     return Replay(min(0.25 * 2 ** (tries - 1), 4.0))
 
 
