@@ -25,7 +25,11 @@ SURE = 0.05
 def find(parts: tuple[Part, ...], results: Results, central: Mapping[str, Central]) -> list[str]:
     """One line on all tables, then one for each."""
     tables = [(part, name) for part in parts for name in part.sets]
-    lines = [_find_one(part, name, results, central.get(name, {})) for part, name in tables]
+    lines, told = [], list[Central]()
+    for part, name in tables:
+        rows = central.get(name, {})
+        lines.append(_find_one(part, name, results, {} if rows in told else rows))
+        told.append(rows)  # once for each set, and for sets on the same data
     return [_sum_up(tables, results), *lines]
 
 
@@ -43,21 +47,24 @@ def mean_of(trials: Mapping[Trial, Summary], metric: str) -> float:
 
 
 def _sum_up(tables: list[tuple[Part, str]], results: Results) -> str:
-    leads, beaten, ahead, compared = [], [], 0, 0
+    leads, behind, beaten, ahead = [], [], [], 0
     for part, name in tables:
         others = contrasts(part, name, results)
         if not others:
             continue
-        compared += 1
         title = f"{part.title}, {name}"
         if all(other.difference < 0 for other in others.values()):
             leads.append(title)
             ahead += all(_sure(other) for other in others.values())
+        else:
+            behind.append(title)
         beaten += [title for other in others.values() if other.difference > 0 and _sure(other)][:1]
     told = (
-        f"In {len(leads)} of {compared} tables the first arm has the highest mean, in {ahead} of "
-        f"them with p < {SURE} against every other arm."
+        f"The first arm of a table has the highest mean in {len(leads)} of "
+        f"{len(leads) + len(behind)} tables, in {ahead} of them with p < {SURE} against every "
+        "other arm."
     )
+    told += f" **It does not win in: {'; '.join(behind)}.**" if behind else ""
     return told + (
         f" An arm is above it with p < {SURE} in: {'; '.join(beaten)}." if beaten else ""
     )
@@ -81,7 +88,7 @@ def _find_one(part: Part, name: str, results: Results, central: Central) -> str:
         if told := [arm for arm in sure if others[arm].difference * sign > 0]:
             line += f" {word} it with p < {SURE}: {_quote(told)}."
     if (lowest := others[best].lowest) > SURE:
-        line += f" So few cannot tell arms apart: p is {lowest:.2g} at least."
+        line += f" So few clients or seeds cannot tell arms apart: p is {lowest:.2g} at least."
     elif not sure:
         line += " No arm differs from it by more than chance may bring."
     return (

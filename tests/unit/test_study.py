@@ -229,7 +229,8 @@ def test_the_page_says_what_a_set_is_and_what_was_not_kept(tmp_path: Path) -> No
     assert "- **demo**: 2 clients; 2 rounds, each validated, the best kept." in page
     assert "Drawn users. `fellray prepare x`" in page
     assert f"| 0.1700, not kept | `{losing.command}` |" in page
-    assert "In 1 of 1 tables the first arm has the highest mean, in 0 of them with p < 0.05" in page
+    assert "has the highest mean in 1 of 1 tables, in 0 of them with p < 0.05" in page
+    assert "It does not win" not in page
 
 
 def test_the_page_begins_with_who_does_not_win(tmp_path: Path) -> None:
@@ -237,6 +238,8 @@ def test_the_page_begins_with_who_does_not_win(tmp_path: Path) -> None:
     low, high = [[0.10, 0.12], [0.11, 0.12]], [[0.20, 0.22], [0.21, 0.25]]
     page = render(study, results_of(study, {"fellrec": low, "fedavg": high}))
     found = page.split("## What was found")[1].split("##")[0]
+    assert "- The first arm of a table has the highest mean in 0 of 1 tables" in found
+    assert "**It does not win in: Methods, demo.**" in found
     assert "`fellrec` does not win: 0.1125, `fedavg` 0.2200" in found
     assert "Its lowest client has 0.1050, with `fedavg` 0.2050" in found
     assert "alone in its table" in found
@@ -260,7 +263,7 @@ def test_arms_below_a_baseline_are_named(tmp_path: Path) -> None:
     tiny = [[0.001, 0.002], [0.001, 0.002]]
     page = render(study, results_of(study, {"fellrec": tiny, "fedavg": tiny}))
     assert "Not above popularity (0.0100): `fellrec`, `fedavg`" in page
-    assert "So few cannot tell arms apart: p is 0.5 at least." in page
+    assert "So few clients or seeds cannot tell arms apart: p is 0.5 at least." in page
 
 
 def click_summary(auc: float) -> dict[str, Any]:
