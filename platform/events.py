@@ -162,7 +162,8 @@ class EventLog:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise FellrayError(
-                        f"{self.path}: held by another process for more than {round(wait_s, 2):g} s; end it"
+                        f"{self.path}: held by another process for more than "
+                        f"{round(wait_s, 2):g} s; end it"
                     ) from None
             time.sleep(_PAUSE_S)
 
