@@ -11,7 +11,6 @@ Shapes: S slots, P parameters of a client's side.
 import math
 import time
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from typing import Literal
 
 import numpy as np
@@ -42,7 +41,7 @@ from fellray.platform.privacy import find_key, privatise_round
 from fellray.platform.privacy_config import NoPrivacy
 from fellray.platform.residual import Residual
 from fellray.platform.rounds import Rounds
-from fellray.platform.seating import deal
+from fellray.platform.seating import deal, deal_ahead
 from fellray.platform.slots import Slots
 from fellray.platform.span import Remote, Span
 from fellray.platform.split import cut_model
@@ -127,8 +126,7 @@ class Client:
         samples: list[int] = []
         seconds: list[float] = []
         lives = set()
-        waves = [*deal(clients, self._config.clients.slots)]
-        for learners, following in zip_longest(waves, waves[1:], fillvalue=()):
+        for learners, following in deal_ahead(clients, self._config.clients.slots):
             if self._rule.twin:
                 lease, _, _ = self._train(round, learners, until, twin=True)
                 self._slots.finish(learners)
@@ -225,8 +223,7 @@ class Client:
             self._rounds.expect(round, staged)
         self._residual.bring(round)
         scores: dict[str, Score] = {}
-        waves = [*deal(learners, self._config.clients.slots)]
-        for few, following in zip_longest(waves, waves[1:], fillvalue=()):
+        for few, following in deal_ahead(learners, self._config.clients.slots):
             slots = self._slots.hold(round, few).to(self._device)
             self._slots.fetch(round, following)
             scores |= self._crews.evaluate(round, few, slots, split, max_users)
@@ -279,8 +276,14 @@ class Client:
         if not isinstance(self._config.privacy, NoPrivacy):
             self._started |= dict(zip(learners, self._slots.values(learners), strict=True))
         lease = leave()
-        losses, samples = self._crews.train(round, learners, slots, lease, until)
+        losses, samples = self._learn(round, learners, slots, lease, until)
         return lease, losses, samples
+
+    def _learn(
+        self, round: int, learners: tuple[str, ...], slots: Tensor, lease: Lease, until: float
+    ) -> tuple[list[float], list[int]]:
+        """The steps of `_train`."""
+        return self._crews.train(round, learners, slots, lease, until)
 
 
 def _refuse(loss: float, finite: bool) -> str | None:

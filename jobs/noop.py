@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from rich import box
 from rich.table import Table
+from torch import Tensor
 
 from fellray.actors.client import Client
 from fellray.actors.plant import Plant
@@ -57,20 +58,11 @@ GOAL, FLAT = 10.0, 0.1
 class Idle(Client):
     """A client whose local training is no step at all."""
 
-    def _train(
-        self,
-        round: int,
-        learners: tuple[str, ...],
-        until: float,
-        following: Sequence[str] = (),
-        twin: bool = False,
-    ) -> tuple[Lease, list[float], list[int]]:
-        leave = self._span.remote.begin(self._config.name, round, learners, twin)
-        slots = self._slots.hold(round - 1, learners)
-        self._slots.fetch(round - 1, following)
-        self._slots.train(learners, twin)
+    def _learn(
+        self, round: int, learners: tuple[str, ...], slots: Tensor, lease: Lease, until: float
+    ) -> tuple[list[float], list[int]]:
         self._slots.bank.values_SP[slots] += 1e-3
-        return leave(), [1.0] * len(learners), [1] * len(learners)
+        return [1.0] * len(learners), [1] * len(learners)
 
 
 class IdlePlant(Plant):

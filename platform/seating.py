@@ -4,6 +4,7 @@ It must not know what an actor is, nor what those who sit in it do.
 """
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,12 @@ def describe_seats(seated: Sequence[str]) -> str:
     """Who sits in an actor, in words."""
     first, last = seated[0], seated[-1]
     return f"client {first}" if first == last else f"{len(seated)} clients, {first} to {last}"
+
+
+def deal_ahead(learners: Sequence[str], size: int) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """`deal`, each few with those who follow them; nobody follows the last."""
+    dealt = deal(learners, size)
+    return list(zip_longest(dealt, dealt[1:], fillvalue=()))
 
 
 def choose(learners: tuple[str, ...], count: int | None) -> tuple[str, ...]:
