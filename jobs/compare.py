@@ -130,11 +130,24 @@ def _write(
     for (method, seed), summary in summaries.items():
         balances.setdefault(method, {})[str(seed)] = summary["balance"]
     counts = next(iter(summaries.values()))["data"]["counts"]
-    meta = {"name": config.name, "seeds": list(seeds), "rounds": config.train.rounds, **counts}
+    tested: dict[str, list[str]] = {}
+    for (method, _), summary in summaries.items():
+        tested.setdefault(method, []).append(str(summary["best_round"]))
+    best = "; ".join(f"{method} {', '.join(rounds)}" for method, rounds in tested.items())
+    meta = {
+        "name": config.name,
+        "seeds": list(seeds),
+        "rounds": config.train.rounds,
+        "best round on validation, which is tested": best,
+        **counts,
+    }
     journal.write_text("compare.html", render_comparison(table, balances, meta))
     if own := summaries.get((config.method.kind, config.seed)):
         # the run everything was compared from carries the table too
         Run(config).journal.write_json("summary.json", own | {"compare": table})
+    console.print(
+        f"Best round on validation, which is tested, by seed: {best}", markup=False, soft_wrap=True
+    )
     console.print(f"Written: {folder}/compare.json and compare.html")
 
 

@@ -115,11 +115,14 @@ def pretend_nodes(most: int, cpus: int, head_cpus: int) -> Iterator[PretendClust
             start_new_session=True,
         )
     cluster = PretendCluster(f"127.0.0.1:{port}", head)
+    # a service manager's way to say Ctrl-C; unheard, it would leave a whole cluster behind
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _await(head, port, log)
         yield cluster
     finally:
         cluster.end()
+        signal.signal(signal.SIGTERM, before)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -12,6 +12,7 @@ and `scale.html`.
 import argparse
 import math
 import os
+import signal
 import statistics
 import time
 from collections import Counter
@@ -118,6 +119,8 @@ def _nodes(
     with pretend_nodes(most, node_cpus, math.ceil(made[0].server.cpus)) as pretended:
         cluster = made[0].cluster.model_copy(update={"address": pretended.address})
         with connect(made[0].model_copy(update={"cluster": cluster}), 0):
+            # Ray has put a handler of its own there, with which the cluster would stay
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
             yield pretended.address, pretended
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from driver import Driver
+from driver import Driver, title, wait_until
 
 from fellray.platform.config import dump
 from fellray.platform.journal import Journal
@@ -80,3 +80,18 @@ def test_a_fixed_cluster_gives_the_same_hashes(
     hashes = [Rounds(run.storage).hashes(ROUNDS, HASHED, learners) for run in (moved, fixed)]
     assert hashes[0] == hashes[1]
     assert len(set(hashes[0].values())) > 1
+
+
+def test_a_sweep_that_is_told_to_end_leaves_no_cluster(
+    launch: Callable[..., Driver], tmp_path: Path
+) -> None:
+    driver = launch("-m", "fellray.jobs.cli", "scale", str(tmp_path), "--registered", "12")
+    wait_until(
+        lambda: [p for p in driver.look() if title(p).startswith("ray::TimedClient")],
+        *(300, "clients are there", 0.2),
+    )
+    driver.process.terminate()
+    status, _, err = driver.finish(60)
+    assert driver.left(90) == []
+    assert status == 130
+    assert err.endswith("fellray: interrupted; nothing was reported\n")
