@@ -137,7 +137,11 @@ def serving(args: Args, door: Door) -> Iterator[None]:
 
         from fellray.serve.app import build
 
-        serve.start(http_options=options, proxy_location="HeadOnly")
+        try:
+            serve.start(http_options=options, proxy_location="HeadOnly")
+        except (RuntimeError, ray.exceptions.RayError) as error:
+            said = str(error).strip().rpartition("\n")[2]
+            raise FellrayError(f"Ray Serve did not start, so try again: {said}") from None
         try:
             try:
                 serve.run(build(args), name=NAME, route_prefix="/")

@@ -95,8 +95,9 @@ class Loop:
         return sum(one.began <= when <= one.ended for one in self.sent)
 
     def back_within_s(self, when: float, usual_s: float) -> float:
-        """Seconds from `when` until p99 of half a second is at most `usual_s`, and stays so."""
+        """Seconds from `when` until p99 of any two seconds, a hundred requests and more, is at most
+        `usual_s`, and stays so."""
         last = max(one.ended for one in self.sent)
-        windows = np.arange(when, last - 0.5, 0.5)
-        slow = [start for start in windows if self.p99_s(start, start + 0.5) > usual_s]
+        windows = np.arange(when, last - 2, 0.5)
+        slow = [start for start in windows if self.p99_s(start, start + 2) > usual_s]
         return float(slow[-1] + 0.5 - when) if slow else 0.0

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from certificate import write_certificate
 
+from fellray.jobs import ports
 from fellray.jobs.front import (
     OURS,
     describe_front,
@@ -71,7 +72,23 @@ def test_a_port_that_is_taken_is_refused() -> None:
         with pytest.raises(FellrayError, match=f"127.0.0.1:{port} cannot be listened on"):
             refuse_taken("127.0.0.1", port)
     refuse_taken("127.0.0.1", port)
-    assert len(set(find_ports(3))) == 3
+
+
+@pytest.mark.parametrize("given", ["25000\t60999\n", "1024\t65535\n", None])
+def test_ports_that_are_found_are_given_to_nobody_meanwhile(
+    given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "range"
+    monkeypatch.setattr(ports, "_RANGE", file)
+    if given is not None:
+        file.write_text(given)
+    found = find_ports(5)
+    assert len(set(found)) == 5
+    if given and given.startswith("25000"):
+        assert all(20_000 <= port < 25_000 for port in found)
+    for port in found:
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", port))
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
