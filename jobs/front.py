@@ -18,6 +18,7 @@ from pathlib import Path
 from fellray.jobs.ports import find_ports
 from fellray.platform.errors import FellrayError
 from fellray.serve.gate import headers_of
+from fellray.serve.porter import BODY_S, refuse_late
 from fellray.serve.refusal import Refusal
 
 SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
@@ -27,14 +28,19 @@ OURS = "FELLRAY_HAPROXY"
 DRAIN_S = 2
 """How long a replica that goes still answers whom HAProxy sends: it is told within a tenth."""
 OPEN_S = 60.0
-_LOST = "503.http"
-_WRAPPER = """#!/bin/sh
-# what Ray's template opens to every address; its log of paths, which name clients; its bare 500
+SMALL = 12_288
+"""Bytes of a body that HAProxy waits for, to send a client's requests where its adapters are: less
+than its buffer. Of a larger one it reads what has come."""
+CROWDED = 150
+"""Percent of the mean number of requests in hand, above which a replica's next client goes to
+another: so a client that all ask for is in several."""
+_LOST, _LATE, _CHANGES = "503.http", "408.http", "haproxy.sed"
+_WRAPPER = f"""#!/bin/sh
+# every file that Ray writes is changed once, and read several times
 own=$(dirname "$0")
 for word; do
     case "$word" in
-    *.cfg) sed -i -E -e 's/^( *bind )[*]?:/\\1127.0.0.1:/' -e '/^ *log .* local0 /d' \\
-        -e "s|^( *errorfile 50[234] ).*|\\1$own/503.http|" "$word" ;;
+    *.cfg) grep -q txn.client "$word" || sed -i -E -f "$own/{_CHANGES}" "$word" ;;
     esac
 done
 exec "$FELLRAY_HAPROXY" "$@"
@@ -58,7 +64,10 @@ def describe_front(folder: Path, binary: str) -> dict[str, str]:
     wrapper = folder / "haproxy"
     wrapper.write_text(_WRAPPER)
     wrapper.chmod(0o700)
-    (folder / _LOST).write_bytes(_write_lost())
+    lost = Refusal(503, "unavailable", "whoever was to answer is gone; ask again")
+    (folder / _LOST).write_bytes(_write_refusal("503 Service Unavailable", lost))
+    (folder / _LATE).write_bytes(_write_refusal("408 Request Timeout", refuse_late()))
+    (folder / _CHANGES).write_text(_describe_changes(folder))
     metrics, statistics, fallback, fallback_grpc = find_ports(4)
     return {
         SWITCH: "1",
@@ -87,11 +96,31 @@ def describe_front(folder: Path, binary: str) -> dict[str, str]:
     }
 
 
-def _write_lost() -> bytes:
-    """What whoever asks is told when no replica answers, as HAProxy reads it: a whole response."""
-    refusal = Refusal(503, "unavailable", "whoever was to answer is gone; ask again")
+def _describe_changes(folder: Path) -> str:
+    """For `sed`: what Ray's template opens to every address; its log of paths, which name clients;
+    its bare 500; and that a client's requests go where its adapters are, unless that replica is
+    crowded. Whose a request is stands in its body; the weight gives each replica as many places
+    among the hashes that their shares come out alike."""
+    return rf"""
+s/^( *bind )[*]?:/\1127.0.0.1:/
+/^ *log .* local0 /d
+s|^( *errorfile 50[234] ).*|\1{folder}/{_LOST}|
+s|^( *)balance .*|\1balance hash var(txn.client)\
+\1hash-type consistent crc32 avalanche\
+\1hash-balance-factor {CROWDED}\
+\1default-server weight 64\
+\1errorfile 408 {folder}/{_LATE}|
+/^frontend http_frontend/a\
+    acl is_small req.hdr_val(content-length) le {SMALL}\
+    http-request wait-for-body time {BODY_S:g}s if METH_POST is_small\
+    http-request set-var(txn.client) req.body,json_query('$.client') if METH_POST
+"""
+
+
+def _write_refusal(status: str, refusal: Refusal) -> bytes:
+    """What HAProxy itself tells whoever asks, as it reads it: a whole response."""
     body = json.dumps(refusal.body())
-    lines = ["HTTP/1.1 503 Service Unavailable", "Content-Type: application/json"]
+    lines = [f"HTTP/1.1 {status}", "Content-Type: application/json"]
     lines += [
         f"Content-Length: {len(body)}",
         *(f"{n}: {v}" for n, v in headers_of(refusal).items()),

@@ -133,6 +133,11 @@ def _filter(scope: Scope) -> Iterator[tuple[bytes, bytes]]:
             yield name, value
 
 
+def refuse_late() -> Refusal:
+    """That a body took too long to come."""
+    return Refusal(408, "body_too_slow", f"the body did not come within {BODY_S:g} s")
+
+
 async def _keep(receive: Receive) -> list[Message] | None:
     """The body, or as much of it as is kept; None: whoever sent it is gone.
 
@@ -152,8 +157,7 @@ async def _keep(receive: Receive) -> list[Message] | None:
                 if size > MOST_KEPT or not message.get("more_body"):
                     return messages
     except TimeoutError:
-        why = f"the body did not come within {BODY_S:g} s"
-        raise Refusal(408, "body_too_slow", why) from None
+        raise refuse_late() from None
 
 
 def _is_answer(messages: list[Message]) -> bool:

@@ -1,5 +1,6 @@
 """Under load: replicas that are killed, and rounds that are promoted. Two of each."""
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,6 +73,48 @@ def expected_of(service: Service, queries: list[dict[str, Any]]) -> list[Any]:
 def test_every_socket_of_two_replicas_each(service: Service) -> None:
     assert len(find_replicas(service, "Recommender")) == len(find_replicas(service, "Trunk")) == 2
     check_sockets(service)
+
+
+COUNT = re.compile(r'^fellray_serve_(\w+)_total\{.*replica="(\w+)".*\} (\d+)$', re.MULTILINE)
+
+
+def read_counts(service: Service) -> dict[str, dict[str, int]]:
+    """What every replica counted, by its name."""
+    counts: dict[str, dict[str, int]] = {}
+
+    def add() -> bool:
+        text = service.ask("GET", "/metrics")[1]
+        for name, replica, count in COUNT.findall(text):
+            counts.setdefault(replica, {})[name] = int(count)
+        return len(counts) == 2
+
+    wait_until(add, 60, "both replicas were asked")
+    add()
+    return counts
+
+
+def test_a_clients_requests_go_where_its_adapters_are(
+    service: Service, tiny_data: Path, request: pytest.FixtureRequest
+) -> None:
+    queries = make_queries(Dataset(tiny_data))
+    clients = {query["client"] for query in queries}
+    before = read_counts(service)
+    for query in queries * 3:
+        assert service.ask("POST", "/v1/recommend", query)[0] == 200
+    once = read_counts(service)
+    loaded = {r: once[r]["adapters_loaded"] - before[r]["adapters_loaded"] for r in once}
+    print(f"{len(clients)} clients, adapters loaded by each replica: {loaded}")
+    if "HAProxy" in request.node.name:
+        assert sum(loaded.values()) == len(clients)
+    # and a client that all ask for is in both
+    one = [query for query in queries if query["client"] == min(clients)]
+    with Loop(service.port, service.operator, one).running() as loop:
+        time.sleep(3)
+    assert loop.failed() == []
+    after = read_counts(service)
+    asked = [after[r]["adapters_asked"] - once[r]["adapters_asked"] for r in after]
+    print(f"one client, 8 connections: adapters asked for by each replica: {asked}")
+    assert min(asked) > 0.1 * sum(asked)
 
 
 @pytest.mark.parametrize("deployment", ["Recommender", "Trunk"])
