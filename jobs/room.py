@@ -33,6 +33,8 @@ def await_room(args: Args, nodes_may_come: bool) -> None:
         missing += f", after {NODES_S:.0f} s too"
     if missing:
         raise FellrayError(f"{missing}; ask for less, or serve where there is more")
+    if held := find_held(args, ray.available_resources()):
+        tell(f"{held}; it is waited for without end, and Ctrl-C ends that")
 
 
 def find_missing(args: Args, nodes: Sequence[Mapping[str, float]]) -> str:
@@ -48,6 +50,21 @@ def find_missing(args: Args, nodes: Sequence[Mapping[str, float]]) -> str:
                 f"{' + '.join(map(name_amounts, nodes))}"
             )
     return ""
+
+
+def find_held(args: Args, free: Mapping[str, float]) -> str:
+    """What the replicas ask for, where less is free on all nodes together; empty: it is not."""
+    demands = _read_demands(args)
+    asked = {
+        "CPU": sum(demand.count * demand.cpus for demand in demands),
+        "GPU": sum(demand.count * demand.gpus for demand in demands),
+    }
+    if all(size <= free.get(name, 0.0) for name, size in asked.items()):
+        return ""
+    left = {name: free.get(name, 0.0) for name in asked}
+    return (
+        f"the replicas ask for {name_amounts(asked)}, and others hold all but {name_amounts(left)}"
+    )
 
 
 def _read_demands(args: Args) -> list[Demand]:

@@ -8,7 +8,7 @@ import pytest
 
 from fellray.actors.session import ray
 from fellray.jobs import room
-from fellray.jobs.room import await_room, find_missing
+from fellray.jobs.room import await_room, find_held, find_missing
 from fellray.platform.errors import FellrayError
 from fellray.serve.args import Args
 
@@ -69,6 +69,7 @@ def stand_on(monkeypatch: pytest.MonkeyPatch, nodes: Nodes, comes: bool) -> list
         return SimpleNamespace(wait=wait)
 
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": n} for n in nodes])
+    monkeypatch.setattr(ray, "available_resources", lambda: nodes[0])
     monkeypatch.setattr(ray.util, "placement_group", ask)
     monkeypatch.setattr(ray.util, "remove_placement_group", lambda group: asked.append("given up"))
     return asked
@@ -97,3 +98,20 @@ def test_on_a_cluster_nodes_are_waited_for_and_not_for_ever(
     # who asks for nothing has a place anywhere
     assert asked == [[{"GPU": 1.0}], room.NODES_S, "given up"]
     assert "are waited for 600 s" in capsys.readouterr().out
+
+
+def test_room_that_others_hold_is_waited_for_in_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_on(monkeypatch, [{"CPU": 4.0}], comes=False)
+    await_room(args(), nodes_may_come=True)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
+    await_room(args(), nodes_may_come=True)
+    assert capsys.readouterr().out == (
+        "the replicas ask for 2 CPU and 0 GPU, and others hold all but 1 CPU and 0 GPU; it is "
+        "waited for without end, and Ctrl-C ends that\n"
+    )
+    # Ray leaves out what is used up
+    assert find_held(args(), {}).endswith("others hold all but 0 CPU and 0 GPU")
+    assert find_held(args(cpus=0), {}) == ""
