@@ -118,7 +118,8 @@ def test_a_study_over_rankings_and_clicks(
     assert set(written) == {"results.md", "results-1-ranked.svg", "results-2-clicks.svg"}
     page = written["results.md"][1].decode()
     for name, arms in ARMS.items():
-        assert f"- {name}, {'AUC' if name == 'clicks' else 'NDCG@10'}: `{arms[0]}`" in page
+        title, metric = ("FedPA", "AUC") if name == "clicks" else ("Methods", "NDCG@10")
+        assert f"- **{title}, {name}**, {metric}: `{arms[0]}`" in page
         assert page.count(f"name=both-{name}-{arms[1]}-s1") == 1
     assert "| `published` | 0." in page
     assert "GAUC, test" in written["results-2-clicks.svg"][1].decode()
